@@ -1,0 +1,31 @@
+"""Batch normalization for arrays, forward and backward (Ioffe & Szegedy 2015).
+
+    y, saved = fastbn.forward(x, gamma, beta)         # training
+    dx, dgamma, dbeta = fastbn.backward(dy, saved)
+    running.update(saved.moments)                     # when you say so
+    y = fastbn.infer(x, running.mean, running.var, gamma, beta)
+"""
+
+from . import reference
+from .batchnorm import OneValueWarning, Saved, backward, forward, infer, moments
+from .dispatch import get_backend, set_backend
+from .layer import BatchNorm
+from .moments import Moments
+from .running import RunningStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm",
+    "Moments",
+    "OneValueWarning",
+    "RunningStats",
+    "Saved",
+    "backward",
+    "forward",
+    "get_backend",
+    "infer",
+    "moments",
+    "reference",
+    "set_backend",
+]

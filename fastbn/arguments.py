@@ -1,0 +1,147 @@
+"""What a caller may pass, and what is said to one who passes something else.
+
+An error names the function, the argument, what came, what was expected, and what to do. Everything is checked
+before anything is written.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.exceptions import AxisError, TooHardError
+
+Axis = int | Sequence[int]
+
+
+def describe(value: Any) -> str:
+    """`float32 array of shape (2, 3)`, or the type and value of what is no array."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} array of shape {value.shape}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def check_array(function: str, name: str, value: Any) -> np.ndarray:
+    """`value`, if it is a NumPy array of a floating type that is normalized, else TypeError."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(
+            f"{function}: {name} is a {type(value).__module__}.{type(value).__qualname__}; expected a NumPy array. "
+            "Convert it: np.asarray(...) for lists, np.from_dlpack(...) for tensors in main memory"
+        )
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{function}: {name} is a masked array, whose mask would be ignored; expected a plain NumPy array. "
+            f"Pass {name}.filled(value), or only the rows that count"
+        )
+    dtype = value.dtype
+    if dtype in (np.float16, np.float32, np.float64) or dtype.name == "bfloat16":
+        return value
+    if dtype.kind in "biu":
+        advice = f"Convert it: {name}.astype(np.float32)"
+    elif dtype.kind == "c":
+        advice = f"Normalize {name}.real and {name}.imag, each as an array of its own"
+    else:
+        advice = f"Convert it: {name}.astype(np.float64)"
+    raise TypeError(
+        f"{function}: {name} is a {describe(value)}; expected float16, bfloat16, float32 or float64. {advice}"
+    )
+
+
+def check_axis(function: str, x: np.ndarray, axis: Axis) -> tuple[int, ...]:
+    """The channel axes, ascending and from 0."""
+    if x.ndim < 2:
+        raise ValueError(
+            f"{function}: x has shape {x.shape}; expected at least two axes, channels and something to average over. "
+            "For one channel of n values, pass x.reshape(1, -1) with axis=0"
+        )
+    try:
+        given = tuple(operator.index(a) for a in (axis if isinstance(axis, (tuple, list)) else (axis,)))
+    except TypeError:
+        raise TypeError(f"{function}: axis is {describe(axis)}; expected an int or a tuple of ints") from None
+    for a in given:
+        if not -x.ndim <= a < x.ndim:
+            raise AxisError(
+                f"{function}: axis={axis} is out of range for x of shape {x.shape}; "
+                f"expected {-x.ndim} to {x.ndim - 1}"
+            )
+    axes = tuple(sorted({a % x.ndim for a in given}))
+    if not axes or len(axes) < len(given):
+        raise ValueError(f"{function}: axis={axis} names {'an axis twice' if given else 'no axis'}; name each once")
+    return axes
+
+
+def check_eps(function: str, eps: Any) -> float:
+    if isinstance(eps, (int, float, np.floating)) and math.isfinite(eps) and eps > 0:
+        return float(eps)
+    raise ValueError(f"{function}: eps is {describe(eps)}; expected a finite number above 0, such as 1e-5")
+
+
+def check_channels(function: str, name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """A parameter with one real number for each channel, as float64 of shape (C,)."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{function}: {name} is a masked array; expected a plain array. Pass {name}.filled(value)")
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
+        raise TypeError(f"{function}: {name} is a {describe(array)}; expected real numbers")
+    if array.shape != shape:
+        raise ValueError(
+            f"{function}: {name} has shape {array.shape}; expected {shape}, one value for each channel of x. "
+            "Is axis the channel axis?"
+        )
+    return array.astype(np.float64).reshape(-1)
+
+
+def check_out(
+    function: str, name: str, out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], **inputs: np.ndarray | None
+) -> np.ndarray:
+    """`out`, if a result of this shape and dtype can be written there; each of `inputs` may be `out` itself."""
+    target = check_array(function, name, out)
+    if target.shape != shape or target.dtype != dtype:
+        raise ValueError(
+            f"{function}: {name} is a {describe(target)}; expected {dtype} of shape {shape}. "
+            f"Make it with np.empty({shape}, {dtype.name!r})"
+        )
+    if not target.flags.writeable:
+        raise ValueError(f"{function}: {name} is read-only; expected an array to write to. Pass a copy of it")
+    if overlaps_itself(target):
+        raise ValueError(
+            f"{function}: {name} of shape {target.shape} has strides {target.strides}, under which elements share memory; "
+            "expected an array with a place for each. Pass np.empty_like(x)"
+        )
+    for other, array in inputs.items():
+        if array is not None and not same_memory(target, array) and overlap(target, array):
+            raise ValueError(
+                f"{function}: {name} overlaps {other} in memory without being {other}; expected the same array or one "
+                "apart from it. Pass another array"
+            )
+    return target
+
+
+def same_memory(a: np.ndarray, b: np.ndarray) -> bool:
+    """True where element by element a is b."""
+    return a.shape == b.shape and a.strides == b.strides and a.ctypes.data == b.ctypes.data
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> bool:
+    if not np.may_share_memory(a, b):
+        return False
+    try:
+        return bool(np.shares_memory(a, b, max_work=100_000))  # type: ignore[arg-type]
+    except TooHardError:
+        return True
+
+
+def overlaps_itself(a: np.ndarray) -> bool:
+    """True where two elements of `a` may share memory."""
+    if a.flags.c_contiguous or a.size == 0:
+        return False
+    span = a.itemsize
+    for stride, size in sorted((abs(s), n) for s, n in zip(a.strides, a.shape, strict=True) if n > 1):
+        if stride < span:
+            return True
+        span += stride * (size - 1)
+    return False

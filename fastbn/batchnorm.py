@@ -1,0 +1,378 @@
+"""Batch normalization on arrays: forward, backward, infer, moments. Here is all that makes it batch norm.
+
+A call checks its arguments, sees its arrays as (outer, channels, inner), and hands them to the kernels
+together with C-sized arrays of float64; what comes back is arithmetic on C numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+
+from .arguments import (
+    Axis,
+    check_array,
+    check_axis,
+    check_channels,
+    check_eps,
+    check_out,
+    describe,
+    same_memory,
+)
+from .dispatch import Kernels, kernels
+from .layout import Views
+from .moments import Moments
+from .running import RunningStats
+
+
+class OneValueWarning(UserWarning):
+    """Training on one value per channel: its deviation from its own mean is 0, so y is beta and dx is 0."""
+
+
+class Saved:
+    """What `forward` keeps for `backward`: x itself (no copy), and C numbers.
+
+    `moments` is what forward found in x: pass it to `RunningStats.update`. None with frozen statistics.
+    """
+
+    __slots__ = ("_affine", "_axes", "_eps", "_shape", "_stats", "_x", "dtype", "frozen", "moments")
+
+    def __init__(
+        self,
+        x: np.ndarray | None,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        axes: tuple[int, ...],
+        stats: np.ndarray,
+        affine: np.ndarray,
+        eps: float,
+        moments: Moments | None,
+    ) -> None:
+        self._x = x
+        self._shape = shape
+        self._axes = axes
+        self._stats = stats  # (4, C): mean hi, mean lo, var, 1 / sqrt(var + eps)
+        self._affine = affine  # (2, C): gamma, beta
+        self._eps = eps
+        self.dtype = dtype
+        self.moments = moments
+        self.frozen = moments is None
+
+    def __repr__(self) -> str:
+        return f"Saved({self.dtype} x of shape {self._shape}, channel axes {self._axes}, frozen={self.frozen})"
+
+
+def forward(
+    x: np.ndarray,
+    gamma: Any = None,
+    beta: Any = None,
+    *,
+    axis: Axis = 1,
+    eps: float = 1e-5,
+    frozen: Any = None,
+    out: np.ndarray | None = None,
+) -> tuple[np.ndarray, Saved]:
+    """Normalize each channel by its own mean and variance (training), or by given ones (evaluation).
+
+    ``y = gamma (x - mean) / sqrt(var + eps) + beta``, with mean and biased variance over all axes but `axis`
+    (Ioffe & Szegedy 2015, algorithm 1).
+
+    Parameters
+    ----------
+    x : array, at least 2-D, of float16, bfloat16, float32 or float64
+        Any strides. It is kept, not copied, for `backward`, except as `fastbn.layout.Views` says.
+    gamma, beta : array of the channels' shape, optional
+        Scale and shift; 1 and 0 if not given.
+    axis : int or tuple of int
+        The channel axis, or all axes that statistics keep: (0, 1) of (N, C, H, W) is instance norm.
+    eps : float
+        Added to the variance, in its unit.
+    frozen : (mean, var) or RunningStats, optional
+        Normalize by these in place of x's own; they count as constants in `backward`.
+    out : array of x's shape and dtype, optional
+        Where y goes, without any other memory of that size. It may be x; then only the gradients that don't need
+        x can be had from `saved`.
+
+    Returns
+    -------
+    y : array of x's shape, dtype and memory layout
+    saved : Saved
+        For `backward`; `saved.moments` for `RunningStats.update`.
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        Before anything is written.
+
+    Warns
+    -----
+    OneValueWarning
+        If each channel has a single value to train on.
+
+    >>> import numpy as np, fastbn
+    >>> x = np.float32([[1, 1e6], [3, 1e6 + 4]])
+    >>> y, saved = fastbn.forward(x, gamma=[1, 2], beta=[0, 1])
+    >>> y.round(3).tolist()
+    [[-1.0, -1.0], [1.0, 3.0]]
+    >>> saved.moments.mean.tolist()
+    [2.0, 1000002.0]
+    """
+    where = "fastbn.forward"
+    check_array(where, "x", x)
+    axes = check_axis(where, x, axis)
+    eps = check_eps(where, eps)
+    channels = tuple(x.shape[a] for a in axes)
+    affine = _affine(where, gamma, beta, channels)
+    stats = _stats(where, frozen, channels)
+    y = np.empty_like(x, subok=False) if out is None else check_out(where, "out", out, x.shape, x.dtype, x=x)
+    kept: np.ndarray | None = _run_forward(x, y, axes, stats, affine, eps, frozen is not None)
+    if out is not None and same_memory(x, out):
+        kept = None
+    moments = None
+    if frozen is None:
+        moments = _moments(x, channels, stats)
+        if moments.count == 1:
+            warnings.warn(
+                f"fastbn.forward: one value per channel (x of shape {x.shape}, axis={axis}), so y is beta and dx is 0; "
+                "train on more values, or pass frozen=(mean, var)",
+                OneValueWarning,
+                stacklevel=2,
+            )
+    return y, Saved(kept, x.shape, x.dtype, axes, stats, affine, eps, moments)
+
+
+def backward(
+    dy: np.ndarray,
+    saved: Saved,
+    *,
+    need: tuple[bool, bool, bool] = (True, True, True),
+    out: Any = None,
+) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
+    """The gradients of a loss with respect to x, gamma and beta, from that with respect to y.
+
+    With xhat = (x - mean) / std and std = sqrt(var + eps), over all values of a channel (Ioffe & Szegedy 2015,
+    section 3):
+
+    ``dbeta = sum dy``, ``dgamma = sum dy xhat``, and in training
+    ``dx = gamma / std (dy - mean(dy) - xhat mean(dy xhat))``; with frozen statistics ``dx = gamma / std dy``.
+
+    Parameters
+    ----------
+    dy : array of y's shape and dtype
+        Any strides.
+    saved : Saved
+        From `forward`; it may be used again.
+    need : three bools
+        Which of dx, dgamma and dbeta to compute. The others are None.
+    out : array, or (dx, dgamma, dbeta) with None where there is none, optional
+        Where results go; dx may go to dy, or to x, of which nothing is left for another `backward` then.
+
+    Returns
+    -------
+    dx : array of x's shape, dtype and memory layout
+    dgamma, dbeta : float32 arrays of the channels' shape (float64 for float64 x)
+
+    Raises
+    ------
+    TypeError, ValueError
+        Before anything is written; also if x is needed and forward's `out` overwrote it.
+
+    >>> import numpy as np, fastbn
+    >>> y, saved = fastbn.forward(np.float32([[1.0], [3.0], [5.0]]))
+    >>> dx, dgamma, dbeta = fastbn.backward(np.float32([[1], [0], [0]]), saved)
+    >>> [float(v) for v in (1e3 * dx).round().flat], float(dgamma.round(2)[0]), float(dbeta[0])
+    ([102.0, -204.0, 102.0], -1.22, 1.0)
+    """
+    where = "fastbn.backward"
+    if not isinstance(saved, Saved):
+        raise TypeError(f"{where}: saved is {describe(saved)}; expected the second result of fastbn.forward")
+    check_array(where, "dy", dy)
+    if dy.shape != saved._shape or dy.dtype != saved.dtype:
+        raise ValueError(
+            f"{where}: dy is a {describe(dy)}; expected {saved.dtype} of shape {saved._shape}, like y. "
+            f"Convert it: dy.astype({saved.dtype.name!r})"
+        )
+    need_dx, need_dgamma, need_dbeta = _need(where, need)
+    given_dx, given_dgamma, given_dbeta = _three(where, out)
+    x = saved._x
+    frozen = saved.frozen
+    if x is None and (need_dgamma or (need_dx and not frozen)):
+        raise ValueError(
+            f"{where}: saved has no x, which `out` overwrote; expected x for dgamma, and for dx in training. "
+            "Give forward an `out` of its own, or backward need=(False, False, True)"
+        )
+    channels = tuple(saved._shape[a] for a in saved._axes)
+    numbers = _number_type(saved.dtype)
+    dx = None
+    if need_dx:
+        if given_dx is not None:
+            dx = check_out(where, "out (dx)", given_dx, saved._shape, saved.dtype, dy=dy, x=x)
+        else:
+            dx = np.empty_like(dy if x is None else x, subok=False)
+    dgamma = _channel_out(where, "dgamma", given_dgamma, channels, numbers) if need_dgamma else None
+    dbeta = _channel_out(where, "dbeta", given_dbeta, channels, numbers) if need_dbeta else None
+
+    grads = np.zeros((4, saved._stats.shape[1]))
+    if dy.size and (need_dgamma or need_dbeta or not frozen):
+        # Sums and dx in one go; frozen statistics need no sums for dx, so these go first, and dx by the forward map.
+        _run_backward(dy, dy if x is None else x, None if frozen else dx, saved, grads)
+    if dx is not None and frozen and dy.size:
+        stats, affine = saved._stats.copy(), saved._affine.copy()
+        stats[:2] = 0.0
+        affine[1] = 0.0
+        _run_forward(dy, dx, saved._axes, stats, affine, saved._eps, True)
+    if dx is not None and x is not None and same_memory(dx, x):
+        saved._x = None
+
+    count = math.prod(saved._shape) // max(1, math.prod(channels))
+    mean_dy = grads[0] + grads[1]
+    with np.errstate(over="ignore", invalid="ignore"):
+        if dgamma is not None:
+            covariance = grads[2]
+            if frozen:  # the given mean is not x's own
+                covariance = covariance + mean_dy * (grads[3] - saved._stats[1])
+            dgamma[...] = (count * covariance * saved._stats[3]).reshape(channels)
+        if dbeta is not None:
+            dbeta[...] = (count * mean_dy).reshape(channels)
+    return dx, dgamma, dbeta
+
+
+def infer(
+    x: np.ndarray,
+    mean: Any,
+    var: Any,
+    gamma: Any = None,
+    beta: Any = None,
+    *,
+    axis: Axis = 1,
+    eps: float = 1e-5,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """Normalize by given statistics, keeping nothing: ``y = gamma (x - mean) / sqrt(var + eps) + beta``.
+
+    `mean` and `var` are arrays of the channels' shape; a variance below 0 is a ValueError. All else, errors
+    included, is as in `forward` with `frozen=(mean, var)`.
+
+    >>> import numpy as np, fastbn
+    >>> fastbn.infer(np.float32([[7, 1], [5, 1]]), mean=[5, 0], var=[4, 1], eps=1e-8).tolist()
+    [[1.0, 1.0], [0.0, 1.0]]
+    """
+    where = "fastbn.infer"
+    check_array(where, "x", x)
+    axes = check_axis(where, x, axis)
+    eps = check_eps(where, eps)
+    channels = tuple(x.shape[a] for a in axes)
+    affine = _affine(where, gamma, beta, channels)
+    stats = _stats(where, (mean, var), channels)
+    y = np.empty_like(x, subok=False) if out is None else check_out(where, "out", out, x.shape, x.dtype, x=x)
+    _run_forward(x, y, axes, stats, affine, eps, True)
+    return y
+
+
+def moments(x: np.ndarray, *, axis: Axis = 1) -> Moments:
+    """Count, mean and M2 of each channel over all other axes, by blocks (Chan, Golub & LeVeque 1983).
+
+    `x` and `axis` are as in `forward`, and so are the errors. An empty x gives a count of 0.
+
+    >>> import numpy as np, fastbn
+    >>> fastbn.moments(np.float32([[1, 10], [3, 10]]))
+    Moments(count=2, mean=[2, 10], var=[1, 0])
+    """
+    where = "fastbn.moments"
+    check_array(where, "x", x)
+    axes = check_axis(where, x, axis)
+    channels = tuple(x.shape[a] for a in axes)
+    stats = _stats(where, None, channels)
+    _run_forward(x, None, axes, stats, _affine(where, None, None, channels), 1.0, False)
+    return _moments(x, channels, stats)
+
+
+def _affine(where: str, gamma: Any, beta: Any, channels: tuple[int, ...]) -> np.ndarray:
+    affine = np.empty((2, math.prod(channels)))
+    affine[0] = 1.0 if gamma is None else check_channels(where, "gamma", gamma, channels)
+    affine[1] = 0.0 if beta is None else check_channels(where, "beta", beta, channels)
+    return affine
+
+
+def _stats(where: str, frozen: Any, channels: tuple[int, ...]) -> np.ndarray:
+    stats = np.zeros((4, math.prod(channels)))
+    if frozen is None:
+        return stats
+    if isinstance(frozen, RunningStats):
+        frozen = frozen.exact()
+    if not isinstance(frozen, (tuple, list)) or len(frozen) != 2:
+        raise TypeError(f"{where}: frozen is {describe(frozen)}; expected a pair (mean, var), or RunningStats")
+    stats[0] = check_channels(where, "mean", frozen[0], channels)
+    stats[2] = check_channels(where, "var", frozen[1], channels)
+    if stats[2].min(initial=0.0) < 0:
+        raise ValueError(f"{where}: var has a negative value ({stats[2].min():.6g}); expected variances, 0 or more")
+    return stats
+
+
+def _moments(x: np.ndarray, channels: tuple[int, ...], stats: np.ndarray) -> Moments:
+    count = math.prod(x.shape) // max(1, math.prod(channels))
+    mean, var = stats[0] + stats[1], stats[2]
+    return Moments(count, mean.reshape(channels), (count * var).reshape(channels), _number_type(x.dtype))
+
+
+def _number_type(dtype: np.dtype[Any]) -> type[np.floating[Any]]:
+    return np.float64 if dtype == np.float64 else np.float32
+
+
+def _need(where: str, need: Any) -> tuple[bool, bool, bool]:
+    if not isinstance(need, (tuple, list)) or len(need) != 3:
+        raise TypeError(f"{where}: need is {describe(need)}; expected three bools, for dx, dgamma and dbeta")
+    return bool(need[0]), bool(need[1]), bool(need[2])
+
+
+def _three(where: str, out: Any) -> tuple[Any, Any, Any]:
+    if not isinstance(out, (tuple, list)):
+        return out, None, None
+    if len(out) != 3:
+        raise ValueError(f"{where}: out has {len(out)} entries; expected three: dx, dgamma and dbeta, or None for each")
+    return out[0], out[1], out[2]
+
+
+def _channel_out(
+    where: str, name: str, given: Any, channels: tuple[int, ...], dtype: type[np.floating[Any]]
+) -> np.ndarray:
+    if given is None:
+        return np.empty(channels, dtype)
+    return check_out(where, f"out ({name})", given, channels, np.dtype(dtype))
+
+
+def _elements(views: list[np.ndarray | None], backend: Kernels) -> list[Any]:
+    """The views under the dtype in which the kernels take their elements."""
+    return [None if v is None else v.view(backend.element_view(v.dtype)) for v in views]
+
+
+def _run_forward(
+    x: np.ndarray,
+    y: np.ndarray | None,
+    axes: tuple[int, ...],
+    stats: np.ndarray,
+    affine: np.ndarray,
+    eps: float,
+    frozen: bool,
+) -> np.ndarray:
+    """Fills y and stats; returns x as the kernels walked it, which `backward` will walk again."""
+    if x.size == 0:
+        stats[3] = 1.0 / np.sqrt(stats[2] + eps)
+        return x
+    backend = kernels()
+    views = Views(axes, [x], [y])
+    given, written = _elements(views.views, backend)
+    backend.forward(given, written, stats, affine, eps, frozen)
+    views.finish()
+    return views.inputs[0]
+
+
+def _run_backward(dy: np.ndarray, x: np.ndarray, dx: np.ndarray | None, saved: Saved, grads: np.ndarray) -> None:
+    backend = kernels()
+    views = Views(saved._axes, [x, dy], [dx])  # x first: results take its memory layout
+    given_x, given_dy, written = _elements(views.views, backend)
+    backend.backward(given_dy, given_x, written, saved._stats, saved._affine, grads)
+    views.finish()

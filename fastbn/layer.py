@@ -1,0 +1,152 @@
+"""BatchNorm: the functions as a layer with parameters, gradients and running statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .arguments import Axis, check_channels, check_eps
+from .batchnorm import Saved, backward, forward
+from .running import RunningStats
+
+
+class BatchNorm:
+    """Batch normalization with its parameters: `bn(x)` forward, `bn.backward(dy)`, `bn.train()`, `bn.eval()`.
+
+    In training a call normalizes by the batch and updates `bn.running`; in evaluation it normalizes by
+    `bn.running`. Both can be differentiated.
+
+    Parameters
+    ----------
+    channels : int or tuple of int
+        Number of channels, or their shape if `axis` is a tuple.
+    axis, eps : as in `fastbn.forward`
+    momentum : float or None
+        The weight of the *new* batch in the running statistics (PyTorch's sense); None is the cumulative
+        average. Keras, Flax and ONNX mean the weight of the old value: pass theirs as `decay`.
+    ddof : int
+        1 for the unbiased running variance (PyTorch), 0 for the biased one (Keras, Flax).
+    decay : float, optional
+        1 - momentum.
+    accumulate : bool
+        Add each backward pass to `dgamma` and `dbeta` (until `zero_grad()`) in place of replacing them.
+    dtype : float32 or float64
+        Of the parameters and their gradients.
+
+    Attributes
+    ----------
+    gamma, beta : arrays, yours to update in place
+    dgamma, dbeta : arrays, filled by `backward`
+    running : RunningStats
+    training : bool
+
+    Raises
+    ------
+    TypeError, ValueError
+        As the functions; RuntimeError if `backward` comes before any forward pass.
+
+    >>> import numpy as np, fastbn
+    >>> bn = fastbn.BatchNorm(3)
+    >>> x = np.random.default_rng(0).normal(5, 2, (8, 3, 4, 4)).astype(np.float32)
+    >>> y = bn(x)
+    >>> dx = bn.backward(np.ones_like(y))
+    >>> bn.dbeta.tolist()
+    [128.0, 128.0, 128.0]
+    >>> bn.eval()
+    BatchNorm(3, axis=1, eps=1e-05, momentum=0.1, evaluating, 1 batch seen)
+    """
+
+    def __init__(
+        self,
+        channels: int | tuple[int, ...],
+        axis: Axis = 1,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        *,
+        ddof: int = 1,
+        decay: float | None = None,
+        accumulate: bool = False,
+        dtype: Any = np.float32,
+    ) -> None:
+        self.axis = axis
+        self.eps = check_eps("fastbn.BatchNorm", eps)
+        self.running = RunningStats(channels, momentum, ddof, decay=decay, dtype=dtype)
+        self.accumulate = accumulate
+        self.training = True
+        self.dtype = np.dtype(dtype)
+        if self.dtype not in (np.float32, np.float64):
+            raise TypeError(f"fastbn.BatchNorm: dtype is {self.dtype}; expected float32 (for half types too) or float64")
+        self.gamma, self.beta = np.ones(self.running.shape, dtype), np.zeros(self.running.shape, dtype)
+        self.dgamma, self.dbeta = np.zeros(self.running.shape, dtype), np.zeros(self.running.shape, dtype)
+        self._saved: Saved | None = None
+
+    def __call__(self, x: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
+        """y; in training the running statistics take x in."""
+        frozen = None if self.training else self.running
+        y, self._saved = forward(x, self.gamma, self.beta, axis=self.axis, eps=self.eps, frozen=frozen, out=out)
+        if self._saved.moments is not None:
+            self.running.update(self._saved.moments)
+        return y
+
+    def backward(self, dy: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
+        """dx for the last forward pass; sets `dgamma` and `dbeta`, or adds to them. `out` is where dx goes."""
+        if self._saved is None:
+            raise RuntimeError("fastbn.BatchNorm.backward: no forward pass came before; call bn(x) first")
+        dx, dgamma, dbeta = backward(dy, self._saved, out=out)
+        assert dx is not None  # all three are needed by default
+        assert dgamma is not None
+        assert dbeta is not None
+        if self.accumulate:
+            dgamma, dbeta = self.dgamma + dgamma, self.dbeta + dbeta
+        self.dgamma[...], self.dbeta[...] = dgamma, dbeta
+        return dx
+
+    def zero_grad(self) -> None:
+        """Set `dgamma` and `dbeta` to 0."""
+        self.dgamma[...] = 0
+        self.dbeta[...] = 0
+
+    def train(self, mode: bool = True) -> BatchNorm:
+        """Normalize by the batch from now on (or, with False, by the running statistics)."""
+        self.training = bool(mode)
+        return self
+
+    def eval(self) -> BatchNorm:
+        """Normalize by the running statistics from now on."""
+        return self.train(False)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Copies of all that is learned, as plain arrays: `np.savez(file, **bn.state_dict())`."""
+        mean, var = self.running.exact()
+        return {
+            "gamma": self.gamma.copy(),
+            "beta": self.beta.copy(),
+            "running_mean": mean,
+            "running_var": var,
+            "batches": np.array(self.running.batches),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a `state_dict`, or an opened npz file. Nothing changes if anything in it is wrong."""
+        where = "fastbn.BatchNorm.load_state_dict"
+        wanted = set(self.state_dict())
+        if set(state) != wanted:
+            raise ValueError(
+                f"{where}: state has the names {sorted(state)}; expected {sorted(wanted)}. Rename or add what differs"
+            )
+        shape = self.running.shape
+        new = {k: check_channels(where, k, state[k], shape).reshape(shape) for k in sorted(wanted - {"batches"})}
+        batches = int(state["batches"])
+        self.gamma[...], self.beta[...] = new["gamma"], new["beta"]
+        self.running.mean, self.running.var = new["running_mean"], new["running_var"]
+        self.running.batches = batches
+
+    def __repr__(self) -> str:
+        shape, seen = self.running.shape, self.running.batches
+        return (
+            f"BatchNorm({shape[0] if len(shape) == 1 else shape}, axis={self.axis}, eps={self.eps}, "
+            f"momentum={self.running.momentum}, {'training' if self.training else 'evaluating'}, "
+            f"{seen} {'batch' if seen == 1 else 'batches'} seen)"
+        )

@@ -1,0 +1,158 @@
+"""Kernels compiled on first use, with a cache on disk that can slow a call down but never fail one.
+
+Numba's own `cache=True` can: no writable folder raises at import, an empty or truncated file raises in every
+later call, a full disk raises in the call that compiled, and a flipped bit runs. Its index, one for all
+specialisations of a function, is read, changed and written without a lock: two processes that compile two of
+them at once can leave one's argument types pointing at the other's code, and every call is a TypeError.
+
+Here Numba still finds the folder, makes the key and turns code into bytes; but each specialisation has a file
+of its own that opens with a checksum, and whatever goes wrong around it means: compile again.
+"""
+
+import functools
+import hashlib
+import logging
+import os
+import pickle
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+
+_log = logging.getLogger(__name__)
+
+# Numba's key has argument types, byte code, the CPU's name and features. The machine code depends on these as
+# well; on SVML most of all: where it isn't installed, loading code that calls it ends the process.
+_SETTINGS = ("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "USING_SVML")
+
+
+class Kernel:
+    """One function `f(items, ...): for k in prange(items): ...` as a serial and as a parallel dispatcher.
+
+    Both release the GIL, divide as NumPy does (1 / 0 is inf) and compile on the first call with each set of
+    argument types; `options` are those of `numba.njit`, for both. A kernel costs 0.4 ms at import.
+
+    Globals are frozen into the code, and the cache knows them by the sources only: a block size that a test
+    has patched would be stored as the one in the file. Pass such a number as an argument.
+    """
+
+    def __init__(self, function: Callable[..., None], **options: Any) -> None:
+        options = {"nogil": True, "error_model": "numpy", **options}
+        self.serial = _compiled(function, options)
+        self.parallel = _compiled(_twin(function), options | {"parallel": True})
+
+
+def kernel(**options: Any) -> Callable[[Callable[..., None]], Kernel]:
+    """`@kernel(fastmath=...)`: a `Kernel` with options of `numba.njit`."""
+    return lambda function: Kernel(function, **options)
+
+
+def cache_folder() -> str | None:
+    """The folder that compiled kernels are kept in, or None where every process compiles its own."""
+    cache = getattr(_compiled(_nothing, {}), "_cache", None)
+    return getattr(cache, "cache_path", None)
+
+
+def _nothing() -> None: ...
+
+
+def _twin(function: Callable[..., None]) -> Callable[..., None]:
+    """The same function by another name: under one, the cache would give the serial code for the parallel."""
+    code, name = function.__code__, function.__name__ + "_parallel"
+    twin = types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+    twin.__qualname__ = function.__qualname__ + "_parallel"
+    return twin
+
+
+def _compiled(function: Callable[..., None], options: dict[str, Any]) -> Any:
+    """A dispatcher, cached where it can be; with NUMBA_DISABLE_JIT=1 the function itself."""
+    dispatcher = numba.njit(**options)(function)
+    try:
+        dispatcher.enable_caching()
+        cache = dispatcher._cache
+        cache._cache_file = _Files(cache, _stamp(Path(function.__code__.co_filename).parent))
+        dispatcher._cache = _Guard(cache)
+    except Exception as cause:  # no folder, no source, no JIT, or a Numba that has changed these names
+        _log.debug("%s is compiled without a cache: %r", function.__qualname__, cause)
+        dispatcher = numba.njit(**options)(function)
+    return dispatcher
+
+
+@functools.cache
+def _stamp(folder: Path) -> bytes:
+    """Hash of all sources in a kernel's folder: Numba's covers the kernel's own file, helpers live in others.
+
+    Taken when the first kernel is made, 0.2 ms, and not when it is first called: a file edited in between
+    would give its new hash to the code of its old text.
+    """
+    sources = [(path.name, path.read_bytes()) for path in sorted(folder.glob("*.py"))]
+    if not sources:
+        raise FileNotFoundError(f"no sources in {folder}")
+    return hashlib.sha256(repr(sources).encode()).digest()
+
+
+class _Files:
+    """Stands in for Numba's index and data files: one file for each specialisation, checksum first."""
+
+    def __init__(self, cache: Any, stamp: bytes) -> None:
+        self._start = os.path.join(cache.cache_path, cache._impl.filename_base)
+        self._to_bytes = cache._cache_file._dump
+        self._stamp = stamp
+
+    def _path(self, key: Any) -> str:
+        settings = [getattr(numba.config, name, None) for name in _SETTINGS]
+        name = hashlib.sha256(repr((key, settings, numba.__version__, np.__version__)).encode()).hexdigest()
+        return f"{self._start}.{name[:32]}.kernel"
+
+    def _checksum(self, path: str, payload: bytes) -> bytes:
+        return hashlib.sha256(self._stamp + os.path.basename(path).encode() + payload).digest()
+
+    def load(self, key: Any) -> Any:
+        path = self._path(key)
+        try:
+            content = Path(path).read_bytes()
+        except FileNotFoundError:
+            return None
+        if content[:32] != self._checksum(path, content[32:]):
+            _log.debug("%s is damaged or belongs to other sources", path)
+            return None
+        return pickle.loads(content[32:])
+
+    def save(self, key: Any, data: Any) -> None:
+        path, payload = self._path(key), self._to_bytes(data)
+        part = f"{path}.{os.urandom(8).hex()}.tmp"  # so that others see the old file or all of the new one
+        try:
+            Path(part).write_bytes(self._checksum(path, payload) + payload)
+            os.replace(part, path)
+        except BaseException:
+            Path(part).unlink(missing_ok=True)
+            raise
+
+    def flush(self) -> None:
+        """Asked for by `dispatcher.recompile()`, which then saves over the file."""
+
+
+class _Guard:
+    """Numba's cache of one function, but a failure is a miss."""
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return self._cache.load_overload(sig, target_context)
+        except Exception as cause:
+            _log.debug("not loaded: %r", cause)
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            self._cache.save_overload(sig, data)
+        except Exception as cause:
+            _log.debug("not saved: %r", cause)
