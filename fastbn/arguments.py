@@ -21,7 +21,7 @@ def describe(value: Any) -> str:
     """`float32 array of shape (2, 3)`, or the type and value of what is no array."""
     if isinstance(value, np.ndarray):
         return f"{value.dtype} array of shape {value.shape}"
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
@@ -37,7 +37,7 @@ def check_array(function: str, name: str, value: Any) -> np.ndarray:
             f"{function}: {name} is a masked array, whose mask would be ignored; expected a plain NumPy array. "
             f"Pass {name}.filled(value), or only the rows that count"
         )
-    dtype = value.dtype
+    dtype = native(value.dtype)
     if dtype in (np.float16, np.float32, np.float64) or dtype.name == "bfloat16":
         return value
     if dtype.kind in "biu":
@@ -49,6 +49,11 @@ def check_array(function: str, name: str, value: Any) -> np.ndarray:
     raise TypeError(
         f"{function}: {name} is a {describe(value)}; expected float16, bfloat16, float32 or float64. {advice}"
     )
+
+
+def native(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The same number type in this machine's byte order."""
+    return dtype if dtype.isnative else dtype.newbyteorder("=")
 
 
 def check_axis(function: str, x: np.ndarray, axis: Axis) -> tuple[int, ...]:
@@ -74,9 +79,19 @@ def check_axis(function: str, x: np.ndarray, axis: Axis) -> tuple[int, ...]:
     return axes
 
 
+def finite(value: Any) -> float | None:
+    """`value` as a float, if it is one finite real number."""
+    if not isinstance(value, (int, float, np.floating, np.integer)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
 def check_eps(function: str, eps: Any) -> float:
-    if isinstance(eps, (int, float, np.floating)) and math.isfinite(eps) and eps > 0:
-        return float(eps)
+    if (number := finite(eps)) is not None and number > 0:
+        return number
     raise ValueError(f"{function}: eps is {describe(eps)}; expected a finite number above 0, such as 1e-5")
 
 
@@ -84,7 +99,10 @@ def check_channels(function: str, name: str, value: Any, shape: tuple[int, ...])
     """A parameter with one real number for each channel, as float64 of shape (C,)."""
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{function}: {name} is a masked array; expected a plain array. Pass {name}.filled(value)")
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ValueError(f"{function}: {name} is ragged; expected {shape} real numbers") from None
     if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
         raise TypeError(f"{function}: {name} is a {describe(array)}; expected real numbers")
     if array.shape != shape:
@@ -95,10 +113,41 @@ def check_channels(function: str, name: str, value: Any, shape: tuple[int, ...])
     return array.astype(np.float64).reshape(-1)
 
 
+def check_variances(function: str, value: Any, shape: tuple[int, ...], name: str = "var") -> np.ndarray:
+    """As `check_channels`, with no value below 0."""
+    array = check_channels(function, name, value, shape)
+    if (array < 0).any():
+        raise ValueError(f"{function}: {name} has a negative value ({np.nanmin(array):.6g}); expected 0 or more")
+    return array
+
+
+def check_frozen(function: str, frozen: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance in float64, from a pair of them or from RunningStats."""
+    if hasattr(frozen, "exact"):
+        frozen = frozen.exact()
+    if not isinstance(frozen, (tuple, list)) or len(frozen) != 2:
+        raise TypeError(f"{function}: frozen is {describe(frozen)}; expected a pair (mean, var), or RunningStats")
+    return check_channels(function, "mean", frozen[0], shape), check_variances(function, frozen[1], shape)
+
+
+def check_shape(function: str, channels: Any) -> tuple[int, ...]:
+    """The channels' shape, from their number or their shape."""
+    shape = tuple(channels) if isinstance(channels, (tuple, list)) else (channels,)
+    if not shape or not all(isinstance(n, (int, np.integer)) and n >= 0 for n in shape):
+        raise ValueError(f"{function}: channels is {describe(channels)}; expected their number, or a tuple of numbers")
+    return tuple(int(n) for n in shape)
+
+
 def check_out(
-    function: str, name: str, out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], **inputs: np.ndarray | None
+    function: str,
+    name: str,
+    out: Any,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    may_be: dict[str, np.ndarray | None],
+    apart_from: dict[str, np.ndarray | None],
 ) -> np.ndarray:
-    """`out`, if a result of this shape and dtype can be written there; each of `inputs` may be `out` itself."""
+    """`out`, if a result of this shape and dtype can be written there without spoiling the arrays named."""
     target = check_array(function, name, out)
     if target.shape != shape or target.dtype != dtype:
         raise ValueError(
@@ -109,15 +158,18 @@ def check_out(
         raise ValueError(f"{function}: {name} is read-only; expected an array to write to. Pass a copy of it")
     if overlaps_itself(target):
         raise ValueError(
-            f"{function}: {name} of shape {target.shape} has strides {target.strides}, under which elements share memory; "
-            "expected an array with a place for each. Pass np.empty_like(x)"
+            f"{function}: {name} of shape {target.shape} has strides {target.strides}, under which elements share "
+            "memory; expected an array with a place for each. Pass np.empty_like(x)"
         )
-    for other, array in inputs.items():
+    for other, array in may_be.items():
         if array is not None and not same_memory(target, array) and overlap(target, array):
             raise ValueError(
                 f"{function}: {name} overlaps {other} in memory without being {other}; expected the same array or one "
                 "apart from it. Pass another array"
             )
+    for other, array in apart_from.items():
+        if array is not None and overlap(target, array):
+            raise ValueError(f"{function}: {name} overlaps {other} in memory; expected an array apart from it")
     return target
 
 

@@ -7,6 +7,7 @@ together with C-sized arrays of float64; what comes back is arithmetic on C numb
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from typing import Any
 
@@ -18,46 +19,59 @@ from .arguments import (
     check_axis,
     check_channels,
     check_eps,
+    check_frozen,
     check_out,
     describe,
+    native,
     same_memory,
 )
 from .dispatch import Kernels, kernels
-from .layout import Views
+from .layout import Views, empty
 from .moments import Moments
-from .running import RunningStats
 
 
 class OneValueWarning(UserWarning):
-    """Training on one value per channel: its deviation from its own mean is 0, so y is beta and dx is 0."""
+    """Training on one value per channel: its deviation from its own mean is 0, so y is beta and dx is 0.
+
+    >>> import warnings, numpy as np, fastbn
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore", fastbn.OneValueWarning)
+    ...     y, saved = fastbn.forward(np.float32([[7, 8]]), beta=[1, 2])
+    >>> y.tolist()
+    [[1.0, 2.0]]
+    """
 
 
 class Saved:
     """What `forward` keeps for `backward`: x itself (no copy), and C numbers.
 
     `moments` is what forward found in x: pass it to `RunningStats.update`. None with frozen statistics.
+
+    >>> import numpy as np, fastbn
+    >>> fastbn.forward(np.ones((4, 2), np.float32))[1]
+    Saved(float32 x of shape (4, 2), channel axes (1,), frozen=False)
     """
 
-    __slots__ = ("_affine", "_axes", "_eps", "_shape", "_stats", "_x", "dtype", "frozen", "moments")
+    __slots__ = ("_affine", "_axes", "_eps", "_shape", "_stats", "_strides", "_x", "dtype", "frozen", "moments")
 
     def __init__(
         self,
-        x: np.ndarray | None,
-        shape: tuple[int, ...],
-        dtype: np.dtype[Any],
+        walked: np.ndarray | None,
+        x: np.ndarray,
         axes: tuple[int, ...],
         stats: np.ndarray,
         affine: np.ndarray,
         eps: float,
         moments: Moments | None,
     ) -> None:
-        self._x = x
-        self._shape = shape
+        self._x = walked  # x, or the copy of it that the kernels could walk; None if overwritten
+        self._shape = x.shape
+        self._strides = x.strides
         self._axes = axes
         self._stats = stats  # (4, C): mean hi, mean lo, var, 1 / sqrt(var + eps)
         self._affine = affine  # (2, C): gamma, beta
         self._eps = eps
-        self.dtype = dtype
+        self.dtype = x.dtype
         self.moments = moments
         self.frozen = moments is None
 
@@ -83,7 +97,8 @@ def forward(
     Parameters
     ----------
     x : array, at least 2-D, of float16, bfloat16, float32 or float64
-        Any strides. It is kept, not copied, for `backward`, except as `fastbn.layout.Views` says.
+        Any strides. It is kept, not copied, for `backward`, except as `fastbn.layout.Views` says. float64 values
+        from 1e154 on have no float64 variance.
     gamma, beta : array of the channels' shape, optional
         Scale and shift; 1 and 0 if not given.
     axis : int or tuple of int
@@ -127,21 +142,14 @@ def forward(
     channels = tuple(x.shape[a] for a in axes)
     affine = _affine(where, gamma, beta, channels)
     stats = _stats(where, frozen, channels)
-    y = np.empty_like(x, subok=False) if out is None else check_out(where, "out", out, x.shape, x.dtype, x=x)
+    y = _result_like(where, x, out)
+    if frozen is None and x.size and x.size == stats.shape[1]:
+        _warn_of_one_value(x, axis)
     kept: np.ndarray | None = _run_forward(x, y, axes, stats, affine, eps, frozen is not None)
     if out is not None and same_memory(x, out):
         kept = None
-    moments = None
-    if frozen is None:
-        moments = _moments(x, channels, stats)
-        if moments.count == 1:
-            warnings.warn(
-                f"fastbn.forward: one value per channel (x of shape {x.shape}, axis={axis}), so y is beta and dx is 0; "
-                "train on more values, or pass frozen=(mean, var)",
-                OneValueWarning,
-                stacklevel=2,
-            )
-    return y, Saved(kept, x.shape, x.dtype, axes, stats, affine, eps, moments)
+    moments = _moments(x, channels, stats) if frozen is None else None
+    return y, Saved(kept, x, axes, stats, affine, eps, moments)
 
 
 def backward(
@@ -183,17 +191,17 @@ def backward(
     >>> import numpy as np, fastbn
     >>> y, saved = fastbn.forward(np.float32([[1.0], [3.0], [5.0]]))
     >>> dx, dgamma, dbeta = fastbn.backward(np.float32([[1], [0], [0]]), saved)
-    >>> [float(v) for v in (1e3 * dx).round().flat], float(dgamma.round(2)[0]), float(dbeta[0])
-    ([102.0, -204.0, 102.0], -1.22, 1.0)
+    >>> [float(v) for v in (1e3 * dx).round().flat], round(float(dgamma[0]), 3), float(dbeta[0])
+    ([102.0, -204.0, 102.0], -1.225, 1.0)
     """
     where = "fastbn.backward"
     if not isinstance(saved, Saved):
         raise TypeError(f"{where}: saved is {describe(saved)}; expected the second result of fastbn.forward")
     check_array(where, "dy", dy)
-    if dy.shape != saved._shape or dy.dtype != saved.dtype:
+    if dy.shape != saved._shape or native(dy.dtype) != native(saved.dtype):
+        advice = "Is it for another forward pass?" if dy.shape != saved._shape else "Convert it: dy.astype(y.dtype)"
         raise ValueError(
-            f"{where}: dy is a {describe(dy)}; expected {saved.dtype} of shape {saved._shape}, like y. "
-            f"Convert it: dy.astype({saved.dtype.name!r})"
+            f"{where}: dy is a {describe(dy)}; expected {saved.dtype} of shape {saved._shape}, like y. {advice}"
         )
     need_dx, need_dgamma, need_dbeta = _need(where, need)
     given_dx, given_dgamma, given_dbeta = _three(where, out)
@@ -209,11 +217,13 @@ def backward(
     dx = None
     if need_dx:
         if given_dx is not None:
-            dx = check_out(where, "out (dx)", given_dx, saved._shape, saved.dtype, dy=dy, x=x)
+            dx = check_out(where, "out (dx)", given_dx, saved._shape, saved.dtype, {"dy": dy, "x": x}, {})
         else:
-            dx = np.empty_like(dy if x is None else x, subok=False)
-    dgamma = _channel_out(where, "dgamma", given_dgamma, channels, numbers) if need_dgamma else None
-    dbeta = _channel_out(where, "dbeta", given_dbeta, channels, numbers) if need_dbeta else None
+            dx = empty(saved._shape, saved._strides, saved.dtype)
+    apart = {"dy": dy, "x": x, "dx": dx}
+    dgamma = _channel_out(where, "dgamma", given_dgamma, channels, numbers, apart) if need_dgamma else None
+    apart["dgamma"] = dgamma
+    dbeta = _channel_out(where, "dbeta", given_dbeta, channels, numbers, apart) if need_dbeta else None
 
     grads = np.zeros((4, saved._stats.shape[1]))
     if dy.size and (need_dgamma or need_dbeta or not frozen):
@@ -228,8 +238,8 @@ def backward(
         saved._x = None
 
     count = math.prod(saved._shape) // max(1, math.prod(channels))
-    mean_dy = grads[0] + grads[1]
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
+        mean_dy = grads[0] + grads[1]
         if dgamma is not None:
             covariance = grads[2]
             if frozen:  # the given mean is not x's own
@@ -267,7 +277,7 @@ def infer(
     channels = tuple(x.shape[a] for a in axes)
     affine = _affine(where, gamma, beta, channels)
     stats = _stats(where, (mean, var), channels)
-    y = np.empty_like(x, subok=False) if out is None else check_out(where, "out", out, x.shape, x.dtype, x=x)
+    y = _result_like(where, x, out)
     _run_forward(x, y, axes, stats, affine, eps, True)
     return y
 
@@ -299,27 +309,39 @@ def _affine(where: str, gamma: Any, beta: Any, channels: tuple[int, ...]) -> np.
 
 def _stats(where: str, frozen: Any, channels: tuple[int, ...]) -> np.ndarray:
     stats = np.zeros((4, math.prod(channels)))
-    if frozen is None:
-        return stats
-    if isinstance(frozen, RunningStats):
-        frozen = frozen.exact()
-    if not isinstance(frozen, (tuple, list)) or len(frozen) != 2:
-        raise TypeError(f"{where}: frozen is {describe(frozen)}; expected a pair (mean, var), or RunningStats")
-    stats[0] = check_channels(where, "mean", frozen[0], channels)
-    stats[2] = check_channels(where, "var", frozen[1], channels)
-    if stats[2].min(initial=0.0) < 0:
-        raise ValueError(f"{where}: var has a negative value ({stats[2].min():.6g}); expected variances, 0 or more")
+    if frozen is not None:
+        stats[0], stats[2] = check_frozen(where, frozen, channels)
     return stats
+
+
+def _result_like(where: str, x: np.ndarray, out: Any) -> np.ndarray:
+    if out is None:
+        return np.empty_like(x, subok=False)
+    return check_out(where, "out", out, x.shape, x.dtype, {"x": x}, {})
+
+
+def _warn_of_one_value(x: np.ndarray, axis: Axis) -> None:
+    """Before anything is written, as the warning may be an error; named after the caller's line."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("fastbn."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(
+        f"fastbn.forward: one value per channel (x of shape {x.shape}, axis={axis}), so y is beta and dx is 0; "
+        "train on more values, or pass frozen=(mean, var)",
+        OneValueWarning,
+        stacklevel=level,
+    )
 
 
 def _moments(x: np.ndarray, channels: tuple[int, ...], stats: np.ndarray) -> Moments:
     count = math.prod(x.shape) // max(1, math.prod(channels))
-    mean, var = stats[0] + stats[1], stats[2]
-    return Moments(count, mean.reshape(channels), (count * var).reshape(channels), _number_type(x.dtype))
+    with np.errstate(all="ignore"):
+        mean, m2 = stats[0] + stats[1], count * stats[2]
+    return Moments(count, mean.reshape(channels), m2.reshape(channels), _number_type(x.dtype))
 
 
 def _number_type(dtype: np.dtype[Any]) -> type[np.floating[Any]]:
-    return np.float64 if dtype == np.float64 else np.float32
+    return np.float64 if native(dtype) == np.float64 else np.float32
 
 
 def _need(where: str, need: Any) -> tuple[bool, bool, bool]:
@@ -337,11 +359,16 @@ def _three(where: str, out: Any) -> tuple[Any, Any, Any]:
 
 
 def _channel_out(
-    where: str, name: str, given: Any, channels: tuple[int, ...], dtype: type[np.floating[Any]]
+    where: str,
+    name: str,
+    given: Any,
+    channels: tuple[int, ...],
+    dtype: type[np.floating[Any]],
+    apart: dict[str, np.ndarray | None],
 ) -> np.ndarray:
     if given is None:
         return np.empty(channels, dtype)
-    return check_out(where, f"out ({name})", given, channels, np.dtype(dtype))
+    return check_out(where, f"out ({name})", given, channels, np.dtype(dtype), {}, apart)
 
 
 def _elements(views: list[np.ndarray | None], backend: Kernels) -> list[Any]:

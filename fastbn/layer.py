@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .arguments import Axis, check_channels, check_eps
+from .arguments import Axis, check_channels, check_eps, check_variances, describe
 from .batchnorm import Saved, backward, forward
 from .running import RunningStats
 
@@ -77,7 +77,7 @@ class BatchNorm:
         self.training = True
         self.dtype = np.dtype(dtype)
         if self.dtype not in (np.float32, np.float64):
-            raise TypeError(f"fastbn.BatchNorm: dtype is {self.dtype}; expected float32 (for half types too) or float64")
+            raise TypeError(f"fastbn.BatchNorm: dtype is {self.dtype}; expected float32 or float64")
         self.gamma, self.beta = np.ones(self.running.shape, dtype), np.zeros(self.running.shape, dtype)
         self.dgamma, self.dbeta = np.zeros(self.running.shape, dtype), np.zeros(self.running.shape, dtype)
         self._saved: Saved | None = None
@@ -126,22 +126,23 @@ class BatchNorm:
             "running_mean": mean,
             "running_var": var,
             "batches": np.array(self.running.batches),
+            "variances": np.array(self.running.variances),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a `state_dict`, or an opened npz file. Nothing changes if anything in it is wrong."""
         where = "fastbn.BatchNorm.load_state_dict"
         wanted = set(self.state_dict())
-        if set(state) != wanted:
-            raise ValueError(
-                f"{where}: state has the names {sorted(state)}; expected {sorted(wanted)}. Rename or add what differs"
-            )
+        if not isinstance(state, Mapping) or set(state) != wanted:
+            came = sorted(map(str, state)) if isinstance(state, Mapping) else describe(state)
+            raise ValueError(f"{where}: state has {came}; expected {sorted(wanted)}. Rename or add what differs")
         shape = self.running.shape
-        new = {k: check_channels(where, k, state[k], shape).reshape(shape) for k in sorted(wanted - {"batches"})}
-        batches = int(state["batches"])
-        self.gamma[...], self.beta[...] = new["gamma"], new["beta"]
-        self.running.mean, self.running.var = new["running_mean"], new["running_var"]
-        self.running.batches = batches
+        gamma, beta, mean = (check_channels(where, k, state[k], shape) for k in ("gamma", "beta", "running_mean"))
+        var = check_variances(where, state["running_var"], shape, "running_var")
+        batches, variances = (_count(where, k, state[k]) for k in ("batches", "variances"))
+        self.gamma[...], self.beta[...] = gamma.reshape(shape), beta.reshape(shape)
+        self.running.mean, self.running.var = mean.reshape(shape), var.reshape(shape)
+        self.running.batches, self.running.variances = batches, variances
 
     def __repr__(self) -> str:
         shape, seen = self.running.shape, self.running.batches
@@ -150,3 +151,10 @@ class BatchNorm:
             f"momentum={self.running.momentum}, {'training' if self.training else 'evaluating'}, "
             f"{seen} {'batch' if seen == 1 else 'batches'} seen)"
         )
+
+
+def _count(where: str, name: str, value: Any) -> int:
+    number = np.asarray(value)
+    if number.shape != () or number.dtype.kind not in "iu" or number < 0:
+        raise ValueError(f"{where}: {name} is {describe(value)}; expected a number of batches, 0 or more")
+    return int(number)

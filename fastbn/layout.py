@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -63,6 +63,12 @@ def collapse(shape: tuple[int, ...], axes: tuple[int, ...], *strides: tuple[int,
         return math.prod(shape[a] for a in group)
 
     return Collapse((*ones, *outer, *c, *inner), (size(outer), size(c), size(inner)))
+
+
+def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """A dense array whose axes follow each other in memory as under `strides`: np.empty_like without the array."""
+    order = sorted(range(len(shape)), key=lambda a: -abs(strides[a]))
+    return np.empty([shape[a] for a in order], dtype).transpose(np.argsort(order))
 
 
 class Views:

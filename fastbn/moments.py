@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .arguments import check_channels
+from .arguments import check_channels, check_variances, describe
 
 
 class Moments:
@@ -43,27 +43,27 @@ class Moments:
     __slots__ = ("_m2", "_mean", "count", "dtype", "shape")
 
     def __init__(self, count: int, mean: Any, m2: Any, dtype: Any = np.float32) -> None:
-        if count < 0:
-            raise ValueError(f"fastbn.Moments: count is {count}; expected a number of values, 0 or more")
+        if not isinstance(count, (int, np.integer)) or count < 0:
+            raise ValueError(f"fastbn.Moments: count is {describe(count)}; expected a number of values, 0 or more")
         self.shape: tuple[int, ...] = np.shape(mean)
-        self.count = count
+        self.count = int(count)
         self.dtype: np.dtype[Any] = np.dtype(dtype)
         self._mean = check_channels("fastbn.Moments", "mean", mean, self.shape).reshape(self.shape)
-        self._m2 = check_channels("fastbn.Moments", "m2", m2, self.shape).reshape(self.shape)
+        self._m2 = check_variances("fastbn.Moments", m2, self.shape, "m2").reshape(self.shape)
 
     @property
     def mean(self) -> np.ndarray:
         """Mean of every channel (0 for no values)."""
-        return self._mean.astype(self.dtype)
+        return _rounded(self._mean, self.dtype)
 
     @property
     def m2(self) -> np.ndarray:
         """Sum of squared deviations from the mean."""
-        return self._m2.astype(self.dtype)
+        return _rounded(self._m2, self.dtype)
 
     def var(self, ddof: int = 0) -> np.ndarray:
         """Variance, M2 / (count - ddof): NaN where the count does not exceed `ddof`."""
-        return self.exact(ddof)[1].astype(self.dtype)
+        return _rounded(self.exact(ddof)[1], self.dtype)
 
     def exact(self, ddof: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Mean and variance in float64, whatever the data were."""
@@ -84,7 +84,7 @@ class Moments:
         if not (self.count and other.count):
             rest = other if other.count else self
             return Moments(count, rest._mean, rest._m2, dtype)
-        with np.errstate(invalid="ignore"):  # Inf - Inf, where a channel has both
+        with np.errstate(all="ignore"):  # Inf - Inf is NaN, and meant to be
             delta = other._mean - self._mean
             mean = self._mean + delta * (other.count / count)
             m2 = self._m2 + other._m2 + delta * delta * (self.count * other.count / count)
@@ -102,3 +102,8 @@ class Moments:
             return "[" + ", ".join(shown + ["..."] * (values.size > 6)) + "]"
 
         return f"Moments(count={self.count}, mean={few(self._mean)}, var={few(self.exact()[1])})"
+
+
+def _rounded(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    with np.errstate(over="ignore"):  # the variance of float32 data of 1e20 is inf in float32
+        return values.astype(dtype)

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arguments import Axis, check_array, check_axis, check_channels, check_eps
-from .kernels.reference import centred, gradient, normalize
+from .arguments import Axis, check_array, check_axis, check_channels, check_eps, check_frozen
+from .kernels.reference import average, centred, gradient, normalize
 from .moments import Moments
 
 
@@ -51,11 +51,11 @@ def forward(
     elif frozen is None:
         d, hi, lo = centred(x, reduced)
         with np.errstate(all="ignore"):
-            var = (d * d).mean(reduced, keepdims=True)
+            var = average(d * d, reduced)
         count = x.size // math.prod(channels)
         found = Moments(count, (hi + lo).reshape(channels), count * var.reshape(channels), np.float64)
     else:
-        mean, var = (check_channels(where, "frozen", f, channels).reshape(wide) for f in frozen)
+        mean, var = (f.reshape(wide) for f in check_frozen(where, frozen, channels))
         d = x.astype(np.float64) - mean
     eps = check_eps(where, eps)
     moments = None if frozen is not None else found

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
-from .arguments import check_channels, describe
+from .arguments import check_channels, check_shape, check_variances, describe, finite
 from .moments import Moments
 
 
@@ -57,19 +56,22 @@ class RunningStats:
     ) -> None:
         if decay is not None:
             if momentum != 0.1:
-                raise ValueError("fastbn.RunningStats: momentum and decay are both given; decay is 1 - momentum, pass one")
+                raise ValueError("fastbn.RunningStats: momentum and decay are both given; pass one of them")
             momentum = 1 - _weight("decay", decay)
+        if not isinstance(ddof, (int, np.integer)) or ddof < 0:
+            raise ValueError(f"fastbn.RunningStats: ddof is {describe(ddof)}; expected 0 or 1 (or more)")
         self.momentum = None if momentum is None else _weight("momentum", momentum)
-        self.ddof = ddof
-        self.batches = 0
+        self.ddof = int(ddof)
+        self.batches = 0  # taken in
+        self.variances = 0  # of them, those large enough to have a variance
         self.dtype: np.dtype[Any] = np.dtype(dtype)
-        self.shape: tuple[int, ...] = tuple(channels) if isinstance(channels, (tuple, list)) else (channels,)
+        self.shape = check_shape("fastbn.RunningStats", channels)
         self._mean, self._var = np.zeros(self.shape), np.ones(self.shape)
 
     @property
     def mean(self) -> np.ndarray:
         """Running mean: a copy; assign to change it."""
-        return _frozen(self._mean.astype(self.dtype))
+        return self._read(self._mean)
 
     @mean.setter
     def mean(self, value: Any) -> None:
@@ -78,11 +80,11 @@ class RunningStats:
     @property
     def var(self) -> np.ndarray:
         """Running variance: a copy; assign to change it."""
-        return _frozen(self._var.astype(self.dtype))
+        return self._read(self._var)
 
     @var.setter
     def var(self, value: Any) -> None:
-        self._var = check_channels("fastbn.RunningStats", "var", value, self.shape).reshape(self.shape)
+        self._var = check_variances("fastbn.RunningStats", value, self.shape).reshape(self.shape)
 
     def exact(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and variance in float64, as they are kept."""
@@ -101,14 +103,26 @@ class RunningStats:
             )
         if moments.count == 0:
             return
-        self.batches += 1
-        self.dtype = np.promote_types(self.dtype, moments.dtype)
-        weight = 1 / self.batches if self.momentum is None else self.momentum
         mean, var = moments.exact(self.ddof)
-        with np.errstate(invalid="ignore"):
-            self._mean += weight * (mean - self._mean)
-            if moments.count > self.ddof:
-                self._var += weight * (var - self._var)
+        self.dtype = np.promote_types(self.dtype, moments.dtype)
+        self.batches += 1
+        self._mean = self._mixed(self._mean, mean, self.batches)
+        if moments.count > self.ddof:
+            self.variances += 1
+            self._var = self._mixed(self._var, var, self.variances)
+
+    def _mixed(self, old: np.ndarray, new: np.ndarray, batches: int) -> np.ndarray:
+        weight = 1 / batches if self.momentum is None else self.momentum
+        if weight == 1:  # nothing of the old value stays, not even its NaN
+            return new
+        with np.errstate(all="ignore"):
+            return np.asarray((1 - weight) * old + weight * new)
+
+    def _read(self, values: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            copy = values.astype(self.dtype)
+        copy.flags.writeable = False  # writing into a copy is an error, not lost
+        return copy
 
     def __repr__(self) -> str:
         return (
@@ -118,12 +132,6 @@ class RunningStats:
 
 
 def _weight(name: str, value: Any) -> float:
-    if isinstance(value, (int, float, np.floating)) and math.isfinite(value) and 0 <= value <= 1:
-        return float(value)
+    if (number := finite(value)) is not None and 0 <= number <= 1:
+        return number
     raise ValueError(f"fastbn.RunningStats: {name} is {describe(value)}; expected a number in [0, 1]")
-
-
-def _frozen(array: np.ndarray) -> np.ndarray:
-    """Read-only, so that writing into a copy is an error and not lost."""
-    array.flags.writeable = False
-    return array

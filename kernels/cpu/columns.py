@@ -83,10 +83,12 @@ def _pivots(a, r0, r1, c0, pivot, total, scratch):  # type: ignore[no-untyped-de
     for j in range(total.size):
         pivot[j] = narrow(total[j] / (r1 - r0), total[j])
         finite = finite and math.isfinite(pivot[j])
-    if not finite:  # float32 sums overflow near 3e38
-        pivot[:] = 0.0
-        _add(a, r0, r1, c0, pivot, scratch)
-        pivot /= r1 - r0
+    if not finite:  # float32 sums overflow near 3e38; the other channels keep their pivots, and so their bits
+        wide = np.zeros(pivot.size)
+        _add(a, r0, r1, c0, wide, scratch)
+        for j in range(pivot.size):
+            if not math.isfinite(pivot[j]):
+                pivot[j] = wide[j] / (r1 - r0)
 
 
 @njit(error_model="numpy")
@@ -109,6 +111,7 @@ def _merge_columns_co(n, hi, lo, t, m, nb, hib, lob, tb, mb):  # type: ignore[no
 
 @njit(error_model="numpy")
 def _forward_sum(tile, p, x, part, plan):  # type: ignore[no-untyped-def]
+    keep_whole()
     c0 = tile * plan[0]
     width = min(plan[0], x.shape[1] - c0)
     height, rows = plan[1], x.shape[0] * x.shape[2]
@@ -168,6 +171,7 @@ def _normalize(x, y, r0, r1, c0, hi, lo, scale, beta, scratch):  # type: ignore[
 
 @njit(error_model="numpy")
 def _forward_map(tile, p, x, y, stats, affine, plan):  # type: ignore[no-untyped-def]
+    keep_whole()
     c0 = tile * plan[0]
     c1 = min(c0 + plan[0], x.shape[1])
     first, last = p * plan[3] * plan[1], min((p + 1) * plan[3] * plan[1], x.shape[0] * x.shape[2])
@@ -179,30 +183,27 @@ def _forward_map(tile, p, x, y, stats, affine, plan):  # type: ignore[no-untyped
 @njit(error_model="numpy")
 def _forward_item(k, x, y, stats, affine, eps, part, plan, stage):  # type: ignore[no-untyped-def]
     pieces = (plan[2] + plan[3] - 1) // plan[3]
-    if stage == SUM:
-        _forward_sum(k // pieces, k % pieces, x, part, plan)
-    elif stage == MAP:
-        _forward_map(k // pieces, k % pieces, x, y, stats, affine, plan)
-    else:
-        if stage & SUM:
-            for p in range(pieces):
-                _forward_sum(k, p, x, part, plan)
-        if stage & FINISH:
-            _forward_finish(k, stats, part, eps, plan)
-        if stage & MAP:
-            for p in range(pieces - 1, -1, -1):
-                _forward_map(k, p, x, y, stats, affine, plan)
+    c, first, last = (k, 0, pieces) if stage & FINISH else (k // pieces, k % pieces, k % pieces + 1)
+    if stage & SUM:
+        for p in range(first, last):
+            _forward_sum(c, p, x, part, plan)
+    if stage & FINISH:
+        _forward_finish(c, stats, part, eps, plan)
+    if stage & MAP:
+        for p in range(last - 1, first - 1, -1):  # what was read last is in cache
+            _forward_map(c, p, x, y, stats, affine, plan)
 
 
 @Kernel
 def columns_forward(items, x, y, stats, affine, eps, part, plan, stage):  # type: ignore[no-untyped-def]
     """x, y (O, C, I), stats (4, C), affine (2, C), part (P, 4, C); y is not touched without the MAP stage."""
     for k in prange(items):
-        _forward_item(k, x, y, stats, affine, eps, part, plan, stage)
+        _forward_item(np.int64(k), x, y, stats, affine, eps, part, plan, stage)
 
 
 @njit(error_model="numpy")
 def _backward_sum(tile, p, dy, x, stats, part, plan):  # type: ignore[no-untyped-def]
+    keep_whole()
     c0 = tile * plan[0]
     width = min(plan[0], x.shape[1] - c0)
     height, rows = plan[1], x.shape[0] * x.shape[2]
@@ -265,6 +266,7 @@ def _gradient(dy, x, dx, r0, r1, c0, ghi, glo, hi, lo, a, b, scratch):  # type: 
 
 @njit(error_model="numpy")
 def _backward_map(tile, p, dy, x, dx, stats, affine, grads, plan):  # type: ignore[no-untyped-def]
+    keep_whole()
     c0 = tile * plan[0]
     c1 = min(c0 + plan[0], x.shape[1])
     first, last = p * plan[3] * plan[1], min((p + 1) * plan[3] * plan[1], x.shape[0] * x.shape[2])
@@ -279,23 +281,19 @@ def _backward_map(tile, p, dy, x, dx, stats, affine, grads, plan):  # type: igno
 @njit(error_model="numpy")
 def _backward_item(k, dy, x, dx, stats, affine, grads, part, plan, stage):  # type: ignore[no-untyped-def]
     pieces = (plan[2] + plan[3] - 1) // plan[3]
-    if stage == SUM:
-        _backward_sum(k // pieces, k % pieces, dy, x, stats, part, plan)
-    elif stage == MAP:
-        _backward_map(k // pieces, k % pieces, dy, x, dx, stats, affine, grads, plan)
-    else:
-        if stage & SUM:
-            for p in range(pieces):
-                _backward_sum(k, p, dy, x, stats, part, plan)
-        if stage & FINISH:
-            _backward_finish(k, grads, part, plan)
-        if stage & MAP:
-            for p in range(pieces - 1, -1, -1):
-                _backward_map(k, p, dy, x, dx, stats, affine, grads, plan)
+    c, first, last = (k, 0, pieces) if stage & FINISH else (k // pieces, k % pieces, k % pieces + 1)
+    if stage & SUM:
+        for p in range(first, last):
+            _backward_sum(c, p, dy, x, stats, part, plan)
+    if stage & FINISH:
+        _backward_finish(c, grads, part, plan)
+    if stage & MAP:
+        for p in range(last - 1, first - 1, -1):  # what was read last is in cache
+            _backward_map(c, p, dy, x, dx, stats, affine, grads, plan)
 
 
 @Kernel
 def columns_backward(items, dy, x, dx, stats, affine, grads, part, plan, stage):  # type: ignore[no-untyped-def]
     """dy, x, dx (O, C, I), stats (4, C), affine (2, C), grads (4, C), part (P, 5, C)."""
     for k in prange(items):
-        _backward_item(k, dy, x, dx, stats, affine, grads, part, plan, stage)
+        _backward_item(np.int64(k), dy, x, dx, stats, affine, grads, part, plan, stage)

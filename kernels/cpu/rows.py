@@ -24,7 +24,7 @@ from .blocks import (
     settle,
 )
 from .compile import Kernel
-from .numbers import run
+from .numbers import keep_whole, run
 
 SUM, FINISH, MAP = 1, 2, 4
 
@@ -67,6 +67,7 @@ def _scatter(values, a, c, o0, o1, i0, n):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def _forward_sum(c, p, x, part, plan):  # type: ignore[no-untyped-def]
+    keep_whole()
     n = hi = lo = m2 = 0.0
     scratch = np.empty(plan[0] * plan[2], x.dtype)
     for k in range(p * plan[4], min((p + 1) * plan[4], plan[3])):
@@ -91,6 +92,7 @@ def _forward_finish(c, stats, part, eps):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def _forward_map(c, p, x, y, stats, affine, plan):  # type: ignore[no-untyped-def]
+    keep_whole()
     hi, lo, scale, beta = stats[0, c], stats[1, c], affine[0, c] * stats[3, c], affine[1, c]
     direct = y.strides[2] == y.itemsize
     scratch = np.empty(plan[2], x.dtype)
@@ -109,29 +111,27 @@ def _forward_map(c, p, x, y, stats, affine, plan):  # type: ignore[no-untyped-de
 @njit(error_model="numpy")
 def _forward_item(k, x, y, stats, affine, eps, part, plan, stage):  # type: ignore[no-untyped-def]
     pieces = (plan[3] + plan[4] - 1) // plan[4]
-    if stage == SUM:
-        _forward_sum(k // pieces, k % pieces, x, part, plan)
-    elif stage == MAP:
-        _forward_map(k // pieces, k % pieces, x, y, stats, affine, plan)
-    else:
-        if stage & SUM:
-            for p in range(pieces):
-                _forward_sum(k, p, x, part, plan)
-        _forward_finish(k, stats, part, eps)
-        if stage & MAP:
-            for p in range(pieces - 1, -1, -1):
-                _forward_map(k, p, x, y, stats, affine, plan)
+    c, first, last = (k, 0, pieces) if stage & FINISH else (k // pieces, k % pieces, k % pieces + 1)
+    if stage & SUM:
+        for p in range(first, last):
+            _forward_sum(c, p, x, part, plan)
+    if stage & FINISH:
+        _forward_finish(c, stats, part, eps)
+    if stage & MAP:
+        for p in range(last - 1, first - 1, -1):  # what was read last is in cache
+            _forward_map(c, p, x, y, stats, affine, plan)
 
 
 @Kernel
 def rows_forward(items, x, y, stats, affine, eps, part, plan, stage):  # type: ignore[no-untyped-def]
     """x, y (O, C, I), stats (4, C), affine (2, C), part (P, 4, C); y is not touched without the MAP stage."""
     for k in prange(items):
-        _forward_item(k, x, y, stats, affine, eps, part, plan, stage)
+        _forward_item(np.int64(k), x, y, stats, affine, eps, part, plan, stage)
 
 
 @njit(error_model="numpy")
 def _backward_sum(c, p, dy, x, stats, part, plan):  # type: ignore[no-untyped-def]
+    keep_whole()
     n = hi = lo = t = m = 0.0
     scratch_dy = np.empty(plan[0] * plan[2], dy.dtype)
     scratch_x = np.empty(plan[0] * plan[2], x.dtype)
@@ -159,6 +159,7 @@ def _backward_finish(c, grads, part):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def _backward_map(c, p, dy, x, dx, stats, affine, grads, plan):  # type: ignore[no-untyped-def]
+    keep_whole()
     hi, lo, ghi, glo = stats[0, c], stats[1, c], grads[0, c], grads[1, c]
     a = affine[0, c] * stats[3, c]
     b = -a * (grads[2, c] * stats[3, c]) * stats[3, c]
@@ -181,22 +182,19 @@ def _backward_map(c, p, dy, x, dx, stats, affine, grads, plan):  # type: ignore[
 @njit(error_model="numpy")
 def _backward_item(k, dy, x, dx, stats, affine, grads, part, plan, stage):  # type: ignore[no-untyped-def]
     pieces = (plan[3] + plan[4] - 1) // plan[4]
-    if stage == SUM:
-        _backward_sum(k // pieces, k % pieces, dy, x, stats, part, plan)
-    elif stage == MAP:
-        _backward_map(k // pieces, k % pieces, dy, x, dx, stats, affine, grads, plan)
-    else:
-        if stage & SUM:
-            for p in range(pieces):
-                _backward_sum(k, p, dy, x, stats, part, plan)
-        _backward_finish(k, grads, part)
-        if stage & MAP:
-            for p in range(pieces - 1, -1, -1):
-                _backward_map(k, p, dy, x, dx, stats, affine, grads, plan)
+    c, first, last = (k, 0, pieces) if stage & FINISH else (k // pieces, k % pieces, k % pieces + 1)
+    if stage & SUM:
+        for p in range(first, last):
+            _backward_sum(c, p, dy, x, stats, part, plan)
+    if stage & FINISH:
+        _backward_finish(c, grads, part)
+    if stage & MAP:
+        for p in range(last - 1, first - 1, -1):  # what was read last is in cache
+            _backward_map(c, p, dy, x, dx, stats, affine, grads, plan)
 
 
 @Kernel
 def rows_backward(items, dy, x, dx, stats, affine, grads, part, plan, stage):  # type: ignore[no-untyped-def]
     """dy, x, dx (O, C, I), stats (4, C), affine (2, C), grads (4, C), part (P, 5, C)."""
     for k in prange(items):
-        _backward_item(k, dy, x, dx, stats, affine, grads, part, plan, stage)
+        _backward_item(np.int64(k), dy, x, dx, stats, affine, grads, part, plan, stage)

@@ -1,0 +1,28 @@
+"""Fixtures shared by the numeric tests."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import fastbn
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def backend(request):
+    with fastbn.set_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Blocks, pieces and tiles so small that a small array has many of each, and always runs on all threads."""
+    from fastbn.kernels import cpu
+
+    monkeypatch.setattr(cpu, "SIZES", cpu.Sizes(block=20, piece=3, tile=16, area=64, serial=0))
+
+
+@pytest.fixture
+def rng(request):
+    """Random numbers of the test's own, the same in every run."""
+    return np.random.default_rng(list(request.node.nodeid.encode()))

@@ -1,0 +1,87 @@
+"""The same bits for any number of threads and from run to run, forward and backward, in every layout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+SCRIPT = """
+import hashlib, json, sys
+import numba
+import numpy as np
+import fastbn
+from fastbn.kernels import cpu
+
+def digest(*arrays):
+    return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()[:16]
+
+def results(x, axis, rng):
+    channels = x.shape[axis]
+    gamma, beta = rng.normal(size=(2, channels)).astype(np.float32)
+    dy = rng.normal(size=x.shape).astype(x.dtype)
+    y, saved = fastbn.forward(x, gamma, beta, axis=axis)
+    return digest(y, *saved.moments.exact(), *fastbn.backward(dy, saved))
+
+out = {}
+sizes = {"real": cpu.SIZES, "tiny": cpu.Sizes(block=50, piece=3, tile=16, area=64, serial=0)}
+for name, size in sizes.items():
+    cpu.SIZES = size
+    n = 20 if name == "real" else 1
+    for threads in [int(t) for t in sys.argv[1].split(",")]:
+        numba.set_num_threads(threads)
+        for dtype in ("float32", "float64"):
+            for case, (shape, axis, order) in enumerate([
+                ((8, 6 * n, 131), 1, (0, 1, 2)),      # many channels, rows
+                ((5, 2, 2000 * n), 1, (0, 1, 2)),     # two channels in pieces
+                ((900 * n, 70), 1, (0, 1)),           # columns, folded when large
+                ((701 * n, 3), 1, (0, 1)),            # three channels, columns folded
+                ((90, 40 * n, 5), 1, (0, 2, 1)),      # channels-last strides
+                ((200 * n, 33), 1, (1, 0)),           # transposed
+            ]):
+                rng = np.random.default_rng(case)
+                x = (rng.normal(size=shape) + 3).astype(dtype)
+                x = np.ascontiguousarray(x.transpose(order)).transpose(np.argsort(order))
+                out.setdefault(f"{name} {dtype} {case}", []).append(results(x, axis, rng))
+print(json.dumps(out))
+"""
+
+
+def run(threads, limit):
+    import os
+
+    process = subprocess.run(
+        [sys.executable, "-c", SCRIPT, threads],
+        env={**os.environ, "NUMBA_NUM_THREADS": limit},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+def test_same_bits_for_any_number_of_threads():
+    many = run("1,2,3,4,8,1", "8")
+    different = {name: digests for name, digests in many.items() if len(set(digests)) != 1}
+    assert not different
+    assert len(many) == 24
+    again = run("2", "2")  # another process, whose kernels come from the cache
+    assert {name: digests[0] for name, digests in many.items()} == {name: digests[0] for name, digests in again.items()}
+
+
+@pytest.mark.usefixtures("tiny")
+def test_other_inputs_give_other_bits(rng):
+    """That the digest above can tell results apart."""
+    import fastbn
+
+    x = rng.normal(size=(4, 3, 5)).astype(np.float32)
+    moved = x.copy()
+    moved[0, 0, 0] = np.nextafter(moved[0, 0, 0], np.float32(9))
+    digests = {hashlib.sha256(fastbn.forward(a)[0].tobytes()).hexdigest() for a in (x, moved)}
+    assert len(digests) == 2

@@ -1,0 +1,174 @@
+"""Which kernels are used: set_backend, FASTBN_BACKEND, and what importing fastbn imports."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import dispatch
+
+
+@pytest.fixture(autouse=True)
+def _as_before():
+    with fastbn.set_backend(fastbn.get_backend()):
+        yield
+
+
+def python(code, backend=None):
+    """A process of its own, with FASTBN_BACKEND set or absent."""
+    env = {name: value for name, value in os.environ.items() if name != "FASTBN_BACKEND"}
+    if backend is not None:
+        env["FASTBN_BACKEND"] = backend
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_a_call_holds_from_then_on():
+    fastbn.set_backend("reference")
+    assert fastbn.get_backend() == "reference"
+    fastbn.set_backend("cpu")
+    assert fastbn.get_backend() == "cpu"
+
+
+def test_a_block_ends():
+    before = fastbn.get_backend()
+    with fastbn.set_backend("reference"):
+        assert fastbn.get_backend() == "reference"
+    assert fastbn.get_backend() == before
+
+
+def test_blocks_nest():
+    with fastbn.set_backend("cpu"):
+        with fastbn.set_backend("reference"):
+            with fastbn.set_backend("auto"):
+                assert fastbn.get_backend() == "auto"
+            assert fastbn.get_backend() == "reference"
+        assert fastbn.get_backend() == "cpu"
+
+
+def test_a_block_ends_after_an_exception():
+    with fastbn.set_backend("cpu"):
+        with pytest.raises(ZeroDivisionError, match="division"), fastbn.set_backend("reference"):
+            1 / 0  # noqa: B018
+        assert fastbn.get_backend() == "cpu"
+
+
+def test_a_call_inside_a_block_ends_with_it():
+    with fastbn.set_backend("cpu"):
+        with fastbn.set_backend("cpu"):
+            fastbn.set_backend("reference")
+        assert fastbn.get_backend() == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("auto", "fastbn.kernels.cpu"), ("cpu", "fastbn.kernels.cpu"), ("reference", "fastbn.kernels.reference")],
+)
+def test_each_name_means_its_kernels(name, module):
+    with fastbn.set_backend(name):
+        assert dispatch.kernels().__name__ == module
+
+
+def test_the_chosen_kernels_are_called(monkeypatch, rng):
+    """And by every function, not only by the first."""
+    from fastbn.kernels import cpu, reference
+
+    calls = []
+    for module in (cpu, reference):
+        for name in ("forward", "backward"):
+            real = getattr(module, name)
+
+            def spy(*args, real=real, module=module, name=name):
+                calls.append((module.__name__.rpartition(".")[2], name))
+                return real(*args)
+
+            monkeypatch.setattr(module, name, spy)
+    x = rng.normal(2, 1, (6, 3)).astype(np.float32)
+    for name in ("reference", "cpu"):
+        with fastbn.set_backend(name):
+            _, saved = fastbn.forward(x)
+            fastbn.backward(x, saved)
+            fastbn.infer(x, np.zeros(3), np.ones(3))
+            fastbn.moments(x)
+        assert calls == [(name, "forward"), (name, "backward"), (name, "forward"), (name, "forward")]
+        calls.clear()
+
+
+def test_backends_agree_but_are_not_the_same_code(rng):
+    x = rng.normal(1e3, 1, (50, 3, 7)).astype(np.float32)
+    results = {}
+    for name in ("cpu", "reference"):
+        with fastbn.set_backend(name):
+            results[name] = fastbn.forward(x, [2, 3, 4], [1, 0, -1])[0]
+    np.testing.assert_allclose(results["cpu"], results["reference"], rtol=0, atol=3e-6)  # 2 eps of |y| up to 12
+
+
+def test_what_one_backend_saved_another_can_use(rng):
+    x, dy = rng.normal(3, 2, (2, 6, 3, 5)).astype(np.float32)
+    with fastbn.set_backend("cpu"):
+        _, saved = fastbn.forward(x)
+        expected = fastbn.backward(dy, saved)
+    with fastbn.set_backend("reference"):
+        got = fastbn.backward(dy, saved)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+WRONG = {
+    "unknown": ("gpu", ValueError, "set_backend: 'gpu' is no backend; expected one of auto, cpu, cupy, numba-cuda"),
+    "another case": ("CPU", ValueError, "'CPU' is no backend"),
+    "empty": ("", ValueError, "'' is no backend"),
+    "none": (None, ValueError, "None is no backend"),
+    "a list": (["cpu"], ValueError, r"\['cpu'\] is no backend"),
+    "cupy": ("cupy", NotImplementedError, "set_backend: .*no kernels for 'cupy' yet; expected one of auto, cpu, ref"),
+    "numba-cuda": ("numba-cuda", NotImplementedError, "no kernels for 'numba-cuda' yet"),
+}
+
+
+@pytest.mark.parametrize(("name", "error", "match"), WRONG.values(), ids=WRONG)
+def test_a_wrong_name_changes_nothing(name, error, match):
+    with fastbn.set_backend("reference"):
+        with pytest.raises(error, match=match):
+            fastbn.set_backend(name)
+        assert fastbn.get_backend() == "reference"
+
+
+@pytest.mark.parametrize(("value", "name"), [(None, "auto"), ("", "auto"), ("reference", "reference"), ("cpu", "cpu")])
+def test_the_environment_variable(value, name):
+    done = python("import fastbn; print(fastbn.get_backend())", backend=value)
+    assert done.stdout.split() == [name], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("gpu", "ValueError: the environment variable FASTBN_BACKEND: 'gpu' is no backend; expected one of auto"),
+        ("cupy", "NotImplementedError: the environment variable FASTBN_BACKEND: this version"),
+    ],
+)
+def test_a_wrong_environment_variable_is_named(value, message):
+    done = python("import fastbn", backend=value)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+HEAVY = "numba", "llvmlite", "cupy", "torch", "sklearn", "matplotlib", "rich", "ml_dtypes"
+
+
+def test_importing_imports_no_array_library_but_numpy():
+    code = f"import sys, fastbn; print(sorted(set({HEAVY!r}) & set(sys.modules)), 'numpy' in sys.modules)"
+    done = python(code)
+    assert done.stdout.strip() == "[] True", done.stderr
+
+
+def test_the_reference_needs_no_numba():
+    code = (
+        "import sys, numpy, fastbn\n"
+        "y, saved = fastbn.forward(numpy.eye(3))\n"
+        "fastbn.backward(y, saved)\n"
+        "print('numba' in sys.modules)"
+    )
+    done = python(code, backend="reference")
+    assert done.stdout.strip() == "False", done.stderr

@@ -1,0 +1,246 @@
+"""RunningStats against the recursion written by hand in float64."""
+
+import re
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import Moments, RunningStats
+
+WEIGHTS = {
+    # arguments, and the weight of the new batch when it is the k-th (from 1)
+    "momentum 0.1, the default": ({}, lambda _: 0.1),
+    "momentum 0.37": ({"momentum": 0.37}, lambda _: 0.37),
+    "decay 0.9": ({"decay": 0.9}, lambda _: 0.1),
+    "decay 0": ({"decay": 0}, lambda _: 1.0),
+    "momentum 1: the last batch": ({"momentum": 1}, lambda _: 1.0),
+    "momentum 0: nothing": ({"momentum": 0.0}, lambda _: 0.0),
+    "momentum None: the average": ({"momentum": None}, lambda k: 1 / k),
+}
+
+
+def ten_batches(rng, dtype=np.float64):
+    """Of sizes that differ, and of means and deviations that move."""
+    for k in range(10):
+        yield rng.normal([3 * k, -40.0, 1e3], [1, 0.2 + k, 5], (int(rng.integers(2, 20)), 3)).astype(dtype)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.parametrize(("arguments", "weight"), WEIGHTS.values(), ids=WEIGHTS)
+def test_ten_steps(rng, arguments, weight, ddof):
+    running = RunningStats(3, ddof=ddof, **arguments)
+    mean, var = np.zeros(3), np.ones(3)
+    for k, x in enumerate(ten_batches(rng), 1):
+        running.update(fastbn.moments(x))
+        mean = (1 - weight(k)) * mean + weight(k) * x.mean(0)
+        var = (1 - weight(k)) * var + weight(k) * x.var(0, ddof=ddof)
+        # Both round a few times a step; 1e-14 of the largest, 1e3.
+        np.testing.assert_allclose(running.mean, mean, rtol=1e-13, atol=1e-11)
+        np.testing.assert_allclose(running.var, var, rtol=1e-13)
+        assert running.batches == k
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_cumulative_is_the_mean_of_the_batches(rng, ddof):
+    running, batches = RunningStats(3, momentum=None, ddof=ddof), list(ten_batches(rng))
+    for x in batches:
+        running.update(fastbn.moments(x))
+    np.testing.assert_allclose(running.mean, np.mean([x.mean(0) for x in batches], 0), rtol=1e-14)
+    np.testing.assert_allclose(running.var, np.mean([x.var(0, ddof=ddof) for x in batches], 0), rtol=1e-14)
+
+
+@pytest.mark.parametrize("momentum", [None, 1, 1.0])
+@pytest.mark.parametrize("var", [1e-9, 1e-17, 1e-300])
+def test_the_first_value_replaces_the_initial_one_exactly(momentum, var):
+    """1 + (var - 1) would be 0 for 1e-17."""
+    running = RunningStats(2, momentum, ddof=0)
+    running.update(Moments(4, [var, 3], [4 * var, 8], np.float64))
+    np.testing.assert_array_equal(running.exact(), [[var, 3], [var, 2]])
+
+
+def test_momentum_1_forgets_a_nan():
+    running = RunningStats(1, momentum=1, ddof=0)
+    running.update(Moments(2, [np.nan], [np.nan]))
+    running.update(Moments(2, [3], [8]))
+    assert (running.mean[0], running.var[0]) == (3, 4)
+
+
+def test_nothing_is_updated_but_by_update(rng):
+    x = rng.normal(5, 2, (6, 3)).astype(np.float32)
+    running = RunningStats(3)
+    running.update(fastbn.moments(x))
+    before = running.exact()
+    _, saved = fastbn.forward(x, frozen=running)
+    fastbn.backward(x, saved)
+    fastbn.forward(x)
+    fastbn.infer(x, running.mean, running.var)
+    np.testing.assert_array_equal(running.exact(), before)
+    assert running.batches == 1
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+def test_an_empty_batch_changes_nothing(rng, momentum):
+    running = RunningStats(3, momentum)
+    for x in (rng.normal(5, 2, (6, 3)), np.empty((0, 3)), rng.normal(3, 1, (6, 3))):
+        before, batches = running.exact(), running.batches
+        running.update(fastbn.moments(x))
+        if not x.size:
+            np.testing.assert_array_equal(running.exact(), before)
+            assert running.batches == batches
+    assert running.batches == 2
+
+
+@pytest.mark.parametrize("momentum", [0.25, None])
+def test_a_batch_of_one_value_has_a_mean_but_no_unbiased_variance(rng, momentum):
+    """N=1 gives NaN or inf elsewhere. Here var stays, and in the average only batches that have one count."""
+    first, one, last = rng.normal(5, 2, (6, 3)), rng.normal(5, 2, (1, 3)), rng.normal(3, 1, (4, 3))
+    for order in ((first, one, last), (one, first, last)):
+        with_one, without = RunningStats(3, momentum), RunningStats(3, momentum)
+        mean = np.zeros(3)
+        for k, x in enumerate(order, 1):
+            with_one.update(fastbn.moments(x))
+            if x is not one:
+                without.update(fastbn.moments(x))
+            weight = 1 / k if momentum is None else momentum
+            mean = (1 - weight) * mean + weight * x.mean(0)
+        np.testing.assert_allclose(with_one.exact()[0], mean, rtol=1e-14)
+        np.testing.assert_array_equal(with_one.exact()[1], without.exact()[1])
+        assert (with_one.batches, without.batches) == (3, 2)
+
+
+def test_one_value_has_a_biased_variance_of_0():
+    running = RunningStats(1, momentum=0.25, ddof=0)
+    running.update(Moments(1, [8], [0]))
+    assert (running.mean[0], running.var[0]) == (2, 0.75)
+
+
+def test_starts_as_mean_0_and_var_1():
+    running = RunningStats((2, 3))
+    np.testing.assert_array_equal(running.exact(), [np.zeros((2, 3)), np.ones((2, 3))])
+    assert running.batches == 0
+
+
+def test_setters_take_copies(rng):
+    mean, var = rng.normal(size=3), rng.uniform(1, 2, 3)
+    running = RunningStats(3, momentum=0.5, dtype=np.float64)
+    running.mean, running.var = mean, var
+    expected = mean.copy(), var.copy()
+    mean[:] = var[:] = 9  # the caller's arrays stay the caller's
+    np.testing.assert_array_equal((running.mean, running.var), expected)
+    running.update(Moments(3, [1, 2, 3], [2, 4, 6]))
+    np.testing.assert_allclose(running.mean, (expected[0] + [1, 2, 3]) / 2, rtol=1e-15)
+    np.testing.assert_allclose(running.var, (expected[1] + [1, 2, 3]) / 2, rtol=1e-15)
+
+
+def test_writing_into_what_was_read_is_an_error():
+    """mean and var are copies: a write would be lost in silence, so it raises."""
+    running = RunningStats(3)
+    for read in (running.mean, running.var):
+        with pytest.raises(ValueError, match="read-only"):
+            read[0] = 5
+    with pytest.raises(ValueError, match="read-only"):
+        running.mean += 1
+    np.testing.assert_array_equal((running.mean, running.var), ([0, 0, 0], [1, 1, 1]))
+
+
+def test_exact_is_the_callers_own():
+    running = RunningStats(2)
+    for values in running.exact():
+        values[:] = 9
+    np.testing.assert_array_equal((running.mean, running.var), ([0, 0], [1, 1]))
+
+
+def test_float64_data_make_it_float64(rng):
+    """What is read is float32 until float64 data come, and stays float64 then."""
+    running = RunningStats(3)
+    for dtype, expected in ((np.float32, np.float32), (np.float64, np.float64), (np.float16, np.float64)):
+        running.update(fastbn.moments(rng.normal(2, 1, (8, 3)).astype(dtype)))
+        assert running.mean.dtype == running.var.dtype == expected
+    assert RunningStats(3, dtype=np.float64).mean.dtype == np.float64
+
+
+@pytest.mark.usefixtures("backend")
+def test_evaluation_is_right_at_an_offset(rng):
+    """At 1e5 a mean kept as float32 moves y by up to 0.004 (measured below); running statistics must not."""
+    x = rng.normal(1e5 + rng.uniform(size=3), rng.uniform(0.5, 2, 3), (50, 3)).astype(np.float32)
+    gamma, beta = rng.normal(1, 0.3, 3), rng.normal(size=3)
+    running = RunningStats(3, momentum=1, ddof=0)
+    running.update(fastbn.moments(x))
+    y, _ = fastbn.forward(x, gamma, beta, frozen=running)
+    expected, _ = fastbn.reference.forward(x, gamma, beta)  # with x's own statistics, which are the same
+    worst = np.abs(y - expected) / np.maximum(1, np.abs(expected))
+    assert worst.max() <= 2 * np.finfo(np.float32).eps
+    by_float32 = fastbn.infer(x, running.mean, running.var, gamma, beta)
+    assert np.abs(by_float32 - expected).max() > 1e-4  # the test would see it
+
+
+def test_large_float32_data_are_read_in_silence():
+    """The variance of 1e20 is inf in float32, and kept as 1e40."""
+    running = RunningStats(1, momentum=1, ddof=0)
+    running.update(fastbn.moments(np.float32([[1e20], [-1e20]])))
+    assert running.var[0] == np.inf
+    np.testing.assert_allclose(running.exact()[1], 1e40, rtol=1e-6)  # float32(1e20) itself is off by 2e-8
+
+
+def test_repr():
+    assert repr(RunningStats(3)) == "RunningStats(channels=3, momentum=0.1, ddof=1, batches=0)"
+    assert repr(RunningStats((3, 2), None, 0)) == "RunningStats(channels=(3, 2), momentum=None, ddof=0, batches=0)"
+
+
+R = "fastbn.RunningStats: "
+WRONG = {
+    "momentum above 1": (lambda: RunningStats(3, 1.1), ValueError, R + r"momentum is float 1\.1; .* in \[0, 1\]"),
+    "momentum below 0": (lambda: RunningStats(3, -0.1), ValueError, R + r"momentum is float -0\.1"),
+    "momentum nan": (lambda: RunningStats(3, np.nan), ValueError, R + "momentum is float nan"),
+    "momentum inf": (lambda: RunningStats(3, np.inf), ValueError, R + "momentum is float inf"),
+    "momentum text": (lambda: RunningStats(3, "0.1"), ValueError, R + r"momentum is str '0\.1'"),
+    "momentum beyond floats": (lambda: RunningStats(3, 10**400), ValueError, R + "momentum is int 1000"),
+    "decay above 1": (lambda: RunningStats(3, decay=90), ValueError, R + "decay is int 90"),
+    "decay nan": (lambda: RunningStats(3, decay=np.nan), ValueError, R + "decay is float nan"),
+    "decay text": (lambda: RunningStats(3, decay="0.9"), ValueError, R + r"decay is str '0\.9'"),
+    "both": (lambda: RunningStats(3, 0.5, decay=0.9), ValueError, R + "momentum and decay are both given"),
+    "both, momentum None": (lambda: RunningStats(3, None, decay=0.9), ValueError, R + "momentum and decay are both"),
+    "ddof text": (lambda: RunningStats(3, ddof="1"), ValueError, R + "ddof is str '1'"),
+    "ddof below 0": (lambda: RunningStats(3, ddof=-1), ValueError, R + "ddof is int -1"),
+    "channels below 0": (lambda: RunningStats(-1), ValueError, R + "channels is int -1"),
+    "channels text": (lambda: RunningStats("3"), ValueError, R + "channels is str '3'"),
+    "channels a float": (lambda: RunningStats(3.0), ValueError, R + r"channels is float 3\.0"),
+    "channels none": (lambda: RunningStats(()), ValueError, R + r"channels is tuple \(\)"),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "match"), WRONG.values(), ids=WRONG)
+def test_errors_of_making(make, error, match):
+    with pytest.raises(error, match=match):
+        make()
+
+
+WRONG_USE = {
+    "update none": (lambda r: r.update(None), TypeError, r"update: moments is a NoneType; .*frozen forward pass"),
+    "update an array": (lambda r: r.update(np.ones(3)), TypeError, r"update: moments is a ndarray; expected Moments"),
+    "other channels": (
+        lambda r: r.update(Moments(2, [1, 2], [1, 2])),
+        ValueError,
+        r"update: moments has channels of shape \(2,\); expected \(3,\)",
+    ),
+    "other channels, of no values": (lambda r: r.update(Moments(0, [1], [1])), ValueError, r"channels of shape \(1,\)"),
+    "mean of other channels": (lambda r: setattr(r, "mean", [1, 2]), ValueError, r"mean has shape \(2,\); expected"),
+    "mean of one number": (lambda r: setattr(r, "mean", 0), ValueError, r"mean has shape \(\); expected \(3,\)"),
+    "var complex": (lambda r: setattr(r, "var", [1j, 1, 1]), TypeError, r"var is a complex128 array"),
+    "var negative": (lambda r: setattr(r, "var", [1, -2, 1]), ValueError, r"var has a negative value \(-2\)"),
+    "var negative beside NaN": (lambda r: setattr(r, "var", [np.nan, -2, 1]), ValueError, r"negative value \(-2\)"),
+}
+
+
+@pytest.mark.parametrize(("use", "error", "match"), WRONG_USE.values(), ids=WRONG_USE)
+def test_errors_of_using_change_nothing(rng, use, error, match):
+    running = RunningStats(3)
+    running.update(fastbn.moments(rng.normal(5, 2, (6, 3)).astype(np.float32)))
+    before = (running.exact(), running.batches, running.dtype)
+    with pytest.raises(error, match=re.compile(match)):
+        use(running)
+    np.testing.assert_array_equal(running.exact(), before[0])
+    assert (running.batches, running.dtype) == before[1:]
