@@ -37,6 +37,8 @@ def check_array(function: str, name: str, value: Any) -> np.ndarray:
             f"{function}: {name} is a masked array, whose mask would be ignored; expected a plain NumPy array. "
             f"Pass {name}.filled(value), or only the rows that count"
         )
+    if isinstance(value, np.matrix):
+        raise TypeError(f"{function}: {name} is an np.matrix, which can't be 3-D; pass np.asarray({name})")
     dtype = native(value.dtype)
     if dtype in (np.float16, np.float32, np.float64) or dtype.name == "bfloat16":
         return value
@@ -175,7 +177,9 @@ def check_out(
 
 def same_memory(a: np.ndarray, b: np.ndarray) -> bool:
     """True where element by element a is b."""
-    return a.shape == b.shape and a.strides == b.strides and a.ctypes.data == b.ctypes.data
+    if a.shape != b.shape or a.ctypes.data != b.ctypes.data:
+        return False
+    return all(s == t for s, t, n in zip(a.strides, b.strides, a.shape, strict=True) if n > 1)
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> bool:

@@ -85,7 +85,12 @@ class set_backend:
 
 
 def get_backend() -> str:
-    """The name that `set_backend` or FASTBN_BACKEND set last; "auto" at first."""
+    """The name that `set_backend` or FASTBN_BACKEND set last; "auto" at first.
+
+    >>> import fastbn
+    >>> fastbn.get_backend()
+    'auto'
+    """
     return _backend
 
 

@@ -113,8 +113,8 @@ class RunningStats:
 
     def _mixed(self, old: np.ndarray, new: np.ndarray, batches: int) -> np.ndarray:
         weight = 1 / batches if self.momentum is None else self.momentum
-        if weight == 1:  # nothing of the old value stays, not even its NaN
-            return new
+        if weight in (0, 1):  # nothing of the other value counts, not even its NaN
+            return new if weight else old
         with np.errstate(all="ignore"):
             return np.asarray((1 - weight) * old + weight * new)
 

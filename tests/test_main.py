@@ -1,0 +1,54 @@
+"""The command line, and what importing costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fastbn.__main__ import main
+
+
+def test_info_as_json(capsys):
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["backends"]["cpu"] == "available"
+    assert facts["backends"]["cupy"].startswith("missing: ")
+    assert facts["cpu"]["threads"] >= 1
+    assert facts["packages"]["numpy"]
+
+
+def test_info_for_people(capsys):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for name in ("numpy", "simd_bits", "threading_layer", "kernel_cache", "reference"):
+        assert name in text
+
+
+def test_info_without_numba(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "fastbn.kernels.cpu", raising=False)
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["backends"]["cpu"].startswith("missing: ")
+
+
+@pytest.mark.parametrize("argv", [[], ["nonsense"], ["info", "--nonsense"]])
+def test_wrong_words_are_an_error(argv, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(argv)
+    assert "usage: fastbn" in capsys.readouterr().err
+
+
+def test_as_a_module():
+    process = subprocess.run(
+        [sys.executable, "-m", "fastbn", "--version"], capture_output=True, text=True, timeout=100, check=True
+    )
+    assert process.stdout.startswith("fastbn ")
+
+
+def test_import_loads_no_compiler_and_no_array_library_but_numpy():
+    code = "import sys, fastbn; print([m for m in ('numba', 'cupy', 'sklearn', 'matplotlib', 'torch') if m in sys.modules])"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
+    assert process.stdout.strip() == "[]"
