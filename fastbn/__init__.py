@@ -1,9 +1,9 @@
 """Batch normalization for arrays, forward and backward (Ioffe & Szegedy 2015).
 
-    y, saved = fastbn.forward(x, gamma, beta)         # training
-    dx, dgamma, dbeta = fastbn.backward(dy, saved)
-    running.update(saved.moments)                     # when you say so
-    y = fastbn.infer(x, running.mean, running.var, gamma, beta)
+y, saved = fastbn.forward(x, gamma, beta)         # training
+dx, dgamma, dbeta = fastbn.backward(dy, saved)
+running.update(saved.moments)                     # when you say so
+y = fastbn.infer(x, running.mean, running.var, gamma, beta)
 """
 
 from . import reference

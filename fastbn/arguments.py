@@ -72,8 +72,7 @@ def check_axis(function: str, x: np.ndarray, axis: Axis) -> tuple[int, ...]:
     for a in given:
         if not -x.ndim <= a < x.ndim:
             raise AxisError(
-                f"{function}: axis={axis} is out of range for x of shape {x.shape}; "
-                f"expected {-x.ndim} to {x.ndim - 1}"
+                f"{function}: axis={axis} is out of range for x of shape {x.shape}; expected {-x.ndim} to {x.ndim - 1}"
             )
     axes = tuple(sorted({a % x.ndim for a in given}))
     if not axes or len(axes) < len(given):

@@ -52,7 +52,7 @@ class Saved:
     Saved(float32 x of shape (4, 2), channel axes (1,), frozen=False)
     """
 
-    __slots__ = ("_affine", "_axes", "_eps", "_shape", "_stats", "_strides", "_x", "dtype", "frozen", "moments")
+    __slots__ = ("_affine", "_axes", "_eps", "_shape", "_stats", "_strides", "_x", "dtype", "frozen")
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Saved:
         stats: np.ndarray,
         affine: np.ndarray,
         eps: float,
-        moments: Moments | None,
+        frozen: bool,
     ) -> None:
         self._x = walked  # x, or the copy of it that the kernels could walk; None if overwritten
         self._shape = x.shape
@@ -72,8 +72,12 @@ class Saved:
         self._affine = affine  # (2, C): gamma, beta
         self._eps = eps
         self.dtype = x.dtype
-        self.moments = moments
-        self.frozen = moments is None
+        self.frozen = frozen
+
+    @property
+    def moments(self) -> Moments | None:
+        """Moments of x (None if frozen), made when asked for: that takes as long as normalizing a small array."""
+        return None if self.frozen else _moments(self._shape, self._axes, self._stats, self.dtype)
 
     def __repr__(self) -> str:
         return f"Saved({self.dtype} x of shape {self._shape}, channel axes {self._axes}, frozen={self.frozen})"
@@ -148,8 +152,7 @@ def forward(
     kept: np.ndarray | None = _run_forward(x, y, axes, stats, affine, eps, frozen is not None)
     if out is not None and same_memory(x, out):
         kept = None
-    moments = _moments(x, channels, stats) if frozen is None else None
-    return y, Saved(kept, x, axes, stats, affine, eps, moments)
+    return y, Saved(kept, x, axes, stats, affine, eps, frozen is not None)
 
 
 def backward(
@@ -297,7 +300,7 @@ def moments(x: np.ndarray, *, axis: Axis = 1) -> Moments:
     channels = tuple(x.shape[a] for a in axes)
     stats = _stats(where, None, channels)
     _run_forward(x, None, axes, stats, _affine(where, None, None, channels), 1.0, False)
-    return _moments(x, channels, stats)
+    return _moments(x.shape, axes, stats, x.dtype)
 
 
 def _affine(where: str, gamma: Any, beta: Any, channels: tuple[int, ...]) -> np.ndarray:
@@ -333,11 +336,12 @@ def _warn_of_one_value(x: np.ndarray, axis: Axis) -> None:
     )
 
 
-def _moments(x: np.ndarray, channels: tuple[int, ...], stats: np.ndarray) -> Moments:
-    count = math.prod(x.shape) // max(1, math.prod(channels))
+def _moments(shape: tuple[int, ...], axes: tuple[int, ...], stats: np.ndarray, dtype: np.dtype[Any]) -> Moments:
+    channels = tuple(shape[a] for a in axes)
+    count = math.prod(shape) // max(1, math.prod(channels))
     with np.errstate(all="ignore"):
         mean, m2 = stats[0] + stats[1], count * stats[2]
-    return Moments(count, mean.reshape(channels), m2.reshape(channels), _number_type(x.dtype))
+    return Moments(count, mean.reshape(channels), m2.reshape(channels), _number_type(dtype))
 
 
 def _number_type(dtype: np.dtype[Any]) -> type[np.floating[Any]]:

@@ -16,7 +16,9 @@ def collect() -> dict[str, Any]:
         "fastbn": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in ("numpy", "numba", "llvmlite", "cupy", "numba-cuda", "ml_dtypes")},
+        "packages": {
+            name: _version(name) for name in ("numpy", "numba", "llvmlite", "cupy", "numba-cuda", "ml_dtypes")
+        },
         "backend": dispatch.get_backend(),
         "backends": {
             "cpu": "available",
@@ -48,11 +50,16 @@ def _cpu() -> dict[str, Any]:
 
     config: Any = numba.config
     features = llvm.get_host_cpu_features()
-    vector = next((bits for flag, bits in (("avx512f", 512), ("avx2", 256), ("sse2", 128), ("neon", 128)) if features.get(flag)), None)
+    vector = next(
+        (bits for flag, bits in (("avx512f", 512), ("avx2", 256), ("sse2", 128), ("neon", 128)) if features.get(flag)),
+        None,
+    )
     return {
         "name": llvm.get_host_cpu_name(),
         "simd_bits": vector,
-        "float16_in_hardware": bool(features.get("f16c") or features.get("fullfp16") or platform.machine() == "aarch64"),
+        "float16_in_hardware": bool(
+            features.get("f16c") or features.get("fullfp16") or platform.machine() == "aarch64"
+        ),
         "threads": threads.threads(),
         "threads_at_most": config.NUMBA_NUM_THREADS,
         "threading_layer": threads.threading_layer() or f"not started ({config.THREADING_LAYER})",

@@ -86,8 +86,8 @@ class BatchNorm:
         """y; in training the running statistics take x in."""
         frozen = None if self.training else self.running
         y, self._saved = forward(x, self.gamma, self.beta, axis=self.axis, eps=self.eps, frozen=frozen, out=out)
-        if self._saved.moments is not None:
-            self.running.update(self._saved.moments)
+        if (moments := self._saved.moments) is not None:
+            self.running.update(moments)
         return y
 
     def backward(self, dy: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:

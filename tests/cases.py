@@ -108,7 +108,9 @@ CASES = [
     Case("cropped image", (3, 4, 8, 9), 1, _inside(0, 0, 2, 3), "height and width don't collapse: one copy"),
     Case("cropped nhwc", (3, 8, 9, 10), -1, _wider(1), "two levels of rows"),
     Case("cropped rows", (3, 10, 9, 10), 1, _wider(2), "gaps between images"),
-    Case("every other", (6, 5, 40), 1, _inside(slice(None, None, 2), slice(None, None, 2), slice(None, None, 2)), "steps"),
+    Case(
+        "every other", (6, 5, 40), 1, _inside(slice(None, None, 2), slice(None, None, 2), slice(None, None, 2)), "steps"
+    ),
     Case("every other nhwc", (6, 40, 10), 2, _inside(0, 0, slice(None, None, 2)), "no axis has unit stride"),
     Case("reversed", (4, 5, 40), 1, _reversed(0, 1, 2), "negative strides"),
     Case("reversed channels", (40, 20), 1, _reversed(1), "negative stride of the run"),
@@ -122,7 +124,9 @@ CASES = [
     Case("instance norm", (4, 5, 60), (0, 1), _as_is, "statistics keep two axes"),
     Case("per pixel", (30, 4, 5), (1, 2), _as_is, "two channel axes, columns"),
     Case("split channels", (4, 30, 5), (0, 2), _as_is, "an axis between the channel axes: one copy"),
-    Case("per pixel, fortran", (30, 4, 5), (-1, -2), lambda x: np.asfortranarray(x), "channel axes the other way round"),
+    Case(
+        "per pixel, fortran", (30, 4, 5), (-1, -2), lambda x: np.asfortranarray(x), "channel axes the other way round"
+    ),
     Case("one channel", (30, 1, 7), 1, _as_is, "C = 1"),
     Case("one channel cropped", (6, 1, 7, 8), 1, _inside(0, 0, 1, 1), "C = 1 and two axes that don't collapse"),
     Case("one row", (1, 6, 50), 1, _as_is, "N = 1"),

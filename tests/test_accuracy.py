@@ -97,7 +97,9 @@ def test_huge_and_subnormal_values(shape, axis, scale, rng):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("dtype", [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), BFLOAT16], ids=lambda d: d.name)
+@pytest.mark.parametrize(
+    "dtype", [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), BFLOAT16], ids=lambda d: d.name
+)
 @layouts
 def test_nan_stays_in_its_channel(shape, axis, dtype, bad, rng):
     x, dy = rng.normal(size=(2, *shape)).astype(dtype)

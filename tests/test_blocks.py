@@ -9,8 +9,6 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
-from numba import njit
-
 from fastbn.kernels.cpu import (
     block_comoments,
     block_gradient,
@@ -19,6 +17,7 @@ from fastbn.kernels.cpu import (
     merge_comoments,
     merge_moments,
 )
+from numba import njit
 
 
 @njit

@@ -184,9 +184,7 @@ def test_options_reach_both(folder: Path) -> None:
     ],
     ids=["helper", "kernel", "another"],
 )
-def test_edited_sources_are_compiled_again(
-    folder: Path, name: str, before: str, after: str, factor: float
-) -> None:
+def test_edited_sources_are_compiled_again(folder: Path, name: str, before: str, after: str, factor: float) -> None:
     (folder / f"{name}.py").write_text(before)
     check(imported().scale.serial, 0)
     (folder / f"{name}.py").write_text(after)
@@ -361,9 +359,7 @@ def test_filled_cache_turned_read_only(folder: Path, monkeypatch: pytest.MonkeyP
 
 def test_disk_full(folder: Path) -> None:
     # A limit on the size of files: write() itself fails, after the first 1000 bytes.
-    limited = (
-        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); check(toy.scale.serial, 0)"
-    )
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); check(toy.scale.serial, 0)"
     succeeded(child(folder, limited, PYTHONDONTWRITEBYTECODE="1"))
     assert files(folder) == leftovers(folder) == []
     toy = imported()
@@ -488,8 +484,7 @@ def test_processes_fill_one_cold_cache(folder: Path) -> None:
     script = PRELUDE + "for dtype in sys.argv[1:]: check(toy.scale.serial, dtype=np.dtype(dtype).type)"
     orders = [["float64", "float32"], ["float32", "float64"], ["int64", "float32"]]
     started = [
-        subprocess.Popen([sys.executable, "-W", "error", "-c", script, *order], cwd=folder.parent)
-        for order in orders
+        subprocess.Popen([sys.executable, "-W", "error", "-c", script, *order], cwd=folder.parent) for order in orders
     ]
     try:
         assert [process.wait(timeout=60) for process in started] == [0] * 3
@@ -542,9 +537,7 @@ assert compile.cache_folder() is None
     assert files(folder) == []
 
 
-@pytest.mark.parametrize(
-    "change", ["no enable_caching", "no _cache", "no _cache_file", "no _impl", "no _dump"]
-)
+@pytest.mark.parametrize("change", ["no enable_caching", "no _cache", "no _cache_file", "no _impl", "no _dump"])
 def test_a_numba_with_other_names(folder: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     # None of these names is public: without them there is no cache, and nothing else is missing.
     toy = imported()

@@ -67,7 +67,9 @@ def test_training(case, dtype, backend, rng):
     others = exact_saved.axes
     xhat = exact_saved.d / np.sqrt(exact_saved.var + 1e-5)
     sizes = np.abs(dy.astype(np.float64)).sum(others).reshape(channels)
-    assert_sum_close(dgamma, exact_dgamma, (np.abs(dy.astype(np.float64)) * np.abs(xhat)).sum(others).reshape(channels), dtype)
+    assert_sum_close(
+        dgamma, exact_dgamma, (np.abs(dy.astype(np.float64)) * np.abs(xhat)).sum(others).reshape(channels), dtype
+    )
     assert_sum_close(dbeta, exact_dbeta, sizes, dtype)
     np.testing.assert_array_equal(x, before)
 
@@ -142,7 +144,9 @@ def test_need(need, frozen, backend, rng):
             np.testing.assert_array_equal(part, full)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if "broadcast" not in c.name and c.name != "read-only"], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if "broadcast" not in c.name and c.name != "read-only"], ids=lambda c: c.name
+)
 @each_dtype
 @pytest.mark.usefixtures("tiny")
 def test_in_place(case, dtype, backend, rng):
@@ -167,7 +171,11 @@ def test_in_place(case, dtype, backend, rng):
     np.testing.assert_array_equal(into_x, y)
 
 
-@pytest.mark.parametrize("layout_out", [c for c in CASES if c.shape == (4, 5, 40) and "broad" not in c.name and c.name != "read-only"], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "layout_out",
+    [c for c in CASES if c.shape == (4, 5, 40) and "broad" not in c.name and c.name != "read-only"],
+    ids=lambda c: c.name,
+)
 @pytest.mark.parametrize("layout_x", [c for c in CASES if c.shape == (4, 5, 40)], ids=lambda c: c.name)
 @pytest.mark.usefixtures("tiny")
 def test_layouts_of_x_dy_and_out_are_independent(layout_x, layout_out, backend, rng):

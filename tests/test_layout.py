@@ -41,7 +41,9 @@ def strided(draw):
     seed = draw(st.integers(0, 2**32 - 1))
     dtype = draw(st.sampled_from([np.float32, np.float64, np.float16]))
     big = [abs(s) * n + g for s, n, g in zip(steps, shape, gaps, strict=True)]
-    values = np.random.default_rng(seed).normal(1, 2, [big[i] for i in order]).astype(dtype).transpose(np.argsort(order))
+    values = (
+        np.random.default_rng(seed).normal(1, 2, [big[i] for i in order]).astype(dtype).transpose(np.argsort(order))
+    )
     x = values[tuple(slice(0, abs(s) * n, abs(s)) for s, n in zip(steps, shape, strict=True))]
     x = x[tuple(slice(None, None, 1 if s > 0 else -1) for s in steps)]
     if draw(st.booleans()):

@@ -36,7 +36,9 @@ def test_against_60_digits(n, ratio, rng):
 
     def error(result, exact, scale=1.0):
         exact = [mpmath.mpf(e) for e in exact]
-        return max(float(abs(mpmath.mpf(float(r)) - e) / max(scale, abs(e))) for r, e in zip(result, exact, strict=True))
+        return max(
+            float(abs(mpmath.mpf(float(r)) - e) / max(scale, abs(e))) for r, e in zip(result, exact, strict=True)
+        )
 
     # y: variance, root, quotient, two products, a sum. A std far below 1 (n = 2 by chance) enlarges dx: relative to a.
     size = float(np.abs(gamma) / np.sqrt(x.var() + 1e-5))

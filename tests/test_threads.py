@@ -129,9 +129,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return package.parent
 
 
-def run(
-    folder: Path, script: str, layer: str | None = None, **variables: str
-) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, script: str, layer: str | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
     (folder / "script.py").write_text(PRELUDE + script)
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA_")}
     if layer:
@@ -525,9 +523,7 @@ in_child(works)
 """
     done = run(folder, script, "nonsense" if name == "nonsense" else "default")
     assert (done.returncode, done.stderr) == (0, "")
-    assert (
-        "'nonsense' is unknown" if name == "nonsense" else "No threading layer could be loaded"
-    ) in done.stdout
+    assert ("'nonsense' is unknown" if name == "nonsense" else "No threading layer could be loaded") in done.stdout
 
 
 def test_no_layer_with_warnings_as_errors(folder: Path) -> None:

@@ -44,7 +44,9 @@ def test_wheel_in_an_empty_environment(tmp_path):
     (wheel,) = tmp_path.glob("fastbn-*.whl")
 
     names = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {"fastbn/" + str(path) if path.parts[0] == "kernels" else str(path) for path in sources() if len(path.parts) > 1}
+    wanted = {
+        "fastbn/" + str(path) if path.parts[0] == "kernels" else str(path) for path in sources() if len(path.parts) > 1
+    }
     assert {n for n in names if ".dist-info" not in n} == wanted
     assert "fastbn/py.typed" in names
 

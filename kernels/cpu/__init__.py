@@ -1,11 +1,11 @@
 """The CPU backend: NumPy arrays, by Numba. The contract is in `fastbn.kernels`.
 
-    numbers   elements to numbers and back, float16 and bfloat16 by their bits
-    blocks    sums and maps over one contiguous run; the building blocks for your own @njit code
-    rows      the schedule for runs inside one channel (NCHW)
-    columns   the schedule for runs across the channels (NHWC)
-    compile   njit with a disk cache that cannot fail a call
-    threads   when a parallel region may be entered
+numbers   elements to numbers and back, float16 and bfloat16 by their bits
+blocks    sums and maps over one contiguous run; the building blocks for your own @njit code
+rows      the schedule for runs inside one channel (NCHW)
+columns   the schedule for runs across the channels (NHWC)
+compile   njit with a disk cache that cannot fail a call
+threads   when a parallel region may be entered
 """
 
 from __future__ import annotations

@@ -104,9 +104,7 @@ def _merge_columns_co(n, hi, lo, t, m, nb, hib, lob, tb, mb):  # type: ignore[no
     """`merge_comoments` of whole rows of channels; hi, lo, t and m are updated."""
     keep_whole()
     for j in range(hi.size):
-        _, hi[j], lo[j], t[j], m[j] = merge_comoments(
-            n, hi[j], lo[j], t[j], m[j], nb, hib[j], lob[j], tb[j], mb[j]
-        )
+        _, hi[j], lo[j], t[j], m[j] = merge_comoments(n, hi[j], lo[j], t[j], m[j], nb, hib[j], lob[j], tb[j], mb[j])
 
 
 @njit(error_model="numpy")
@@ -144,9 +142,7 @@ def _forward_finish(tile, stats, part, eps, plan):  # type: ignore[no-untyped-de
         n = part[0, 0, c0]
         hi, lo, m2 = part[0, 1, c0:c1].copy(), part[0, 2, c0:c1].copy(), part[0, 3, c0:c1].copy()
         for p in range(1, part.shape[0]):
-            _merge_columns(
-                n, hi, lo, m2, part[p, 0, c0], part[p, 1, c0:c1], part[p, 2, c0:c1], part[p, 3, c0:c1]
-            )
+            _merge_columns(n, hi, lo, m2, part[p, 0, c0], part[p, 1, c0:c1], part[p, 2, c0:c1], part[p, 3, c0:c1])
             n += part[p, 0, c0]
         for c in range(c0, c1):
             stats[0, c], stats[1, c] = settle(hi[c - c0], lo[c - c0])

@@ -1,0 +1,29 @@
+"""The README's example runs as it stands, and its commands are what `.ci/run` and a newcomer will call."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs(capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in example.splitlines() if line]) <= 11
+    exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
+    evaluated, variance = map(float, capsys.readouterr().out.split())
+    assert 0.9e5 < evaluated < 1e5  # one update of momentum 0.1 has brought the mean to a tenth of the way
+    assert 0.9 < variance < 1.1
+
+
+def test_two_commands():
+    commands = re.findall(r"```sh\n(.*?)\n```", README, re.DOTALL)
+    assert [c.split()[-1] for c in commands] == ["demo", "pytest"]
+    assert all(c.startswith("python3 -m venv ") for c in commands)
+
+
+def test_links_lead_somewhere():
+    for path in re.findall(r"`((?:bench|kernels|fastbn)/[\w/.]+)`", README):
+        assert (ROOT / path).exists(), path
