@@ -45,6 +45,16 @@ def contenders() -> dict[str, Call]:
     return found
 
 
+def table(result: dict[str, Any]) -> str:
+    """The rows of a results file as the README shows them."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    head = ["", *(f"{float(offset):g}" for offset in result["rows"][0]["eps"])]
+    lines = [head, ["---"] * len(head)]
+    lines += [[f"{r['library']}, {r['layout']}", *(f"{e:.2g}" for e in r["eps"].values())] for r in result["rows"]]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{text}\n\n({result['machine']}; {versions}; shape {tuple(result['shape'])}.)"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the rows there")

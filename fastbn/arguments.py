@@ -60,6 +60,8 @@ def native(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 def check_axis(function: str, x: np.ndarray, axis: Axis) -> tuple[int, ...]:
     """The channel axes, ascending and from 0."""
+    if type(axis) is int and -x.ndim <= axis < x.ndim > 1:  # nearly every call
+        return (axis % x.ndim,)
     if x.ndim < 2:
         raise ValueError(
             f"{function}: x has shape {x.shape}; expected at least two axes, channels and something to average over. "

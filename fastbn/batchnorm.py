@@ -341,7 +341,7 @@ def _moments(shape: tuple[int, ...], axes: tuple[int, ...], stats: np.ndarray, d
     count = math.prod(shape) // max(1, math.prod(channels))
     with np.errstate(all="ignore"):
         mean, m2 = stats[0] + stats[1], count * stats[2]
-    return Moments(count, mean.reshape(channels), m2.reshape(channels), _number_type(dtype))
+    return Moments.found(count, mean.reshape(channels), m2.reshape(channels), _number_type(dtype))
 
 
 def _number_type(dtype: np.dtype[Any]) -> type[np.floating[Any]]:
@@ -377,7 +377,10 @@ def _channel_out(
 
 def _elements(views: list[np.ndarray | None], backend: Kernels) -> list[Any]:
     """The views under the dtype in which the kernels take their elements."""
-    return [None if v is None else v.view(backend.element_view(v.dtype)) for v in views]
+    first = views[0]
+    assert first is not None
+    wanted = backend.element_view(first.dtype)
+    return views if wanted is first.dtype else [None if v is None else v.view(wanted) for v in views]
 
 
 def _run_forward(

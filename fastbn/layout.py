@@ -101,9 +101,9 @@ class Views:
         assert plan is not None, "arrays of equal strides collapse alike"
         self.inputs = used[:given]  # what was walked in place of the inputs, in their own shape
         self._results = used[given:]
-        views = iter([plan.view(a) for a in used])
-        self.views: list[np.ndarray | None] = [next(views) for _ in inputs]
-        self.views += [None if o is None else next(views) for o in outputs]
+        views = [plan.view(a) for a in used]
+        written = iter(views[given:])
+        self.views: list[np.ndarray | None] = [*views[:given], *(None if o is None else next(written) for o in outputs)]
 
     def finish(self) -> None:
         for target, result in zip(self._targets, self._results, strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -16,6 +18,14 @@ def test_the_example_runs(capsys):
     evaluated, variance = map(float, capsys.readouterr().out.split())
     assert 0.9e5 < evaluated < 1e5  # one update of momentum 0.1 has brought the mean to a tenth of the way
     assert 0.9 < variance < 1.1
+
+
+def test_figures_are_those_of_the_committed_run():
+    spec = importlib.util.spec_from_file_location("accuracy", ROOT / "bench" / "accuracy.py")
+    accuracy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(accuracy)
+    result = json.loads((ROOT / "bench" / "results" / "accuracy-zen4-2cores.json").read_text())
+    assert accuracy.table(result) in README
 
 
 def test_two_commands():

@@ -90,8 +90,8 @@ FULL = Budget(
 )
 QUICK = Budget(
     name="quick",
-    seeds=2,
-    paired_seeds=4,
+    seeds=1,
+    paired_seeds=3,
     depths=(10, 20),
     rates=(0.1, 1.0),
     grid_rates=(0.03, 0.3, 3.0),
@@ -102,7 +102,7 @@ QUICK = Budget(
     norm_steps=200,
     plain_steps=1800,
     memorizing_rates=(0.1,),
-    memorizing_steps=500,
+    memorizing_steps=400,
     deep_rates=(0.1,),
     deep_steps=50,
 )
@@ -295,9 +295,9 @@ def sensitivity(lab: Lab) -> Outcome:
     final = {key: found[0].final for key, found in lab.train(runs, lambda _: 1).items()}
     shape = len(budget.grid_rates), len(budget.grid_scales)
     grids = {
-        (activation, norm): np.array(
-            [a for (f, n, *_), a in final.items() if (f, n) == (activation, norm)]
-        ).reshape(shape)
+        (activation, norm): np.array([a for (f, n, *_), a in final.items() if (f, n) == (activation, norm)]).reshape(
+            shape
+        )
         for activation in inits
         for norm in (False, True)
     }
@@ -405,9 +405,7 @@ def placement(lab: Lab) -> Outcome:
     }
     rates = budget.place_rates
     runs = {
-        (place, rate): Setting(
-            norm, "sigmoid", rate=rate, steps=budget.plain_steps // 4, width=50, stop_at=0.95
-        )
+        (place, rate): Setting(norm, "sigmoid", rate=rate, steps=budget.plain_steps // 4, width=50, stop_at=0.95)
         for place, norm in places.items()
         for rate in rates
     }
@@ -461,10 +459,7 @@ def small_rate(lab: Lab) -> Outcome:
         for norm in (False, True)
         for rate in budget.safe_rates
     }
-    to90 = {
-        key: [c.steps_to(TRAINED) for c in found]
-        for key, found in lab.train(runs, lambda _: budget.seeds).items()
-    }
+    to90 = {key: [c.steps_to(TRAINED) for c in found] for key, found in lab.train(runs, lambda _: budget.seeds).items()}
     median = {key: float(np.median(found)) for key, found in to90.items()}
     largest = {
         norm: max((r for r in budget.safe_rates if np.isfinite(to90[norm, r]).all()), default=0.0)
@@ -512,9 +507,7 @@ def small_rate(lab: Lab) -> Outcome:
 def limits(lab: Lab) -> Outcome:
     """What batch norm does not help with, measured too."""
     budget = lab.budget
-    full_batch = Setting(
-        (), "ReLU", init="he", rate=0.1, batch=150, images=150, steps=budget.memorizing_steps // 2
-    )
+    full_batch = Setting((), "ReLU", init="he", rate=0.1, batch=150, images=150, steps=budget.memorizing_steps // 2)
     wrong = Setting((), "tanh", rate=0.1, wrong_labels=0.2, steps=budget.memorizing_steps)
     deep = Setting((), "ReLU", init="he", width=50, steps=budget.deep_steps)
     deep_rates = budget.deep_rates
@@ -563,8 +556,7 @@ def limits(lab: Lab) -> Outcome:
         ),
     ]
     rows = [
-        [name.replace("\n", " "), f"{100 * a.mean():.1f}%", f"{100 * b.mean():.1f}%"]
-        for name, (a, b) in shown.items()
+        [name.replace("\n", " "), f"{100 * a.mean():.1f}%", f"{100 * b.mean():.1f}%"] for name, (a, b) in shown.items()
     ]
     return Outcome(
         "limits",

@@ -74,7 +74,7 @@ def _add_products(dy, x, r0, r1, c0, pivot, hi, s, t, p, scratch):  # type: igno
             p[j] += g * d
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def _pivots(a, r0, r1, c0, pivot, total, scratch):  # type: ignore[no-untyped-def]
     """pivot (W,) float64 <- about the mean of rows r0 to r1 of a tile, added up in the type of total (W,)."""
     total[:] = 0
@@ -107,9 +107,8 @@ def _merge_columns_co(n, hi, lo, t, m, nb, hib, lob, tb, mb):  # type: ignore[no
         _, hi[j], lo[j], t[j], m[j] = merge_comoments(n, hi[j], lo[j], t[j], m[j], nb, hib[j], lob[j], tb[j], mb[j])
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def _forward_sum(tile, p, x, part, plan):  # type: ignore[no-untyped-def]
-    keep_whole()
     c0 = tile * plan[0]
     width = min(plan[0], x.shape[1] - c0)
     height, rows = plan[1], x.shape[0] * x.shape[2]
@@ -133,7 +132,7 @@ def _forward_sum(tile, p, x, part, plan):  # type: ignore[no-untyped-def]
     part[p, 0, c0 : c0 + width] = n
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def _forward_finish(tile, stats, part, eps, plan):  # type: ignore[no-untyped-def]
     """part (P, 4, C): count, hi, lo, M2; no pieces (P = 0) keep the mean and variance that stats holds."""
     c0 = tile * plan[0]
@@ -165,9 +164,8 @@ def _normalize(x, y, r0, r1, c0, hi, lo, scale, beta, scratch):  # type: ignore[
             _store_row(target, y, r, c0, hi.size)
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def _forward_map(tile, p, x, y, stats, affine, plan):  # type: ignore[no-untyped-def]
-    keep_whole()
     c0 = tile * plan[0]
     c1 = min(c0 + plan[0], x.shape[1])
     first, last = p * plan[3] * plan[1], min((p + 1) * plan[3] * plan[1], x.shape[0] * x.shape[2])
@@ -197,9 +195,8 @@ def columns_forward(items, x, y, stats, affine, eps, part, plan, stage):  # type
         _forward_item(np.int64(k), x, y, stats, affine, eps, part, plan, stage)
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def _backward_sum(tile, p, dy, x, stats, part, plan):  # type: ignore[no-untyped-def]
-    keep_whole()
     c0 = tile * plan[0]
     width = min(plan[0], x.shape[1] - c0)
     height, rows = plan[1], x.shape[0] * x.shape[2]
@@ -226,7 +223,7 @@ def _backward_sum(tile, p, dy, x, stats, part, plan):  # type: ignore[no-untyped
     part[p, 0, c0 : c0 + width] = n
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def _backward_finish(tile, grads, part, plan):  # type: ignore[no-untyped-def]
     """part (P, 5, C): count, mean of dy as hi and lo, mean of x - hi, co-moment."""
     c0 = tile * plan[0]
@@ -260,9 +257,8 @@ def _gradient(dy, x, dx, r0, r1, c0, ghi, glo, hi, lo, a, b, scratch):  # type: 
             _store_row(target, dx, r, c0, hi.size)
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def _backward_map(tile, p, dy, x, dx, stats, affine, grads, plan):  # type: ignore[no-untyped-def]
-    keep_whole()
     c0 = tile * plan[0]
     c1 = min(c0 + plan[0], x.shape[1])
     first, last = p * plan[3] * plan[1], min((p + 1) * plan[3] * plan[1], x.shape[0] * x.shape[2])

@@ -7,6 +7,9 @@ A block is a piece of one run, or several short runs; what is not contiguous is 
 A driver runs over work items. With every stage asked for, an item is a channel, whose map follows its sums
 while x is still in cache. With one stage asked for, an item is a piece: that is how few channels feed many
 threads.
+
+The stages are inlined before they are compiled: every level of calls between compiled functions has LLVM optimize
+all below it once more (7.7 s against 6.0 for the largest kernel, cold).
 """
 
 import math
@@ -24,7 +27,7 @@ from .blocks import (
     settle,
 )
 from .compile import Kernel
-from .numbers import keep_whole, run
+from .numbers import run
 
 SUM, FINISH, MAP = 1, 2, 4
 
@@ -65,9 +68,8 @@ def _scatter(values, a, c, o0, o1, i0, n):  # type: ignore[no-untyped-def]
         k += n
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def _forward_sum(c, p, x, part, plan):  # type: ignore[no-untyped-def]
-    keep_whole()
     n = hi = lo = m2 = 0.0
     scratch = np.empty(plan[0] * plan[2], x.dtype)
     for k in range(p * plan[4], min((p + 1) * plan[4], plan[3])):
@@ -78,7 +80,7 @@ def _forward_sum(c, p, x, part, plan):  # type: ignore[no-untyped-def]
     part[p, 0, c], part[p, 1, c], part[p, 2, c], part[p, 3, c] = n, hi, lo, m2
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def _forward_finish(c, stats, part, eps):  # type: ignore[no-untyped-def]
     """part (P, 4, C): count, hi, lo, M2; no pieces (P = 0) keep the mean and variance that stats holds."""
     n = hi = lo = m2 = 0.0
@@ -90,9 +92,8 @@ def _forward_finish(c, stats, part, eps):  # type: ignore[no-untyped-def]
     stats[3, c] = 1.0 / math.sqrt(stats[2, c] + eps)
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def _forward_map(c, p, x, y, stats, affine, plan):  # type: ignore[no-untyped-def]
-    keep_whole()
     hi, lo, scale, beta = stats[0, c], stats[1, c], affine[0, c] * stats[3, c], affine[1, c]
     direct = y.strides[2] == y.itemsize
     scratch = np.empty(plan[2], x.dtype)
@@ -129,9 +130,8 @@ def rows_forward(items, x, y, stats, affine, eps, part, plan, stage):  # type: i
         _forward_item(np.int64(k), x, y, stats, affine, eps, part, plan, stage)
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def _backward_sum(c, p, dy, x, stats, part, plan):  # type: ignore[no-untyped-def]
-    keep_whole()
     n = hi = lo = t = m = 0.0
     scratch_dy = np.empty(plan[0] * plan[2], dy.dtype)
     scratch_x = np.empty(plan[0] * plan[2], x.dtype)
@@ -144,7 +144,7 @@ def _backward_sum(c, p, dy, x, stats, part, plan):  # type: ignore[no-untyped-de
     part[p, 0, c], part[p, 1, c], part[p, 2, c], part[p, 3, c], part[p, 4, c] = n, hi, lo, t, m
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def _backward_finish(c, grads, part):  # type: ignore[no-untyped-def]
     """part (P, 5, C): count, mean of dy as hi and lo, mean of x - hi, co-moment."""
     n = hi = lo = t = m = 0.0
@@ -157,9 +157,8 @@ def _backward_finish(c, grads, part):  # type: ignore[no-untyped-def]
     grads[3, c] = t
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def _backward_map(c, p, dy, x, dx, stats, affine, grads, plan):  # type: ignore[no-untyped-def]
-    keep_whole()
     hi, lo, ghi, glo = stats[0, c], stats[1, c], grads[0, c], grads[1, c]
     a = affine[0, c] * stats[3, c]
     b = -a * (grads[2, c] * stats[3, c]) * stats[3, c]
