@@ -139,20 +139,7 @@ def forward(
     >>> saved.moments.mean.tolist()
     [2.0, 1000002.0]
     """
-    where = "fastbn.forward"
-    check_array(where, "x", x)
-    axes = check_axis(where, x, axis)
-    eps = check_eps(where, eps)
-    channels = tuple(x.shape[a] for a in axes)
-    affine = _affine(where, gamma, beta, channels)
-    stats = _stats(where, frozen, channels)
-    y = _result_like(where, x, out)
-    if frozen is None and x.size and x.size == stats.shape[1]:
-        _warn_of_one_value(x, axis)
-    kept: np.ndarray | None = _run_forward(x, y, axes, stats, affine, eps, frozen is not None)
-    if out is not None and same_memory(x, out):
-        kept = None
-    return y, Saved(kept, x, axes, stats, affine, eps, frozen is not None)
+    return _forward("fastbn.forward", x, gamma, beta, axis, eps, frozen, out)
 
 
 def backward(
@@ -273,16 +260,7 @@ def infer(
     >>> fastbn.infer(np.float32([[7, 1], [5, 1]]), mean=[5, 0], var=[4, 1], eps=1e-8).tolist()
     [[1.0, 1.0], [0.0, 1.0]]
     """
-    where = "fastbn.infer"
-    check_array(where, "x", x)
-    axes = check_axis(where, x, axis)
-    eps = check_eps(where, eps)
-    channels = tuple(x.shape[a] for a in axes)
-    affine = _affine(where, gamma, beta, channels)
-    stats = _stats(where, (mean, var), channels)
-    y = _result_like(where, x, out)
-    _run_forward(x, y, axes, stats, affine, eps, True)
-    return y
+    return _forward("fastbn.infer", x, gamma, beta, axis, eps, (mean, var), out)[0]
 
 
 def moments(x: np.ndarray, *, axis: Axis = 1) -> Moments:
@@ -303,6 +281,24 @@ def moments(x: np.ndarray, *, axis: Axis = 1) -> Moments:
     return _moments(x.shape, axes, stats, x.dtype)
 
 
+def _forward(
+    where: str, x: np.ndarray, gamma: Any, beta: Any, axis: Axis, eps: float, frozen: Any, out: np.ndarray | None
+) -> tuple[np.ndarray, Saved]:
+    check_array(where, "x", x)
+    axes = check_axis(where, x, axis)
+    eps = check_eps(where, eps)
+    channels = tuple(x.shape[a] for a in axes)
+    affine = _affine(where, gamma, beta, channels)
+    stats = _stats(where, frozen, channels)
+    y = np.empty_like(x, subok=False) if out is None else check_out(where, "out", out, x.shape, x.dtype, {"x": x}, {})
+    if frozen is None and x.size and x.size == stats.shape[1]:
+        _warn_of_one_value(x, axis)
+    kept: np.ndarray | None = _run_forward(x, y, axes, stats, affine, eps, frozen is not None)
+    if out is not None and same_memory(x, out):
+        kept = None
+    return y, Saved(kept, x, axes, stats, affine, eps, frozen is not None)
+
+
 def _affine(where: str, gamma: Any, beta: Any, channels: tuple[int, ...]) -> np.ndarray:
     affine = np.empty((2, math.prod(channels)))
     affine[0] = 1.0 if gamma is None else check_channels(where, "gamma", gamma, channels)
@@ -315,12 +311,6 @@ def _stats(where: str, frozen: Any, channels: tuple[int, ...]) -> np.ndarray:
     if frozen is not None:
         stats[0], stats[2] = check_frozen(where, frozen, channels)
     return stats
-
-
-def _result_like(where: str, x: np.ndarray, out: Any) -> np.ndarray:
-    if out is None:
-        return np.empty_like(x, subok=False)
-    return check_out(where, "out", out, x.shape, x.dtype, {"x": x}, {})
 
 
 def _warn_of_one_value(x: np.ndarray, axis: Axis) -> None:

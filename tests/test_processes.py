@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -85,13 +86,16 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.parametrize("first", ["threads", "main"])
-@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+@pytest.mark.parametrize("layer", ["omp", "workqueue", "tbb"])
 def test_threads_and_forks(layer, first, tmp_path):
+    libraries = Path(sys.prefix) / "lib"  # where pip puts libtbb, which Numba leaves to the loader to find
+    if layer == "tbb" and not list(libraries.glob("libtbb.so*")):
+        pytest.skip("no tbb in this environment: pip install tbb")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     process = subprocess.run(
         [sys.executable, "-W", "error", str(script), first],
-        env={**os.environ, "NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": "4"},
+        env={**os.environ, "NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": "4", "LD_LIBRARY_PATH": str(libraries)},
         capture_output=True,
         text=True,
         timeout=500,

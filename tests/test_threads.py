@@ -132,6 +132,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, script: str, layer: str | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
     (folder / "script.py").write_text(PRELUDE + script)
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA_")}
+    # Where pip puts libtbb, which Numba leaves to the loader to find.
+    inherited["LD_LIBRARY_PATH"] = f"{sys.prefix}/lib:{inherited.get('LD_LIBRARY_PATH', '')}".rstrip(":")
     if layer:
         variables["NUMBA_THREADING_LAYER"] = layer
     return subprocess.run(

@@ -37,7 +37,7 @@ def _store_row(values, a, r, c0, width):  # type: ignore[no-untyped-def]
         a[o, c0 + j, i] = values[j]
 
 
-# The loops over rows stand inside these functions: called once a row, they took three times as long at C = 64.
+# The loops over rows stand inside these functions: called once a row, the map took 1.7 times as long at C = 64.
 
 
 @njit(fastmath=SUMS, error_model="numpy")
