@@ -103,4 +103,6 @@ def test_threads_and_forks(layer, first, tmp_path):
     )
     assert process.stdout == "fine\n", process.stderr
     assert process.returncode == 0
-    assert process.stderr == ""
+    # Numba says this of every fork from a thread under tbb, whatever the child does.
+    said = [line for line in process.stderr.splitlines() if "Attempted to fork from a non-main thread" not in line]
+    assert said == []
