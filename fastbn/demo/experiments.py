@@ -94,13 +94,13 @@ QUICK = Budget(
     paired_seeds=3,
     depths=(10, 20),
     rates=(0.1, 1.0),
-    grid_rates=(0.03, 0.3, 3.0),
+    grid_rates=(0.1, 1.0),
     grid_scales=(0.1, 1.0, 10.0),
-    grid_steps=100,
+    grid_steps=80,
     place_rates=(1.0,),
     safe_rates=(0.01, 0.1, 1.0, 10.0),
     norm_steps=200,
-    plain_steps=1800,
+    plain_steps=2400,
     memorizing_rates=(0.1,),
     memorizing_steps=400,
     deep_rates=(0.1,),
@@ -145,8 +145,8 @@ def gradients(lab: Lab) -> Outcome:
     for done, (activation, init, depth, norm) in enumerate(keys):
         lab.progress(done, len(keys))
         setting = Setting((norm,) * depth, activation, init=inits[init], width=100)
-        nets = [replace(setting, seed=(lab.seed, seed)) for seed in range(3)]
-        # Overflowed gradients are infinite; a median over three nets stands for each layer.
+        nets = [replace(setting, seed=(lab.seed, seed)) for seed in range(min(3, lab.budget.seeds))]
+        # Overflowed gradients are infinite; a median over the nets stands for each layer.
         with np.errstate(all="ignore"):
             profile = np.median([gradient_sizes(net, lab.digits) for net in nets], axis=0)
         sizes[activation, init, depth, norm] = profile
@@ -197,7 +197,8 @@ def gradients(lab: Lab) -> Outcome:
         "Vanishing and exploding gradients",
         f"Untrained nets of {listed(lab.budget.depths)} hidden layers of 100 units. The size of a layer's "
         "gradient is the root mean square of the loss's gradient by its weights, over a batch of 256 images; "
-        "the median of three nets. The classical remedies are the choice of activation and of initialization.",
+        f"the median over {min(3, lab.budget.seeds)} of them. The classical remedies are the choice of activation "
+        "and of initialization.",
         claims,
         ["activation", "initialization", "layers", "first / last, without", "first / last, with"],
         rows,

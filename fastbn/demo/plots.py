@@ -40,7 +40,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "figure.titlesize": 12.5,
     "figure.titleweight": "bold",
-    "savefig.dpi": 130,
+    "savefig.dpi": 110,
 }
 
 

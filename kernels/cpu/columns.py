@@ -79,16 +79,13 @@ def _pivots(a, r0, r1, c0, pivot, total, scratch):  # type: ignore[no-untyped-de
     """pivot (W,) float64 <- about the mean of rows r0 to r1 of a tile, added up in the type of total (W,)."""
     total[:] = 0
     _add(a, r0, r1, c0, total, scratch)
-    finite = True
     for j in range(total.size):
         pivot[j] = narrow(total[j] / (r1 - r0), total[j])
-        finite = finite and math.isfinite(pivot[j])
-    if not finite:  # float32 sums overflow near 3e38; the other channels keep their pivots, and so their bits
-        wide = np.zeros(pivot.size)
-        _add(a, r0, r1, c0, wide, scratch)
-        for j in range(pivot.size):
-            if not math.isfinite(pivot[j]):
-                pivot[j] = wide[j] / (r1 - r0)
+        if not math.isfinite(pivot[j]):  # float32 sums overflow near 3e38; the other channels keep their bits
+            wide = 0.0
+            for r in range(r0, r1):
+                wide += widen(a[r // a.shape[2], c0 + j, r % a.shape[2]])
+            pivot[j] = wide / (r1 - r0)
 
 
 @njit(error_model="numpy")
@@ -232,9 +229,9 @@ def _backward_finish(tile, grads, part, plan):  # type: ignore[no-untyped-def]
     hi, lo = part[0, 1, c0:c1].copy(), part[0, 2, c0:c1].copy()
     t, m = part[0, 3, c0:c1].copy(), part[0, 4, c0:c1].copy()
     for p in range(1, part.shape[0]):
-        columns = part[p, :, c0:c1]
-        _merge_columns_co(n, hi, lo, t, m, columns[0, 0], columns[1], columns[2], columns[3], columns[4])
-        n += columns[0, 0]
+        hib, lob, tb, mb = part[p, 1, c0:c1], part[p, 2, c0:c1], part[p, 3, c0:c1], part[p, 4, c0:c1]
+        _merge_columns_co(n, hi, lo, t, m, part[p, 0, c0], hib, lob, tb, mb)
+        n += part[p, 0, c0]
     for c in range(c0, c1):
         grads[0, c], grads[1, c] = settle(hi[c - c0], lo[c - c0])
         grads[2, c] = m[c - c0] / n
