@@ -227,7 +227,7 @@ def backward(
     if dx is not None and x is not None and same_memory(dx, x):
         saved._x = None
 
-    count = math.prod(saved._shape) // max(1, math.prod(channels))
+    count = _count(saved._shape, channels)
     with np.errstate(all="ignore"):
         mean_dy = grads[0] + grads[1]
         if dgamma is not None:
@@ -328,10 +328,15 @@ def _warn_of_one_value(x: np.ndarray, axis: Axis) -> None:
 
 def _moments(shape: tuple[int, ...], axes: tuple[int, ...], stats: np.ndarray, dtype: np.dtype[Any]) -> Moments:
     channels = tuple(shape[a] for a in axes)
-    count = math.prod(shape) // max(1, math.prod(channels))
+    count = _count(shape, channels)
     with np.errstate(all="ignore"):
         mean, m2 = stats[0] + stats[1], count * stats[2]
     return Moments.found(count, mean.reshape(channels), m2.reshape(channels), _number_type(dtype))
+
+
+def _count(shape: tuple[int, ...], channels: tuple[int, ...]) -> int:
+    """How many values each channel has."""
+    return math.prod(shape) // max(1, math.prod(channels))
 
 
 def _number_type(dtype: np.dtype[Any]) -> type[np.floating[Any]]:

@@ -41,6 +41,7 @@ def forward(
     """y in float64, and what `backward` needs."""
     where = "fastbn.reference.forward"
     axes, reduced, channels = _axes(where, x, axis)
+    eps = check_eps(where, eps)
     wide = tuple(x.shape[a] if a in axes else 1 for a in range(x.ndim))
     one = np.ones(wide) if gamma is None else check_channels(where, "gamma", gamma, channels).reshape(wide)
     zero = np.zeros(wide) if beta is None else check_channels(where, "beta", beta, channels).reshape(wide)
@@ -57,7 +58,6 @@ def forward(
     else:
         mean, var = (f.reshape(wide) for f in check_frozen(where, frozen, channels))
         d = x.astype(np.float64) - mean
-    eps = check_eps(where, eps)
     moments = None if frozen is not None else found
     return normalize(d, var, one, zero, eps), Saved(d, var, one, eps, reduced, moments)
 

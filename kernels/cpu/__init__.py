@@ -141,17 +141,19 @@ def _carry_out(
         part = np.empty((pieces, depth, x.shape[1]))
         _run(kernel, plan, stages, x.size, (*arrays, *numbers, part))
         return
+
     # k rows are one row of k C channels, and each channel's k results merge like pieces.
-    tiled = tuple(np.tile(n, plan.fold) if isinstance(n, np.ndarray) else n for n in numbers)
+    def tiled() -> tuple[Any, ...]:
+        return tuple(np.tile(n, plan.fold) if isinstance(n, np.ndarray) else n for n in numbers)
+
     wide_plan = _plan(wide[-2].shape, wide[-2].strides, x.itemsize, SIZES)
     part = np.empty((wide_plan.pieces if pieces else 0, depth, plan.fold * x.shape[1]))
     if stages & SUM:
-        _run(kernel, wide_plan, SUM, x.size, (*wide, *tiled, part))
+        _run(kernel, wide_plan, SUM, x.size, (*wide, *tiled(), part))
     split = np.ascontiguousarray(part.reshape(-1, depth, plan.fold, x.shape[1]).swapaxes(1, 2))
     _run(kernel, plan, FINISH, x.size, (*arrays, *numbers, split.reshape(-1, depth, x.shape[1])))
     if stages & MAP:
-        tiled = tuple(np.tile(n, plan.fold) if isinstance(n, np.ndarray) else n for n in numbers)
-        _run(kernel, wide_plan, MAP, x.size, (*wide, *tiled, part))
+        _run(kernel, wide_plan, MAP, x.size, (*wide, *tiled(), part))
 
 
 def _folded(fold: int, arrays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...] | None:
