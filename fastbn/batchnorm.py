@@ -6,7 +6,6 @@ together with C-sized arrays of float64; what comes back is arithmetic on C numb
 
 from __future__ import annotations
 
-import math
 import sys
 import warnings
 from typing import Any
@@ -17,17 +16,19 @@ from .arguments import (
     Axis,
     check_array,
     check_axis,
-    check_channels,
     check_eps,
     check_frozen,
     check_out,
+    check_real,
     describe,
     native,
     same_memory,
 )
 from .dispatch import Kernels, kernels
-from .layout import Views, empty
+from .layout import Channels, Views, channels_of, empty
 from .moments import Moments
+
+FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 
 
 class OneValueWarning(UserWarning):
@@ -188,7 +189,7 @@ def backward(
     if not isinstance(saved, Saved):
         raise TypeError(f"{where}: saved is {describe(saved)}; expected the second result of fastbn.forward")
     check_array(where, "dy", dy)
-    if dy.shape != saved._shape or native(dy.dtype) != native(saved.dtype):
+    if dy.shape != saved._shape or (dy.dtype != saved.dtype and native(dy.dtype) != native(saved.dtype)):
         advice = "Is it for another forward pass?" if dy.shape != saved._shape else "Convert it: dy.astype(y.dtype)"
         raise ValueError(
             f"{where}: dy is a {describe(dy)}; expected {saved.dtype} of shape {saved._shape}, like y. {advice}"
@@ -202,7 +203,7 @@ def backward(
             f"{where}: saved has no x, which `out` overwrote; expected x for dgamma, and for dx in training. "
             "Give forward an `out` of its own, or backward need=(False, False, True)"
         )
-    channels = tuple(saved._shape[a] for a in saved._axes)
+    channels = channels_of(saved._shape, saved._axes)
     numbers = _number_type(saved.dtype)
     dx = None
     if need_dx:
@@ -211,11 +212,12 @@ def backward(
         else:
             dx = empty(saved._shape, saved._strides, saved.dtype)
     apart = {"dy": dy, "x": x, "dx": dx}
-    dgamma = _channel_out(where, "dgamma", given_dgamma, channels, numbers, apart) if need_dgamma else None
-    apart["dgamma"] = dgamma
-    dbeta = _channel_out(where, "dbeta", given_dbeta, channels, numbers, apart) if need_dbeta else None
+    if need_dgamma and given_dgamma is not None:
+        apart["dgamma"] = check_out(where, "out (dgamma)", given_dgamma, channels.shape, numbers, {}, apart)
+    if need_dbeta and given_dbeta is not None:
+        check_out(where, "out (dbeta)", given_dbeta, channels.shape, numbers, {}, apart)
 
-    grads = np.zeros((4, saved._stats.shape[1]))
+    grads = np.zeros((4, channels.number))
     if dy.size and (need_dgamma or need_dbeta or not frozen):
         # Sums and dx in one go; frozen statistics need no sums for dx, so these go first, and dx by the forward map.
         _run_backward(dy, dy if x is None else x, None if frozen else dx, saved, grads)
@@ -224,19 +226,20 @@ def backward(
         stats[:2] = 0.0
         affine[1] = 0.0
         _run_forward(dy, dx, saved._axes, stats, affine, saved._eps, True)
-    if dx is not None and x is not None and same_memory(dx, x):
+    if given_dx is not None and dx is not None and x is not None and same_memory(dx, x):
         saved._x = None
 
-    count = _count(saved._shape, channels)
+    dgamma = dbeta = None
     with np.errstate(all="ignore"):
-        mean_dy = grads[0] + grads[1]
-        if dgamma is not None:
-            covariance = grads[2]
+        sums = channels.values * grads
+        sum_dy = sums[0] + sums[1]
+        if need_dgamma:
+            covariance = sums[2]
             if frozen:  # the given mean is not x's own
-                covariance = covariance + mean_dy * (grads[3] - saved._stats[1])
-            dgamma[...] = (count * covariance * saved._stats[3]).reshape(channels)
-        if dbeta is not None:
-            dbeta[...] = (count * mean_dy).reshape(channels)
+                covariance = covariance + sum_dy * (grads[3] - saved._stats[1])
+            dgamma = _stored(covariance * saved._stats[3], given_dgamma, channels.shape, numbers)
+        if need_dbeta:
+            dbeta = _stored(sum_dy, given_dbeta, channels.shape, numbers)
     return dx, dgamma, dbeta
 
 
@@ -275,8 +278,8 @@ def moments(x: np.ndarray, *, axis: Axis = 1) -> Moments:
     where = "fastbn.moments"
     check_array(where, "x", x)
     axes = check_axis(where, x, axis)
-    channels = tuple(x.shape[a] for a in axes)
-    stats = _stats(where, None, channels)
+    channels = channels_of(x.shape, axes)
+    stats = np.zeros((4, channels.number))
     _run_forward(x, None, axes, stats, _affine(where, None, None, channels), 1.0, False)
     return _moments(x.shape, axes, stats, x.dtype)
 
@@ -287,11 +290,13 @@ def _forward(
     check_array(where, "x", x)
     axes = check_axis(where, x, axis)
     eps = check_eps(where, eps)
-    channels = tuple(x.shape[a] for a in axes)
+    channels = channels_of(x.shape, axes)
     affine = _affine(where, gamma, beta, channels)
-    stats = _stats(where, frozen, channels)
+    stats = np.zeros((4, channels.number))
+    if frozen is not None:
+        stats[0], stats[2] = check_frozen(where, frozen, channels.shape)
     y = np.empty_like(x, subok=False) if out is None else check_out(where, "out", out, x.shape, x.dtype, {"x": x}, {})
-    if frozen is None and x.size and x.size == stats.shape[1]:
+    if frozen is None and channels.values == 1:
         _warn_of_one_value(x, axis)
     kept: np.ndarray | None = _run_forward(x, y, axes, stats, affine, eps, frozen is not None)
     if out is not None and same_memory(x, out):
@@ -299,18 +304,11 @@ def _forward(
     return y, Saved(kept, x, axes, stats, affine, eps, frozen is not None)
 
 
-def _affine(where: str, gamma: Any, beta: Any, channels: tuple[int, ...]) -> np.ndarray:
-    affine = np.empty((2, math.prod(channels)))
-    affine[0] = 1.0 if gamma is None else check_channels(where, "gamma", gamma, channels)
-    affine[1] = 0.0 if beta is None else check_channels(where, "beta", beta, channels)
+def _affine(where: str, gamma: Any, beta: Any, channels: Channels) -> np.ndarray:
+    affine = np.empty((2, channels.number))
+    affine[0] = 1.0 if gamma is None else check_real(where, "gamma", gamma, channels.shape)
+    affine[1] = 0.0 if beta is None else check_real(where, "beta", beta, channels.shape)
     return affine
-
-
-def _stats(where: str, frozen: Any, channels: tuple[int, ...]) -> np.ndarray:
-    stats = np.zeros((4, math.prod(channels)))
-    if frozen is not None:
-        stats[0], stats[2] = check_frozen(where, frozen, channels)
-    return stats
 
 
 def _warn_of_one_value(x: np.ndarray, axis: Axis) -> None:
@@ -327,20 +325,15 @@ def _warn_of_one_value(x: np.ndarray, axis: Axis) -> None:
 
 
 def _moments(shape: tuple[int, ...], axes: tuple[int, ...], stats: np.ndarray, dtype: np.dtype[Any]) -> Moments:
-    channels = tuple(shape[a] for a in axes)
-    count = _count(shape, channels)
+    channels = channels_of(shape, axes)
     with np.errstate(all="ignore"):
-        mean, m2 = stats[0] + stats[1], count * stats[2]
-    return Moments.found(count, mean.reshape(channels), m2.reshape(channels), _number_type(dtype))
+        mean, m2 = stats[0] + stats[1], channels.values * stats[2]
+    return Moments.found(channels.values, mean.reshape(channels.shape), m2.reshape(channels.shape), _number_type(dtype))
 
 
-def _count(shape: tuple[int, ...], channels: tuple[int, ...]) -> int:
-    """How many values each channel has."""
-    return math.prod(shape) // max(1, math.prod(channels))
-
-
-def _number_type(dtype: np.dtype[Any]) -> type[np.floating[Any]]:
-    return np.float64 if native(dtype) == np.float64 else np.float32
+def _number_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Of statistics and gradients: float64 for float64 data, float32 for all others, which are smaller."""
+    return FLOAT64 if dtype.itemsize == 8 else FLOAT32
 
 
 def _need(where: str, need: Any) -> tuple[bool, bool, bool]:
@@ -357,17 +350,13 @@ def _three(where: str, out: Any) -> tuple[Any, Any, Any]:
     return out[0], out[1], out[2]
 
 
-def _channel_out(
-    where: str,
-    name: str,
-    given: Any,
-    channels: tuple[int, ...],
-    dtype: type[np.floating[Any]],
-    apart: dict[str, np.ndarray | None],
-) -> np.ndarray:
+def _stored(values: np.ndarray, given: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """`values` (C,) rounded to `dtype`, in the array given for them or in a new one."""
+    values = values.reshape(shape)
     if given is None:
-        return np.empty(channels, dtype)
-    return check_out(where, f"out ({name})", given, channels, np.dtype(dtype), {}, apart)
+        return values.astype(dtype)
+    given[...] = values
+    return given
 
 
 def _elements(views: list[np.ndarray | None], backend: Kernels) -> list[Any]:
@@ -396,7 +385,8 @@ def _run_forward(
     given, written = _elements(views.views, backend)
     backend.forward(given, written, stats, affine, eps, frozen)
     views.finish()
-    return views.inputs[0]
+    walked: np.ndarray = views.inputs[0]
+    return walked
 
 
 def _run_backward(dy: np.ndarray, x: np.ndarray, dx: np.ndarray | None, saved: Saved, grads: np.ndarray) -> None:

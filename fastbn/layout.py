@@ -7,6 +7,7 @@ other without a gap become one. What is left must be one run of channel axes amo
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -15,14 +16,39 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
-class Collapse(NamedTuple):
+class Channels(NamedTuple):
+    """The channels of a shape: their own shape, their number, and how many values each has."""
+
+    shape: tuple[int, ...]
+    number: int
+    values: int
+
+
+@functools.lru_cache(maxsize=4096)
+def channels_of(shape: tuple[int, ...], axes: tuple[int, ...]) -> Channels:
+    """What the channel axes of a shape, ascending, come to.
+
+    >>> channels_of((8, 3, 4, 4), (0, 1))
+    Channels(shape=(8, 3), number=24, values=16)
+    """
+    channels = tuple(shape[a] for a in axes)
+    number = math.prod(channels)
+    return Channels(channels, number, math.prod(shape) // max(1, number))
+
+
+@dataclasses.dataclass(frozen=True)
+class Collapse:
     """How to see an array as (O, C, I): transpose by `order`, then reshape."""
 
     order: tuple[int, ...]
     shape: tuple[int, int, int]
 
+    @functools.cached_property
+    def in_order(self) -> bool:
+        return self.order == tuple(range(len(self.order)))
+
     def view(self, array: np.ndarray) -> np.ndarray:
-        return array.transpose(self.order).reshape(self.shape)
+        return (array if self.in_order else array.transpose(self.order)).reshape(self.shape)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -67,8 +93,15 @@ def collapse(shape: tuple[int, ...], axes: tuple[int, ...], *strides: tuple[int,
 
 def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     """A dense array whose axes follow each other in memory as under `strides`: np.empty_like without the array."""
+    dense, places = _memory_order(shape, strides)
+    return np.empty(dense, dtype).transpose(places)
+
+
+@functools.lru_cache(maxsize=4096)
+def _memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape with its axes as they lie in memory, and the place of each axis there."""
     order = sorted(range(len(shape)), key=lambda a: -abs(strides[a]))
-    return np.empty([shape[a] for a in order], dtype).transpose(np.argsort(order))
+    return tuple(shape[a] for a in order), tuple(order.index(a) for a in range(len(shape)))
 
 
 class Views:
@@ -80,39 +113,50 @@ class Views:
     in another way than those of the first input. An output of that kind is written by `finish`.
     """
 
+    __slots__ = ("_copied", "inputs", "views")
+
     def __init__(
         self, axes: tuple[int, ...], inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray | None]
     ) -> None:
-        self._targets = [o for o in outputs if o is not None]
         given = len(inputs)
-        whole: list[np.ndarray] = [*inputs, *self._targets]
-        used = [a if a.dtype.isnative and a.flags.aligned else _dense(a, a, i < given) for i, a in enumerate(whole)]
-        plan = _common(axes, used)
-        if plan is None:
-            if _common(axes, used[:1]) is None:
-                used[0] = _packed(axes, used[0])
-            for i in range(1, len(used)):
-                if _common(axes, [used[0], used[i]]) is None:
-                    used[i] = _dense(used[i], used[0], i < given)
-            plan = _common(axes, used)
-        if plan is None:
-            used = [_dense(a, used[0], i < given) for i, a in enumerate(used)]
-            plan = _common(axes, used)
-        assert plan is not None, "arrays of equal strides collapse alike"
+        arrays: list[Any] = [*inputs, *outputs]
+        used, plan = arrays, _common(axes, arrays)
+        if plan is None or not all(map(_is_plain, arrays)):
+            used, plan = _walkable(axes, arrays, given)
         self.inputs = used[:given]  # what was walked in place of the inputs, in their own shape
-        self._results = used[given:]
-        views = [plan.view(a) for a in used]
-        written = iter(views[given:])
-        self.views: list[np.ndarray | None] = [*views[:given], *(None if o is None else next(written) for o in outputs)]
+        self.views = [None if a is None else plan.view(a) for a in used]
+        self._copied = [] if used is arrays else list(zip(arrays[given:], used[given:], strict=True))
 
     def finish(self) -> None:
-        for target, result in zip(self._targets, self._results, strict=True):
+        for target, result in self._copied:
             if result is not target:
                 target[...] = result
 
 
-def _common(axes: tuple[int, ...], arrays: Sequence[np.ndarray]) -> Collapse | None:
-    return collapse(arrays[0].shape, axes, *(a.strides for a in arrays))
+def _is_plain(a: np.ndarray | None) -> bool:
+    return a is None or (a.dtype.isnative and a.flags.aligned)
+
+
+def _common(axes: tuple[int, ...], arrays: Sequence[Any]) -> Collapse | None:
+    """The common view of arrays and of None, which stands for a result that nobody wants."""
+    return collapse(arrays[0].shape, axes, *[a.strides for a in arrays if a is not None])
+
+
+def _walkable(axes: tuple[int, ...], arrays: Sequence[Any], given: int) -> tuple[list[Any], Collapse]:
+    """The arrays, the first `given` of them inputs, with copies for those that need one; and their common view."""
+    used = [a if _is_plain(a) else _dense(a, a, i < given) for i, a in enumerate(arrays)]
+    plan = _common(axes, used)
+    if plan is None:
+        if _common(axes, used[:1]) is None:
+            used[0] = _packed(axes, used[0])
+        fits = [_common(axes, [used[0], a]) is not None for a in used]
+        used = [a if fits[i] else _dense(a, used[0], i < given) for i, a in enumerate(used)]
+        plan = _common(axes, used)
+    if plan is None:
+        used = [a if a is None else _dense(a, used[0], i < given) for i, a in enumerate(used)]
+        plan = _common(axes, used)
+    assert plan is not None, "arrays of equal strides collapse alike"
+    return used, plan
 
 
 def _dense(a: np.ndarray, like: np.ndarray, filled: bool) -> np.ndarray:

@@ -106,17 +106,17 @@ class RunningStats:
         mean, var = moments.exact(self.ddof)
         self.dtype = np.promote_types(self.dtype, moments.dtype)
         self.batches += 1
-        self._mean = self._mixed(self._mean, mean, self.batches)
-        if moments.count > self.ddof:
-            self.variances += 1
-            self._var = self._mixed(self._var, var, self.variances)
+        with np.errstate(all="ignore"):
+            self._mean = self._mixed(self._mean, mean, self.batches)
+            if moments.count > self.ddof:
+                self.variances += 1
+                self._var = self._mixed(self._var, var, self.variances)
 
     def _mixed(self, old: np.ndarray, new: np.ndarray, batches: int) -> np.ndarray:
         weight = 1 / batches if self.momentum is None else self.momentum
         if weight in (0, 1):  # nothing of the other value counts, not even its NaN
             return new if weight else old
-        with np.errstate(all="ignore"):
-            return np.asarray((1 - weight) * old + weight * new)
+        return np.asarray((1 - weight) * old + weight * new)
 
     def _read(self, values: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
