@@ -1,10 +1,12 @@
-"""The command line: `python -m fastbn info` and `python -m fastbn demo`."""
+"""The command line: `python -m fastbn info`, `demo` and `bench`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+
+import fastbn.bench as bench
 
 from . import __version__, demo, info
 
@@ -19,7 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     experiments = commands.add_parser("demo", help="what batch normalization does for deep nets, on real digits")
     demo.add_arguments(experiments)
     experiments.set_defaults(run=demo.run)
-    args = parser.parse_args(argv)
+    speed = commands.add_parser("bench", help="how fast each function is, beside a copy and other libraries")
+    bench.add_arguments(speed)
+    words = sys.argv[1:] if argv is None else list(argv)
+    speed.set_defaults(run=bench.run, words=words)
+    args = parser.parse_args(words)
     return int(args.run(args))
 
 

@@ -48,7 +48,9 @@ def test_as_a_module():
     assert process.stdout.startswith("fastbn ")
 
 
-def test_import_loads_no_compiler_and_no_array_library_but_numpy():
-    code = "import sys, fastbn; print(sorted({'numba', 'cupy', 'sklearn', 'matplotlib', 'torch'} & set(sys.modules)))"
+@pytest.mark.parametrize("module", ["fastbn", "fastbn.__main__"])
+def test_import_loads_no_compiler_and_no_array_library_but_numpy(module):
+    heavy = {"numba", "cupy", "sklearn", "matplotlib", "rich", "torch"}
+    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
     assert process.stdout.strip() == "[]"

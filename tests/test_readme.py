@@ -7,6 +7,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -28,9 +30,18 @@ def test_figures_are_those_of_the_committed_run():
     assert accuracy.table(result) in README
 
 
-def test_two_commands():
+def test_speeds_are_those_of_the_committed_runs():
+    from fastbn.bench import report
+
+    runs = sorted((ROOT / "bench" / "results").glob("speed-*.json"))
+    if not runs:
+        pytest.skip("no run is committed yet")
+    assert all(report.readme_table(*report.read(run)) in README for run in runs)
+
+
+def test_commands():
     commands = re.findall(r"```sh\n(.*?)\n```", README, re.DOTALL)
-    assert [c.split()[-1] for c in commands] == ["demo", "pytest"]
+    assert [c.split()[-1] for c in commands] == ["demo", "pytest", "--quick"]
     assert all(c.startswith("python3 -m venv ") for c in commands)
 
 

@@ -27,7 +27,7 @@ def sources(*folders):
 def module_name(path):
     """`fastbn.kernels.cpu.rows`, or `fastbn.kernels.cpu` for its __init__.py, and whether it is a package."""
     parts = path.relative_to(ROOT).with_suffix("").parts
-    if parts[0] == "kernels":
+    if parts[0] in ("kernels", "bench"):
         parts = ("fastbn", *parts)
     return (parts[:-1], True) if parts[-1] == "__init__" else (parts, False)
 
@@ -80,9 +80,15 @@ def test_the_library_imports_numpy_only(path):
 
 
 @pytest.mark.parametrize("path", sources("fastbn", "kernels", "tests", "bench"))
-def test_nobody_imports_kernels(path):
-    """The folder is installed as fastbn.kernels; `import kernels` would work by chance, in the root only."""
-    assert "kernels" not in {name.partition(".")[0] for name in imports(path, ast.walk(tree(path)))}
+def test_nobody_imports_kernels_or_bench(path):
+    """They are installed as fastbn.kernels and fastbn.bench; `import bench` would work by chance, in the root only."""
+    assert not {"kernels", "bench"} & {name.partition(".")[0] for name in imports(path, ast.walk(tree(path)))}
+
+
+@pytest.mark.parametrize("path", sources("fastbn", "kernels"))
+def test_only_the_command_line_imports_the_benchmark(path):
+    if path.name != "__main__.py":
+        assert not any(f"{name}.".startswith("fastbn.bench.") for name in imports(path, ast.walk(tree(path))))
 
 
 PUBLIC = [name for name in fastbn.__all__ if inspect.isfunction(o := getattr(fastbn, name)) or inspect.isclass(o)]

@@ -22,9 +22,10 @@ print(fastbn.__file__, fastbn.kernels.__file__)
 
 def sources():
     """The package's files as git would ship them; a copy, so that the build leaves nothing in the checkout."""
-    for folder in ("fastbn", "kernels"):
+    for folder in ("fastbn", "kernels", "bench"):
         for path in sorted((ROOT / folder).rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts:
+            notes = path.suffix in (".md", ".json", ".png")  # what was measured stays in the checkout
+            if path.is_file() and "__pycache__" not in path.parts and not notes:
                 yield path.relative_to(ROOT)
     yield from map(Path, ("pyproject.toml", "README.md", "LICENSE"))
 
@@ -45,10 +46,10 @@ def test_wheel_in_an_empty_environment(tmp_path):
 
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {
-        "fastbn/" + str(path) if path.parts[0] == "kernels" else str(path) for path in sources() if len(path.parts) > 1
+        str(path) if path.parts[0] == "fastbn" else "fastbn/" + str(path) for path in sources() if len(path.parts) > 1
     }
     assert {n for n in names if ".dist-info" not in n} == wanted
-    assert "fastbn/py.typed" in names
+    assert {"fastbn/py.typed", "fastbn/bench/bars.toml"} <= names
 
     run(sys.executable, "-m", "venv", str(tmp_path / "empty"), cwd=tmp_path)
     python = next(path for path in (tmp_path / "empty").rglob("python*") if path.name in ("python", "python.exe"))
@@ -56,3 +57,4 @@ def test_wheel_in_an_empty_environment(tmp_path):
     where = run(str(python), "-c", USE, cwd=tmp_path)
     assert str(ROOT) not in where
     assert "not installed" in run(str(python), "-m", "fastbn", "info", cwd=tmp_path)
+    assert "--check" in run(str(python), "-m", "fastbn", "bench", "--help", cwd=tmp_path)

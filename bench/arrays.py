@@ -1,0 +1,127 @@
+"""The arrays of one case, and how far results are from the float64 reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache, cached_property
+from typing import Any
+
+import numpy as np
+
+import fastbn
+
+from .shapes import Case
+
+EPS = 1e-5
+POOL = 1_000_003  # random numbers drawn once, then repeated: a prime, so that no layout meets them in step
+FULL_CHECK = 1 << 21  # elements; of larger arrays, whole channels up to this many are checked, two at least
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    """The dtype; bfloat16 is that of ml_dtypes."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        name = ml_dtypes.bfloat16
+    found: np.dtype[Any] = np.dtype(name)
+    return found
+
+
+def dense(a: np.ndarray) -> np.ndarray | None:
+    """All of an array's memory as (bytes,) of uint8, or None where it has gaps."""
+    flat = a.transpose(np.argsort([-s for s in a.strides], kind="stable"))
+    return flat.reshape(-1).view(np.uint8) if flat.flags.c_contiguous else None
+
+
+class Arrays:
+    """x, dy, parameters, given statistics, and memory for the results of one case."""
+
+    def __init__(self, case: Case, seed: int = 0) -> None:
+        self.case = case
+        self.dtype = dtype_of(case.dtype)
+        rng = np.random.default_rng(seed)
+        channels = case.shape.dims[1]
+        number = np.float64 if case.dtype == "float64" else np.float32
+        self.gamma, self.beta = rng.normal(size=(2, channels)).astype(number)
+        self.mean, self.var = rng.uniform(0.5, 1.5, (2, channels)).astype(number)
+        noise = rng.standard_normal(min(POOL, case.size), number)
+        self.x = case.shape.empty(case.layout, self.dtype)
+        self._fill(self.x, noise, rng.uniform(0, 2, channels).astype(number))
+        self._noise, self._rng = noise, rng
+        self.dgamma, self.dbeta = np.empty((2, channels), number)
+        self.exact = cache(self._exact)
+
+    # Large ones are made on first use: a 4 GB forward pass must do with x and y.
+    @cached_property
+    def dy(self) -> np.ndarray:
+        """Sums of dy and of dy (x - mean) are far from 0: dgamma and dbeta can be compared relative to themselves."""
+        dy = np.empty_like(self.x)
+        other = self._rng.standard_normal(len(self._noise), self._noise.dtype)
+        offset = self._rng.uniform(0.5, 1, len(self.gamma)).astype(self.gamma.dtype)
+        self._fill(dy, 0.5 * self._noise + other, offset)
+        return dy
+
+    @cached_property
+    def y(self) -> np.ndarray:
+        """For results of x's size, touched already."""
+        return np.full_like(self.x, np.nan)
+
+    @cached_property
+    def dx(self) -> np.ndarray:
+        """For results of x's size, touched already."""
+        return np.full_like(self.x, np.nan)
+
+    def _fill(self, a: np.ndarray, noise: np.ndarray, offset: np.ndarray) -> None:
+        """`noise` over and over along a's memory, plus each channel's offset; in parts, as a may be 4 GB."""
+        order = np.argsort([-s for s in a.strides], kind="stable")
+        wide = offset.reshape([-1 if axis == 1 else 1 for axis in range(a.ndim)]).transpose(order)
+        flat = a.transpose(order)
+        start, step = 0, max(1, (1 << 24) // max(1, flat[:1].size))
+        for row in range(0, len(flat), step):
+            part = flat[row : row + step]
+            values = np.resize(np.roll(noise, -start), part.shape)
+            part[...] = values + (wide if wide.shape[0] == 1 else wide[row : row + step])
+            start = (start + part.size) % len(noise)
+
+    def source(self) -> np.ndarray:
+        """The bytes that a copy reads: x's, or as many of dy where x has gaps."""
+        found = dense(self.x)
+        found = dense(self.dy) if found is None else found
+        assert found is not None
+        return found
+
+    def target(self) -> np.ndarray:
+        """Where a copy writes: y's memory, as forward does."""
+        found = dense(self.y)
+        assert found is not None
+        return found
+
+    def _channels(self) -> np.ndarray:
+        """Which channels are checked, from the first to the last."""
+        channels = self.case.shape.dims[1]
+        count = max(2, FULL_CHECK // (self.case.size // channels))
+        return np.unique(np.linspace(0, channels - 1, min(count, channels)).astype(np.intp))
+
+    def _exact(self, function: str) -> tuple[np.ndarray, ...]:
+        """The reference's results on the checked channels."""
+        picked = self._channels()
+        x, gamma, beta = self.x[:, picked], self.gamma[picked], self.beta[picked]
+        if function == "infer":
+            return (fastbn.reference.infer(x, self.mean[picked], self.var[picked], gamma, beta, eps=EPS),)
+        if function == "moments":
+            found = fastbn.reference.moments(x)
+            return found.mean, found.var()
+        y, saved = fastbn.reference.forward(x, gamma, beta, eps=EPS)
+        return (y,) if function == "forward" else fastbn.reference.backward(self.dy[:, picked], saved)
+
+    def error(self, function: str, results: Sequence[np.ndarray]) -> float:
+        """The largest error of results (N, C, ...) or (C,), relative to max(1, |exact|); NaN counts as infinite."""
+        worst = 0.0
+        picked = self._channels()
+        for result, exact in zip(results, self.exact(function), strict=True):
+            found = result[picked] if result.ndim == 1 else result[:, picked]
+            if found.shape != exact.shape:
+                return np.inf
+            error = (np.abs(found.astype(np.float64) - exact) / np.maximum(1, np.abs(exact))).max()
+            worst = max(worst, np.inf if np.isnan(error) else float(error))
+        return worst
