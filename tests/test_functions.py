@@ -109,11 +109,18 @@ def test_moments(case, dtype, backend, rng):
     assert found.count == exact.count
     assert found.mean.dtype == (np.float64 if dtype == np.float64 else np.float32)
     (mean, var), (exact_mean, exact_var) = found.exact(), exact.exact()
-    # In float64 for every dtype: a few roundings of a mean of size 1 to 10 and of a variance.
-    np.testing.assert_allclose(mean, exact_mean, rtol=0, atol=16 * 2.2e-16 * (1 + np.abs(exact_mean).max()))
-    np.testing.assert_allclose(var, exact_var, rtol=64 * 2.2e-16, atol=1e-30)
+    # A few roundings of a mean of size 1 to 10 and of a variance. Deviations from a pivot near the mean are summed in
+    # float32 where there are enough of them, each rounded by half a float32 eps of itself.
+    few = dtype == np.float64 or found.count < 256 or backend == "reference"
+    off = 0.0 if few else 2.0**-24 * np.sqrt(exact_var)
+    limit = off + 16 * 2.2e-16 * (1 + np.abs(exact_mean).max())
+    np.testing.assert_array_less(np.abs(mean - exact_mean), limit)
+    np.testing.assert_allclose(var, exact_var, rtol=64 * 2.2e-16 if few else 2.0**-23, atol=1e-30)
     saved = fastbn.forward(x, axis=case.axis)[1]
-    np.testing.assert_array_equal(saved.moments.exact(), found.exact())
+    if 0 in x.strides:  # y has none, so forward cuts x in another way
+        np.testing.assert_allclose(saved.moments.exact(), found.exact(), rtol=2.0**-22 if not few else 1e-14)
+    else:
+        np.testing.assert_array_equal(saved.moments.exact(), found.exact())
 
 
 @pytest.mark.parametrize("given", [(False, False), (True, False), (False, True)], ids=str)

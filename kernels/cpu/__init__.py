@@ -1,9 +1,10 @@
 """The CPU backend: NumPy arrays, by Numba. The contract is in `fastbn.kernels`.
 
-numbers   elements to numbers and back, float16 and bfloat16 by their bits
+lanes     sixteen numbers at a time, and the element formats
 blocks    sums and maps over one contiguous run; the building blocks for your own @njit code
-rows      the schedule for runs inside one channel (NCHW)
-columns   the schedule for runs across the channels (NHWC)
+rows      a block of runs inside one channel (NCHW)
+columns   a block of rows across the channels (NHWC)
+schedule  the two kernels: sums, what they make of a channel, maps
 compile   njit with a disk cache that cannot fail a call
 threads   when a parallel region may be entered
 """
@@ -27,8 +28,9 @@ from .blocks import (
     merge_comoments,
     merge_moments,
 )
-from .columns import columns_backward, columns_forward
-from .rows import FINISH, MAP, SUM, rows_backward, rows_forward
+from .lanes import LANES
+from .rows import EXACT, GATHER, PAST
+from .schedule import FINISH, MAP, SUM, backward_kernel, forward_kernel
 
 __all__ = [
     "backward",
@@ -47,12 +49,16 @@ __all__ = [
 class Sizes:
     """What a plan cuts a shape by. Borders depend on these and on the shape; tests make them tiny."""
 
-    block: int = 4096  # elements of a block in the rows schedule: 16 KB of float32, half an L1 cache
-    piece: int = 64  # blocks of a piece: 1 MB of float32
-    tile: int = 512  # channels of a tile in the columns schedule
-    area: int = 16384  # elements of a tile's block: 64 KB of float32, in the L2 cache
-    height: int = 64  # rows of it at most: the variance of float64 data is off by 1.6 eps then, by 4.0 with 1365
+    block: int = 4096  # elements of a run's segment: 16 KB of float32, half an L1 cache; at most 128 added in a lane
+    piece: int = 64  # blocks of a piece: its pivot fits where data doesn't drift within 1 MB of float32
+    slab: int = 400_000  # bytes of a tile of rows, so that it and the next one fit into L2 (1 MB)
+    line: int = 2048  # bytes of a tile that follow each other in memory, at least
+    columns: int = 1024  # columns of a tile: its sums and coefficients stay in L1 and L2
+    height: int = 64  # rows of a block of columns: as many are added in a lane
+    cached: int = 8_000_000  # bytes of a tile of columns that is mapped while in the last-level cache
+    few: int = 256  # values of a channel below which all is done in float64
     serial: int = 32768  # arrays of fewer elements run on one thread: entering a region costs 5 to 50 us
+    past: int = 30_000_000  # bytes of all arrays above which stores go past the caches: they are slower below
 
 
 SIZES = Sizes()
@@ -77,7 +83,7 @@ def forward(
 ) -> None:
     stages = FINISH | (0 if frozen else SUM) | (0 if y is None else MAP)
     target = np.empty((0, 0, 0), x.dtype) if y is None else y
-    _carry_out((rows_forward, columns_forward), (x, target), (stats, affine, float(eps)), 4, stages)
+    _carry_out(forward_kernel, (x, target), (stats, affine, float(eps)), 4, stages)
 
 
 def backward(
@@ -90,98 +96,107 @@ def backward(
 ) -> None:
     stages = SUM | FINISH | (0 if dx is None else MAP)
     target = np.empty((0, 0, 0), x.dtype) if dx is None else dx
-    _carry_out((rows_backward, columns_backward), (dy, x, target), (stats, affine, grads), 5, stages)
+    _carry_out(backward_kernel, (dy, x, target), (stats, affine, grads), 5, stages)
 
 
 class _Plan(NamedTuple):
-    """How a shape is cut, read off the shape and the strides of x alone."""
+    """How a shape is cut, read off the shape and the strides alone."""
 
-    by_rows: bool
-    whole: int  # channels, or tiles of channels
-    pieces: int  # of each
-    borders: tuple[int, ...]  # as the kernels read them
-    fold: int  # rows of few channels that are taken as one row of many
+    tiles: int
+    pieces: int  # of a tile
+    numbers: tuple[int, ...]  # as the kernels read them
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(shape: tuple[int, int, int], strides: tuple[int, int, int], itemsize: int, sizes: Sizes) -> _Plan:
+def _plan(
+    shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], itemsize: int, stages: int, sizes: Sizes
+) -> _Plan:
     outer, channels, inner = shape
-    rows_of_channels = outer * inner
-    if strides[1] == itemsize and channels > 1 and (inner == 1 or strides[2] != itemsize):
-        fold = 1
-        if channels * rows_of_channels >= sizes.serial:
-            fits = range(min(sizes.tile // channels, rows_of_channels), 1, -1)
-            fold = next((k for k in fits if rows_of_channels % k == 0), 1)
-        # Rows of fewer than 8 channels are shorter than a vector; the rows schedule gathers them.
-        if channels * fold >= 8:
-            width = min(channels, sizes.tile)
-            height = min(max(1, sizes.area // width), sizes.height)
-            blocks = -(-rows_of_channels // height)
-            pieces = -(-blocks // sizes.piece)
-            return _Plan(False, -(-channels // width), pieces, (width, height, blocks, sizes.piece), fold)
-    if inner < sizes.block:
-        runs, length = min(outer, max(1, sizes.block // inner)), inner
-    else:
-        runs, length = 1, -(-inner // -(-inner // sizes.block))
-    segments = -(-inner // length)
-    blocks = -(-outer // runs) * segments
-    return _Plan(True, channels, -(-blocks // sizes.piece), (runs, segments, length, blocks, sizes.piece), 1)
+    size = outer * channels * inner
+    flags = EXACT if itemsize == 8 or outer * inner < sizes.few else 0
+    # The sums of a tile are not read again where nothing is mapped, and a map alone needs no slab in cache.
+    flags |= PAST if size * itemsize * (len(strides) + (not stages & SUM)) > sizes.past else 0
+    across = all(s[1] == itemsize for s in strides) and channels > 1 and inner == 1
+    across = across or all(s[1] == itemsize and (inner == 1 or s[2] != itemsize) for s in strides) and channels > 1
+    short = 1 < inner < LANES and all(s[2] == itemsize and s[1] == inner * itemsize for s in strides)
+    if across or short:
+        return _by_columns(shape, strides, itemsize, flags, inner if short else 1, stages, sizes)
+    return _by_rows(shape, strides, itemsize, flags, stages, sizes)
 
 
-def _carry_out(
-    kernels: tuple[Any, Any], arrays: tuple[np.ndarray, ...], numbers: tuple[Any, ...], depth: int, stages: int
-) -> None:
+def _by_rows(
+    shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], itemsize: int, flags: int, stages: int,
+    sizes: Sizes,
+) -> _Plan:  # fmt: skip
+    outer, channels, inner = shape
+    apart = inner > 1 and any(s[2] != itemsize for s in strides)
+    if apart or inner < min(LANES, sizes.block):
+        flags |= GATHER
+    segments = _ceil(inner, sizes.block)
+    length = min(inner, _ceil(_ceil(inner, segments), 2 * LANES) * 2 * LANES if segments > 1 else inner)
+    segments = _ceil(inner, length)
+    runs = min(outer, max(1, sizes.block // inner))
+    reads = max(1, len(strides) - 1)
+    tile = max(sizes.slab // (reads * outer * inner * itemsize), sizes.line // (inner * itemsize), 1)
+    if inner * itemsize >= 2 * sizes.line:
+        tile = 1
+    if flags & GATHER:
+        tile = max(tile, 16)  # whose elements share lines
+    tile = min(tile, _ceil(channels, 16))
+    blocks = _ceil(outer, runs) * segments
+    return _Plan(
+        _ceil(channels, tile), _ceil(blocks, sizes.piece), (0, tile, blocks, sizes.piece, runs, segments, length, flags)
+    )
+
+
+def _by_columns(
+    shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], itemsize: int, flags: int, period: int,
+    stages: int, sizes: Sizes,
+) -> _Plan:  # fmt: skip
+    outer, channels, inner = shape
+    rows = outer if period > 1 else outer * inner
+    fold, width = 1, channels * period
+    gapless = all((s[0] if period > 1 or inner == 1 else s[2]) == width * itemsize for s in strides)
+    level = period > 1 or inner == 1 or outer == 1 or all(s[0] == inner * s[2] for s in strides)
+    if gapless and level and 2 * width <= sizes.columns:
+        fold = max(1, min(sizes.columns // width, rows // 16))
+    tile = channels
+    if fold == 1:
+        tile = max(1, min(sizes.columns, sizes.cached // (rows * itemsize)) // period)
+        if tile * period * itemsize < 256:  # too narrow: whole rows, each stage for all of the array
+            tile = max(1, sizes.columns // period)
+        tile = min(tile, channels)
+    blocks = _ceil(_ceil(rows, fold), sizes.height)
+    piece = max(1, _ceil(blocks, max(1, min(64, 32768 // channels))))
+    return _Plan(
+        _ceil(channels, tile), _ceil(blocks, piece), (1, tile, blocks, piece, sizes.height, period, fold, flags)
+    )
+
+
+def _carry_out(kernel: Any, arrays: tuple[np.ndarray, ...], numbers: tuple[Any, ...], depth: int, stages: int) -> None:
     """Runs the stages; arrays (O, C, I) end in x and what is written, numbers are by channel, depth is part's."""
     x = arrays[-2]
-    plan = _plan(x.shape, x.strides, x.itemsize, SIZES)
-    kernel = _twins(kernels[0] if plan.by_rows else kernels[1], x.dtype)
-    wide = _folded(plan.fold, arrays) if plan.fold > 1 else None
-    pieces = plan.pieces if stages & SUM else 0
-    if wide is None:
-        part = np.empty((pieces, depth, x.shape[1]))
-        _run(kernel, plan, stages, x.size, (*arrays, *numbers, part))
-        return
-
-    # k rows are one row of k C channels, and each channel's k results merge like pieces.
-    def tiled() -> tuple[Any, ...]:
-        return tuple(np.tile(n, plan.fold) if isinstance(n, np.ndarray) else n for n in numbers)
-
-    wide_plan = _plan(wide[-2].shape, wide[-2].strides, x.itemsize, SIZES)
-    part = np.empty((wide_plan.pieces if pieces else 0, depth, plan.fold * x.shape[1]))
-    if stages & SUM:
-        _run(kernel, wide_plan, SUM, x.size, (*wide, *tiled(), part))
-    split = np.ascontiguousarray(part.reshape(-1, depth, plan.fold, x.shape[1]).swapaxes(1, 2))
-    _run(kernel, plan, FINISH, x.size, (*arrays, *numbers, split.reshape(-1, depth, x.shape[1])))
-    if stages & MAP:
-        _run(kernel, wide_plan, MAP, x.size, (*wide, *tiled(), part))
-
-
-def _folded(fold: int, arrays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...] | None:
-    """Every `fold` rows as one, for arrays whose rows follow each other without a gap; None if one's don't."""
-    wide = []
-    for a in arrays:
-        outer, channels, inner = a.shape
-        rows = a.reshape(outer, channels) if inner == 1 else a[0].T if outer == 1 else None
-        if a.size and (rows is None or not rows.flags.c_contiguous):
-            return None
-        wide.append(rows.reshape(-1, fold * channels, 1) if a.size else a)
-    return tuple(wide)
-
-
-def _run(kernel: Any, plan: _Plan, stages: int, size: int, args: tuple[Any, ...]) -> None:
-    """All stages of a channel (or tile), then the next; where those are few, a stage of all, then the next."""
-    count = threads.threads() if size >= SIZES.serial else 1
-    pieces = plan.whole * plan.pieces
-    if stages in (SUM, MAP):
-        threads.run(kernel, pieces, *args, plan.borders, stages, parallel=count > 1)
-    elif count == 1 or plan.whole >= 4 * count or plan.pieces == 1:
-        threads.run(kernel, plan.whole, *args, plan.borders, stages, parallel=count > 1 and stages != FINISH)
+    strides = tuple([a.strides for a in (arrays if stages & MAP else arrays[:-1])])
+    plan = _plan(x.shape, strides, x.itemsize, stages, SIZES)
+    part = np.empty((plan.pieces if stages & SUM else 0, depth, x.shape[1]))
+    twins = _twins(kernel, x.dtype)
+    args = (*arrays, *numbers, part, plan.numbers)
+    count = threads.threads() if x.size >= SIZES.serial else 1
+    # Tile by tile, all stages of each; where tiles are too few for the threads, stage by stage, piece by piece.
+    if count == 1:
+        threads.run(twins, 1, *args, stages, parallel=False)
+    elif plan.tiles >= 4 * count or plan.pieces == 1:
+        threads.run(twins, min(count, plan.tiles), *args, stages, parallel=True)
     else:
         if stages & SUM:
-            threads.run(kernel, pieces, *args, plan.borders, SUM, parallel=True)
-        threads.run(kernel, plan.whole, *args, plan.borders, FINISH, parallel=False)
+            threads.run(twins, plan.tiles * plan.pieces, *args, SUM, parallel=True)
+        threads.run(twins, 1, *args, FINISH, parallel=False)
         if stages & MAP:
-            threads.run(kernel, pieces, *args, plan.borders, MAP, parallel=True)
+            threads.run(twins, plan.tiles * plan.pieces, *args, MAP, parallel=True)
 
 
 class _Twins:
@@ -217,10 +232,8 @@ def _twins(kernel: Any, dtype: np.dtype[Any]) -> _Twins:
     element = numba.from_dtype(dtype)
     given, written = (numba.types.Array(element, 3, "A", readonly=readonly) for readonly in (True, False))
     numbers, part = numba.types.Array(real, 2, "C"), numba.types.Array(real, 3, "C")
-    arrays, plan = {
-        rows_forward: ((given, written, numbers, numbers, real, part), 5),
-        columns_forward: ((given, written, numbers, numbers, real, part), 4),
-        rows_backward: ((given, given, written, numbers, numbers, numbers, part), 5),
-        columns_backward: ((given, given, written, numbers, numbers, numbers, part), 4),
+    arrays = {
+        forward_kernel: (given, written, numbers, numbers, real, part),
+        backward_kernel: (given, given, written, numbers, numbers, numbers, part),
     }[kernel]
-    return _Twins(kernel, (integer, *arrays, numba.types.UniTuple(integer, plan), integer))
+    return _Twins(kernel, (integer, *arrays, numba.types.UniTuple(integer, 8), integer))

@@ -1,52 +1,158 @@
-"""The building blocks: sums and maps over one contiguous run, and the merging of sums. Callable from any @njit code.
+"""The building blocks: sums and maps over one contiguous run, and the merging of sums.
 
-Blocks are short enough for the L1 cache, so a second look at the data costs no memory traffic. The first
-look finds the block's mean, the second sums deviations from it; deviations are small and exact, however
-large the mean (two-pass with correction: Chan, Golub & LeVeque 1983). Blocks merge by Chan's formula in
-float64, with the mean as an unevaluated pair hi + lo.
+`block_*` and `merge_*` take arrays and numbers, compute in float64, and are callable from any @njit code. The `run_*`
+functions under them take pointers and compute in float32 or float64 lanes, by the type of the pivot or of the
+coefficients; the schedules use them directly.
 
-The first look adds up in the elements' type (float32 for the half types): it only has to land near the mean.
-All else is float64, so squares neither under- nor overflow and even five values keep their last bits. On 25 to
-100 MB of float32 the sums cost 20 to 30 % of a copy's time more for that, the map 0 to 5 % (`bench/FACTS.md`).
+Sums are sums of deviations from a pivot near the mean: small and exact, however large the mean (two-pass with
+correction: Chan, Golub & LeVeque 1983). They merge by Chan's formula in float64, with the mean as an unevaluated
+pair hi + lo.
 """
 
 import math
 
+import numpy as np
 from numba import njit
 
-from .numbers import keep_whole, narrow, widen
+from .lanes import (
+    LANES,
+    before_line,
+    fetch,
+    fma,
+    load,
+    load_part,
+    nothing,
+    pointer,
+    save,
+    save_part,
+    spread,
+    stream,
+    total,
+    wide,
+)
 
-SUMS = {"reassoc", "contract", "arcp", "nsz"}  # vectorises reductions, and still propagates NaN and Inf
-MAPS = {"contract", "nsz"}  # no reassoc: it would turn (x - hi) - lo into x - (hi + lo)
 
-
-@njit(fastmath=SUMS, error_model="numpy")
-def _near_mean(x, zero):  # type: ignore[no-untyped-def]
-    """x (n,) -> about its mean; added up in the type of `zero`."""
-    keep_whole()
-    total = zero
-    for i in range(x.size):
-        total += widen(x[i])
-    return float(narrow(total / x.size, zero))
+# Squares of numbers on a grid leave remainders of 0, 1 and 4 eighths, which a float32 sum of a hundred drops more often
+# than it rounds them up: the variance of data at 1e4 was 5e-7 too small. So lanes pass sums on after 16 additions.
+CHAIN = 16 * LANES
 
 
 @njit(error_model="numpy")
-def _pivot(x):  # type: ignore[no-untyped-def]
-    pivot = _near_mean(x, widen(x.dtype.type(0)))
-    return pivot if math.isfinite(pivot) else _near_mean(x, 0.0)  # float32 sums overflow near 3e38
+def run_deviations(x, n, pivot):  # type: ignore[no-untyped-def]
+    """n elements -> sum of x - pivot, sum of its square, as float64; in lanes of the pivot's type."""
+    near = spread(pivot)
+    sums = squares = nothing(wide(near))
+    i = 0
+    while i < n:
+        stop = min(n, i + 2 * CHAIN)
+        s = t = q = r = nothing(near)
+        while i + 2 * LANES <= stop:
+            d = load(x, i, near) - near
+            e = load(x, i + LANES, near) - near
+            s, t, q, r = s + d, t + e, fma(d, d, q), fma(e, e, r)
+            i += 2 * LANES
+        while i < stop:  # twice at most; lanes behind the end hold the pivot, whose deviation is 0
+            d = load_part(x, i, stop - i, near) - near
+            s, q = s + d, fma(d, d, q)
+            i += LANES
+        sums, squares = sums + wide(s + t), squares + wide(q + r)
+    return total(sums), total(squares)
 
 
-@njit(fastmath=SUMS, error_model="numpy")
-def _deviations(x, pivot):  # type: ignore[no-untyped-def]
-    """x (n,) -> sum of x - pivot, sum of its square."""
-    keep_whole()
-    s = 0.0
-    q = 0.0
-    for i in range(x.size):
-        d = float(widen(x[i])) - pivot
-        s += d
-        q += d * d
-    return s, q
+@njit(error_model="numpy")
+def run_products(dy, x, n, pivot, hi):  # type: ignore[no-untyped-def]
+    """n pairs of g = dy - pivot, d = x - hi -> sums of g, d, g d and g^2, as float64; in lanes of the pivot's type."""
+    near_dy, near_x = spread(pivot), spread(hi)
+    sums_dy = sums_x = products = squares = nothing(wide(near_dy))
+    i = 0
+    while i < n:
+        stop = min(n, i + CHAIN)
+        s = t = p = q = nothing(near_dy)
+        while i + LANES <= stop:
+            g, d = load(dy, i, near_dy) - near_dy, load(x, i, near_x) - near_x
+            s, t, p, q = s + g, t + d, fma(g, d, p), fma(g, g, q)
+            i += LANES
+        if i < stop:
+            g, d = load_part(dy, i, stop - i, near_dy) - near_dy, load_part(x, i, stop - i, near_x) - near_x
+            s, t, p, q = s + g, t + d, fma(g, d, p), fma(g, g, q)
+            i += LANES
+        sums_dy, sums_x = sums_dy + wide(s), sums_x + wide(t)
+        products, squares = products + wide(p), squares + wide(q)
+    return total(sums_dy), total(sums_x), total(products), total(squares)
+
+
+@njit(error_model="numpy")
+def run_normalize(x, y, n, hi, lo, a, beta, past, ahead):  # type: ignore[no-untyped-def]
+    """n elements of y = a ((x - hi) - lo) + beta in float64; stored past the caches if `past`. y may be x.
+
+    `ahead` points to n elements that will be read next; they are fetched.
+    """
+    h, l, a, b = spread(hi), spread(lo), spread(a), spread(beta)  # noqa: E741
+    i = 0
+    if past:
+        i = min(n, before_line(y))
+        save_part(y, 0, i, fma((load_part(x, 0, i, h) - h) - l, a, b))
+    while i + LANES <= n:
+        fetch(ahead, i)
+        v = fma((load(x, i, h) - h) - l, a, b)
+        if past:
+            stream(y, i, v)
+        else:
+            save(y, i, v)
+        i += LANES
+    if i < n:
+        fetch(ahead, i)
+        save_part(y, i, n - i, fma((load_part(x, i, n - i, h) - h) - l, a, b))
+
+
+@njit(error_model="numpy")
+def run_normalize_single(x, y, n, h, a, al, b, bl, past, ahead):  # type: ignore[no-untyped-def]
+    """The same in float32 with a and b as pairs: y = (a d + b) + (al d + bl), d = x - h. Off by 1 eps at most."""
+    h, a, al, b, bl = spread(h), spread(a), spread(al), spread(b), spread(bl)
+    i = 0
+    if past:
+        i = min(n, before_line(y))
+        d = load_part(x, 0, i, h) - h
+        save_part(y, 0, i, fma(d, a, b) + fma(d, al, bl))
+    while i + LANES <= n:
+        fetch(ahead, i)
+        d = load(x, i, h) - h
+        v = fma(d, a, b) + fma(d, al, bl)
+        if past:
+            stream(y, i, v)
+        else:
+            save(y, i, v)
+        i += LANES
+    if i < n:
+        fetch(ahead, i)
+        d = load_part(x, i, n - i, h) - h
+        save_part(y, i, n - i, fma(d, a, b) + fma(d, al, bl))
+
+
+@njit(error_model="numpy")
+def run_gradient(dy, x, dx, n, ghi, glo, hi, lo, a, b, past, ahead_dy, ahead_x):  # type: ignore[no-untyped-def]
+    """n elements of dx = a ((dy - ghi) - glo) + b ((x - hi) - lo) in float64. dx may be dy or x."""
+    gh, gl, h, l, a, b = spread(ghi), spread(glo), spread(hi), spread(lo), spread(a), spread(b)  # noqa: E741
+    i = 0
+    if past:
+        i = min(n, before_line(dx))
+        g, d = (load_part(dy, 0, i, gh) - gh) - gl, (load_part(x, 0, i, h) - h) - l
+        save_part(dx, 0, i, fma(g, a, d * b))
+    while i + LANES <= n:
+        fetch(ahead_dy, i)
+        fetch(ahead_x, i)
+        g, d = (load(dy, i, gh) - gh) - gl, (load(x, i, h) - h) - l
+        v = fma(g, a, d * b)
+        if past:
+            stream(dx, i, v)
+        else:
+            save(dx, i, v)
+        i += LANES
+    if i < n:
+        fetch(ahead_dy, i)
+        fetch(ahead_x, i)
+        g, d = (load_part(dy, i, n - i, gh) - gh) - gl, (load_part(x, i, n - i, h) - h) - l
+        save_part(dx, i, n - i, fma(g, a, d * b))
 
 
 @njit(error_model="numpy")
@@ -56,11 +162,11 @@ def not_negative(m2):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def block_moments(x):  # type: ignore[no-untyped-def]
-    """x (n,), n >= 1 -> mean_hi, mean_lo, M2."""
-    pivot = _pivot(x)
-    s, q = _deviations(x, pivot)
-    return pivot, s / x.size, not_negative(q - s * s / x.size)
+def settle(hi, lo):  # type: ignore[no-untyped-def]
+    """The pair hi + lo with |lo| at most half an ulp of hi. An infinite or NaN hi keeps lo = 0."""
+    total = hi + lo
+    lost = lo - (total - hi)
+    return (total, lost) if math.isfinite(total) else (total, 0.0)
 
 
 @njit(error_model="numpy")
@@ -79,33 +185,6 @@ def merge_moments(n, hi, lo, m2, nb, hib, lob, m2b):  # type: ignore[no-untyped-
     return total, moved, lo + lost, m2 + m2b + delta * delta * (n * nb / total)
 
 
-@njit(fastmath=SUMS, error_model="numpy")
-def _products(dy, x, pivot, hi):  # type: ignore[no-untyped-def]
-    """dy, x (n,) -> sum of dy - pivot, sum of x - hi, sum of their products."""
-    keep_whole()
-    s = 0.0
-    t = 0.0
-    p = 0.0
-    for i in range(dy.size):
-        g = float(widen(dy[i])) - pivot
-        d = float(widen(x[i])) - hi
-        s += g
-        t += d
-        p += g * d
-    return s, t, p
-
-
-@njit(error_model="numpy")
-def block_comoments(dy, x, hi):  # type: ignore[no-untyped-def]
-    """dy, x (n,), n >= 1 -> mean of dy as hi and lo, mean of x - hi, co-moment sum (dy - mean)(x - mean).
-
-    hi is any value near the mean of x, the same for all blocks that are to be merged.
-    """
-    pivot = _pivot(dy)
-    s, t, p = _products(dy, x, pivot, hi)
-    return pivot, s / dy.size, t / dy.size, p - s * t / dy.size
-
-
 @njit(error_model="numpy")
 def merge_comoments(n, hi, lo, t, p, nb, hib, lob, tb, pb):  # type: ignore[no-untyped-def]
     """Chan's formula for (count, mean of dy as hi and lo, mean of x, co-moment) of two sets of pairs."""
@@ -120,27 +199,44 @@ def merge_comoments(n, hi, lo, t, p, nb, hib, lob, tb, pb):  # type: ignore[no-u
 
 
 @njit(error_model="numpy")
-def settle(hi, lo):  # type: ignore[no-untyped-def]
-    """The pair hi + lo with |lo| at most half an ulp of hi. An infinite or NaN hi keeps lo = 0."""
-    total = hi + lo
-    lost = lo - (total - hi)
-    return (total, lost) if math.isfinite(total) else (total, 0.0)
+def _run(array):  # type: ignore[no-untyped-def]
+    if array.size > 1 and array.strides[0] != array.itemsize:
+        raise ValueError("fastbn's block functions take contiguous arrays; pass a copy")
+    return pointer(array, 0)
 
 
-@njit(fastmath=MAPS, error_model="numpy")
+@njit(error_model="numpy")
+def block_moments(x):  # type: ignore[no-untyped-def]
+    """x (n,), n >= 1, contiguous -> mean_hi, mean_lo, M2."""
+    run = _run(x)
+    pivot = run_deviations(run, x.size, 0.0)[0] / x.size
+    s, q = run_deviations(run, x.size, pivot)
+    return pivot, s / x.size, not_negative(q - s * s / x.size)
+
+
+@njit(error_model="numpy")
+def block_comoments(dy, x, hi):  # type: ignore[no-untyped-def]
+    """dy, x (n,), n >= 1, contiguous -> mean of dy as hi and lo, mean of x - hi, co-moment sum (dy - mean)(x - mean).
+
+    hi is any value near the mean of x, the same for all blocks that are to be merged.
+    """
+    run = _run(dy)
+    pivot = run_deviations(run, dy.size, 0.0)[0] / dy.size
+    s, t, p, _ = run_products(run, _run(x), dy.size, pivot, np.float64(hi))
+    return pivot, s / dy.size, t / dy.size, p - s * t / dy.size
+
+
+@njit(error_model="numpy")
 def block_normalize(x, y, hi, lo, scale, beta):  # type: ignore[no-untyped-def]
-    """y (n,) = scale ((x - hi) - lo) + beta. y may be x."""
-    keep_whole()
-    like = y.dtype.type(0)
-    for i in range(x.size):
-        y[i] = narrow(((widen(x[i]) - hi) - lo) * scale + beta, like)
+    """y (n,) = scale ((x - hi) - lo) + beta; both contiguous. y may be x."""
+    run = _run(x)
+    numbers = np.float64(hi), np.float64(lo), np.float64(scale), np.float64(beta)
+    run_normalize(run, _run(y), x.size, *numbers, False, run)
 
 
-@njit(fastmath=MAPS, error_model="numpy")
+@njit(error_model="numpy")
 def block_gradient(dy, x, dx, ghi, glo, hi, lo, a, b):  # type: ignore[no-untyped-def]
-    """dx (n,) = a ((dy - ghi) - glo) + b ((x - hi) - lo). dx may be dy or x."""
-    keep_whole()
-    like = dx.dtype.type(0)
-    for i in range(dy.size):
-        centred = (widen(dy[i]) - ghi) - glo
-        dx[i] = narrow(centred * a + ((widen(x[i]) - hi) - lo) * b, like)
+    """dx (n,) = a ((dy - ghi) - glo) + b ((x - hi) - lo); all contiguous. dx may be dy or x."""
+    numbers = np.float64(ghi), np.float64(glo), np.float64(hi), np.float64(lo), np.float64(a), np.float64(b)
+    runs = _run(dy), _run(x)
+    run_gradient(*runs, _run(dx), dy.size, *numbers, False, *runs)

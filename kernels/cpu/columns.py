@@ -1,288 +1,290 @@
-"""The columns schedule: the contiguous run is the channels (NHWC, (N, C)).
+"""One block of the columns schedule: rows that run across channels (NHWC, (N, C), and (N, C, I) with I below a vector).
 
-Rows of C channels are cut into tiles of channels, blocks of rows that stay in cache, and pieces of several
-blocks; all borders depend on the shape alone and merging is in order, as in the rows schedule.
+A row of x (O, C, I) is the C channels of one (o, i), or, where I is short and C I are contiguous, the C I elements of
+one o; then `period` I elements belong to a channel. Where rows of few channels follow each other without a gap, `fold`
+of them are walked as one. So column j belongs to channel (j // period) % C, and everything by channel is spread over
+columns before a block, and columns are added up to channels after it.
 
-A work item is a tile with every stage asked for, and a piece of a tile with one stage asked for.
+A tile is some neighbouring channels, a block some rows of it.
 """
 
-import math
+from numba import njit
 
-import numpy as np
-from numba import njit, prange
+from .lanes import (
+    LANES,
+    before_line,
+    fma,
+    keep_whole,
+    load,
+    load_part,
+    nothing,
+    pointer,
+    save,
+    save_part,
+    shifted,
+    spread,
+    stream,
+    wide,
+    where_nonzero,
+)
+from .rows import EXACT, PAST
 
-from .blocks import MAPS, SUMS, merge_comoments, merge_moments, not_negative, settle
-from .compile import Kernel
-from .numbers import keep_whole, narrow, run, widen
-from .rows import FINISH, MAP, SUM
-
-
-@njit(error_model="numpy")
-def _row(a, r, c0, width, scratch):  # type: ignore[no-untyped-def]
-    """Channels c0 to c0 + width of row r of a (O, C, I): in place if contiguous, else copied to scratch."""
-    o = r // a.shape[2]
-    i = r - o * a.shape[2]
-    if a.strides[1] == a.itemsize:
-        return run(a, o, c0, i, width)
-    for j in range(width):
-        scratch[j] = a[o, c0 + j, i]
-    return scratch[:width]
-
-
-@njit(error_model="numpy")
-def _store_row(values, a, r, c0, width):  # type: ignore[no-untyped-def]
-    o = r // a.shape[2]
-    i = r - o * a.shape[2]
-    for j in range(width):
-        a[o, c0 + j, i] = values[j]
-
-
-# The loops over rows stand inside these functions: called once a row, the map took 1.7 times as long at C = 64.
-
-
-@njit(fastmath=SUMS, error_model="numpy")
-def _add(a, r0, r1, c0, total, scratch):  # type: ignore[no-untyped-def]
-    keep_whole()
-    for r in range(r0, r1):
-        row = _row(a, r, c0, total.size, scratch)
-        for j in range(total.size):
-            total[j] += widen(row[j])
-
-
-@njit(fastmath=SUMS, error_model="numpy")
-def _add_deviations(x, r0, r1, c0, pivot, s, q, scratch):  # type: ignore[no-untyped-def]
-    keep_whole()
-    for r in range(r0, r1):
-        row = _row(x, r, c0, pivot.size, scratch)
-        for j in range(pivot.size):
-            d = float(widen(row[j])) - pivot[j]
-            s[j] += d
-            q[j] += d * d
-
-
-@njit(fastmath=SUMS, error_model="numpy")
-def _add_products(dy, x, r0, r1, c0, pivot, hi, s, t, p, scratch):  # type: ignore[no-untyped-def]
-    keep_whole()
-    for r in range(r0, r1):
-        row_dy = _row(dy, r, c0, pivot.size, scratch[0])
-        row_x = _row(x, r, c0, pivot.size, scratch[1])
-        for j in range(pivot.size):
-            g = float(widen(row_dy[j])) - pivot[j]
-            d = float(widen(row_x[j])) - hi[j]
-            s[j] += g
-            t[j] += d
-            p[j] += g * d
-
-
-@njit(error_model="numpy", inline="always")
-def _pivots(a, r0, r1, c0, pivot, total, scratch):  # type: ignore[no-untyped-def]
-    """pivot (W,) float64 <- about the mean of rows r0 to r1 of a tile, added up in the type of total (W,)."""
-    total[:] = 0
-    _add(a, r0, r1, c0, total, scratch)
-    for j in range(total.size):
-        pivot[j] = narrow(total[j] / (r1 - r0), total[j])
-        if not math.isfinite(pivot[j]):  # float32 sums overflow near 3e38; the other channels keep their bits
-            wide = 0.0
-            for r in range(r0, r1):
-                wide += widen(a[r // a.shape[2], c0 + j, r % a.shape[2]])
-            pivot[j] = wide / (r1 - r0)
+GROUP = 16  # rows whose sums stay in registers; no more are added in float32: see `blocks.CHAIN`
 
 
 @njit(error_model="numpy")
-def _merge_columns(n, hi, lo, m2, nb, hib, lob, m2b):  # type: ignore[no-untyped-def]
-    """`merge_moments` of whole rows of channels; hi, lo and m2 are updated."""
-    keep_whole()
-    for j in range(hi.size):
-        _, hi[j], lo[j], m2[j] = merge_moments(n, hi[j], lo[j], m2[j], nb, hib[j], lob[j], m2b[j])
+def _rows(shape, plan):  # type: ignore[no-untyped-def]
+    """How many rows there are, before they are folded."""
+    return shape[0] if plan[5] > 1 else shape[0] * shape[2]
 
 
 @njit(error_model="numpy")
-def _merge_columns_co(n, hi, lo, t, m, nb, hib, lob, tb, mb):  # type: ignore[no-untyped-def]
-    """`merge_comoments` of whole rows of channels; hi, lo, t and m are updated."""
+def _borders(k, shape, plan):  # type: ignore[no-untyped-def]
+    """Block k of a tile: folded rows r0 to r1."""
+    rows = (_rows(shape, plan) + plan[6] - 1) // plan[6]
+    return k * plan[4], min((k + 1) * plan[4], rows)
+
+
+@njit(error_model="numpy")
+def columns_count(k, shape, plan):  # type: ignore[no-untyped-def]
+    """Values of a channel in block k."""
+    r0, r1 = _borders(k, shape, plan)
+    return (min(r1 * plan[6], _rows(shape, plan)) - r0 * plan[6]) * plan[5]
+
+
+@njit(error_model="numpy")
+def _row(a, r, c0, plan):  # type: ignore[no-untyped-def]
+    """Folded row r of a tile: a pointer, bytes to the next row, and how many rows those bytes hold for."""
+    r *= plan[6]
+    rows = _rows(a.shape, plan)
+    if plan[5] > 1 or a.shape[2] == 1:
+        place, step, left = r * a.strides[0], a.strides[0], rows - r
+    else:
+        o = r // a.shape[2]
+        i = r - o * a.shape[2]
+        place, step, left = o * a.strides[0] + i * a.strides[2], a.strides[2], a.shape[2] - i
+        if plan[6] > 1:
+            left = rows - r  # folded rows are contiguous
+    return pointer(a, place + c0 * a.strides[1]), step * plan[6], (left + plan[6] - 1) // plan[6]
+
+
+@njit(error_model="numpy")
+def _width(r, shape, channels, plan):  # type: ignore[no-untyped-def]
+    """Columns of folded row r: fewer in the last one."""
+    return min(plan[6], _rows(shape, plan) - r * plan[6]) * channels * plan[5]
+
+
+@njit(error_model="numpy")
+def _spread(values, columns, plan):  # type: ignore[no-untyped-def]
+    """columns (fold G period,) <- values (G,) by channel."""
+    period, j = plan[5], 0
+    for _ in range(plan[6]):
+        for c in range(values.size):
+            for _ in range(period):
+                columns[j] = values[c]
+                j += 1
+
+
+@njit(error_model="numpy")
+def spread_columns(values, columns, plan):  # type: ignore[no-untyped-def]
+    for i in range(values.shape[0]):
+        _spread(values[i], columns[i], plan)
+
+
+@njit(error_model="numpy")
+def _gather(columns, sums, plan):  # type: ignore[no-untyped-def]
+    """sums (G,) += columns, channel by channel."""
+    period, j = plan[5], 0
+    for _ in range(plan[6]):
+        for c in range(sums.size):
+            for _ in range(period):
+                sums[c] += columns[j]
+                j += 1
+
+
+@njit(error_model="numpy")
+def _add(sums, j, lanes):  # type: ignore[no-untyped-def]
+    total = wide(lanes)
+    save(sums, j, load(sums, j, total) + total)
+
+
+@njit(error_model="numpy")
+def _add_deviations(x, step, rows, n, near, s, q):  # type: ignore[no-untyped-def]
+    """Columns s, q (W,) float64 += sums over some rows of n columns, in lanes of the type of near (W,)."""
+    like = spread(near[0])
+    near, s, q = pointer(near, 0), pointer(s, 0), pointer(q, 0)
+    for j in range(0, n, LANES):
+        h = load(near, j, like)
+        a = b = nothing(like)
+        if j + LANES <= n:
+            for r in range(rows):
+                d = load(shifted(x, r * step), j, like) - h
+                a, b = a + d, fma(d, d, b)
+        else:
+            for r in range(rows):
+                d = load_part(shifted(x, r * step), j, n - j, h) - h
+                a, b = a + d, fma(d, d, b)
+        _add(s, j, a)
+        _add(q, j, b)
+
+
+@njit(error_model="numpy")
+def columns_deviations(x, k, c0, pivot, s, q, plan, near, sums):  # type: ignore[no-untyped-def]
+    """s, q (G,) += sums of x - pivot and of its square, for the channels from c0 on.
+
+    near (2, W) and sums (4, W) float64 are for columns; lanes are of the type of near.
+    """
     keep_whole()
-    for j in range(hi.size):
-        _, hi[j], lo[j], t[j], m[j] = merge_comoments(n, hi[j], lo[j], t[j], m[j], nb, hib[j], lob[j], tb[j], mb[j])
+    r, r1 = _borders(k, x.shape, plan)
+    _spread(pivot, near[0], plan)
+    sums[:2] = 0.0
+    while r < r1:
+        place, step, left = _row(x, r, c0, plan)
+        n = _width(r, x.shape, pivot.size, plan)
+        rows = min(GROUP, left, r1 - r)
+        if rows > 1 and _width(r + rows - 1, x.shape, pivot.size, plan) != n:
+            rows -= 1
+        _add_deviations(place, step, rows, n, near[0], sums[0], sums[1])
+        r += rows
+    _gather(sums[0], s, plan)
+    _gather(sums[1], q, plan)
 
 
-@njit(error_model="numpy", inline="always")
-def _forward_sum(tile, p, x, part, plan):  # type: ignore[no-untyped-def]
-    c0 = tile * plan[0]
-    width = min(plan[0], x.shape[1] - c0)
-    height, rows = plan[1], x.shape[0] * x.shape[2]
-    scratch = np.empty(width, x.dtype)
-    total = np.full(width, widen(x.dtype.type(0)))
-    pivot, s, q = np.empty(width), np.empty(width), np.empty(width)
-    part[p, :, c0 : c0 + width] = 0.0
-    hi, lo, m2 = part[p, 1, c0 : c0 + width], part[p, 2, c0 : c0 + width], part[p, 3, c0 : c0 + width]
-    n = 0.0
-    for k in range(p * plan[3], min((p + 1) * plan[3], plan[2])):
-        r0, r1 = k * height, min((k + 1) * height, rows)
-        _pivots(x, r0, r1, c0, pivot, total, scratch)
-        s[:] = 0.0
-        q[:] = 0.0
-        _add_deviations(x, r0, r1, c0, pivot, s, q, scratch)
-        for j in range(width):
-            q[j] = not_negative(q[j] - s[j] * s[j] / (r1 - r0))
-            s[j] /= r1 - r0
-        _merge_columns(n, hi, lo, m2, float(r1 - r0), pivot, s, q)
-        n += float(r1 - r0)
-    part[p, 0, c0 : c0 + width] = n
+@njit(error_model="numpy")
+def _add_products(dy, x, step_dy, step_x, rows, n, near_dy, near_x, sums):  # type: ignore[no-untyped-def]
+    like = spread(near_dy[0])
+    near_dy, near_x = pointer(near_dy, 0), pointer(near_x, 0)
+    s, t = pointer(sums, 0), pointer(sums, sums.strides[0])
+    p, q = pointer(sums, 2 * sums.strides[0]), pointer(sums, 3 * sums.strides[0])
+    for j in range(0, n, LANES):
+        gh, dh = load(near_dy, j, like), load(near_x, j, like)
+        a = b = e = f = nothing(like)
+        if j + LANES <= n:
+            for r in range(rows):
+                g, d = load(shifted(dy, r * step_dy), j, like) - gh, load(shifted(x, r * step_x), j, like) - dh
+                a, b, e, f = a + g, b + d, fma(g, d, e), fma(g, g, f)
+        else:
+            for r in range(rows):
+                g = load_part(shifted(dy, r * step_dy), j, n - j, gh) - gh
+                d = load_part(shifted(x, r * step_x), j, n - j, dh) - dh
+                a, b, e, f = a + g, b + d, fma(g, d, e), fma(g, g, f)
+        _add(s, j, a)
+        _add(t, j, b)
+        _add(p, j, e)
+        _add(q, j, f)
 
 
-@njit(error_model="numpy", inline="always")
-def _forward_finish(tile, stats, part, eps, plan):  # type: ignore[no-untyped-def]
-    """part (P, 4, C): count, hi, lo, M2; no pieces (P = 0) keep the mean and variance that stats holds."""
-    c0 = tile * plan[0]
-    c1 = min(c0 + plan[0], stats.shape[1])
-    if part.shape[0] > 0:
-        n = part[0, 0, c0]
-        hi, lo, m2 = part[0, 1, c0:c1].copy(), part[0, 2, c0:c1].copy(), part[0, 3, c0:c1].copy()
-        for p in range(1, part.shape[0]):
-            _merge_columns(n, hi, lo, m2, part[p, 0, c0], part[p, 1, c0:c1], part[p, 2, c0:c1], part[p, 3, c0:c1])
-            n += part[p, 0, c0]
-        for c in range(c0, c1):
-            stats[0, c], stats[1, c] = settle(hi[c - c0], lo[c - c0])
-            stats[2, c] = m2[c - c0] / n
-    for c in range(c0, c1):
-        stats[3, c] = 1.0 / math.sqrt(stats[2, c] + eps)
-
-
-@njit(fastmath=MAPS, error_model="numpy")
-def _normalize(x, y, r0, r1, c0, hi, lo, scale, beta, scratch):  # type: ignore[no-untyped-def]
+@njit(error_model="numpy")
+def columns_products(dy, x, k, c0, pivot, hi, s, plan, near, sums):  # type: ignore[no-untyped-def]
+    """s (4, G) += sums of g = dy - pivot, d = x - hi, g d and g^2; near (2, W) and sums (4, W) as above."""
     keep_whole()
-    like = y.dtype.type(0)
-    direct = y.strides[1] == y.itemsize
+    r, r1 = _borders(k, x.shape, plan)
+    _spread(pivot, near[0], plan)
+    _spread(hi, near[1], plan)
+    sums[:] = 0.0
+    while r < r1:
+        run_dy, step_dy, left = _row(dy, r, c0, plan)
+        run_x, step_x, _ = _row(x, r, c0, plan)
+        n = _width(r, x.shape, pivot.size, plan)
+        rows = min(GROUP, left, r1 - r)
+        if rows > 1 and _width(r + rows - 1, x.shape, pivot.size, plan) != n:
+            rows -= 1
+        _add_products(run_dy, run_x, step_dy, step_x, rows, n, near[0], near[1], sums)
+        r += rows
+    for i in range(4):
+        _gather(sums[i], s[i], plan)
+
+
+@njit(error_model="numpy")
+def _normalized(v, j, doubles, singles, mode):  # type: ignore[no-untyped-def]
+    """Lanes of y for lanes v of x from column j on."""
+    like = spread(0.0)
+    if mode != EXACT:
+        d = v - load(singles[0], j, v)
+        single = fma(d, load(singles[1], j, v), load(singles[3], j, v))
+        single = single + fma(d, load(singles[2], j, v), load(singles[4], j, v))
+        if mode == 0:
+            return wide(single)
+    d = (wide(v) - load(doubles[0], j, like)) - load(doubles[1], j, like)
+    double = fma(d, load(doubles[2], j, like), load(doubles[3], j, like))
+    if mode == EXACT:
+        return double
+    return where_nonzero(wide(load(singles[5], j, v)), double, wide(single))
+
+
+@njit(error_model="numpy")
+def _normalize_row(x, y, n, like, doubles, singles, mode, past):  # type: ignore[no-untyped-def]
+    j = 0
+    if past:
+        j = min(n, before_line(y))
+        save_part(y, 0, j, _normalized(load_part(x, 0, j, like), 0, doubles, singles, mode))
+    while j + LANES <= n:
+        v = _normalized(load(x, j, like), j, doubles, singles, mode)
+        if past:
+            stream(y, j, v)
+        else:
+            save(y, j, v)
+        j += LANES
+    if j < n:
+        save_part(y, j, n - j, _normalized(load_part(x, j, n - j, like), j, doubles, singles, mode))
+
+
+@njit(error_model="numpy")
+def columns_normalize(x, y, k, c0, doubles, singles, rare, plan):  # type: ignore[no-untyped-def]
+    """y of block k of the channels from c0 on; doubles (4, W + 16) and singles (6, W + 16) by column."""
+    keep_whole()
+    r0, r1 = _borders(k, x.shape, plan)
+    channels = (doubles.shape[1] - LANES) // (plan[5] * plan[6])
+    like = spread(singles[0, 0])
+    past = plan[7] & PAST != 0
+    mode = EXACT if plan[7] & EXACT else 1 if rare else 0
+    u, w = doubles.strides[0], singles.strides[0]
+    d = pointer(doubles, 0), pointer(doubles, u), pointer(doubles, 2 * u), pointer(doubles, 3 * u)
+    f = pointer(singles, 0), pointer(singles, w), pointer(singles, 2 * w), pointer(singles, 3 * w)
+    f = (*f, pointer(singles, 4 * w), pointer(singles, 5 * w))
     for r in range(r1 - 1, r0 - 1, -1):  # what was read last is in cache
-        source = _row(x, r, c0, hi.size, scratch[0])
-        target = _row(y, r, c0, hi.size, scratch[1]) if direct else scratch[1]
-        for j in range(hi.size):
-            target[j] = narrow(((widen(source[j]) - hi[j]) - lo[j]) * scale[j] + beta[j], like)
-        if not direct:
-            _store_row(target, y, r, c0, hi.size)
-
-
-@njit(error_model="numpy", inline="always")
-def _forward_map(tile, p, x, y, stats, affine, plan):  # type: ignore[no-untyped-def]
-    c0 = tile * plan[0]
-    c1 = min(c0 + plan[0], x.shape[1])
-    first, last = p * plan[3] * plan[1], min((p + 1) * plan[3] * plan[1], x.shape[0] * x.shape[2])
-    scale = affine[0, c0:c1] * stats[3, c0:c1]
-    scratch = np.empty((2, c1 - c0), x.dtype)
-    _normalize(x, y, first, last, c0, stats[0, c0:c1], stats[1, c0:c1], scale, affine[1, c0:c1], scratch)
+        run, _, _ = _row(x, r, c0, plan)
+        result, _, _ = _row(y, r, c0, plan)
+        _normalize_row(run, result, _width(r, x.shape, channels, plan), like, d, f, mode, past)
 
 
 @njit(error_model="numpy")
-def _forward_item(k, x, y, stats, affine, eps, part, plan, stage):  # type: ignore[no-untyped-def]
-    pieces = (plan[2] + plan[3] - 1) // plan[3]
-    c, first, last = (k, 0, pieces) if stage & FINISH else (k // pieces, k % pieces, k % pieces + 1)
-    if stage & SUM:
-        for p in range(first, last):
-            _forward_sum(c, p, x, part, plan)
-    if stage & FINISH:
-        _forward_finish(c, stats, part, eps, plan)
-    if stage & MAP:
-        for p in range(last - 1, first - 1, -1):  # what was read last is in cache
-            _forward_map(c, p, x, y, stats, affine, plan)
+def _slope(g, d, j, numbers):  # type: ignore[no-untyped-def]
+    like = spread(0.0)
+    g = (g - load(numbers[0], j, like)) - load(numbers[1], j, like)
+    d = (d - load(numbers[2], j, like)) - load(numbers[3], j, like)
+    return fma(g, load(numbers[4], j, like), d * load(numbers[5], j, like))
 
 
-@Kernel
-def columns_forward(items, x, y, stats, affine, eps, part, plan, stage):  # type: ignore[no-untyped-def]
-    """x, y (O, C, I), stats (4, C), affine (2, C), part (P, 4, C); y is not touched without the MAP stage."""
-    for k in prange(items):
-        _forward_item(np.int64(k), x, y, stats, affine, eps, part, plan, stage)
+@njit(error_model="numpy")
+def _gradient_row(dy, x, dx, n, numbers, past):  # type: ignore[no-untyped-def]
+    like = spread(0.0)
+    j = 0
+    if past:
+        j = min(n, before_line(dx))
+        save_part(dx, 0, j, _slope(load_part(dy, 0, j, like), load_part(x, 0, j, like), 0, numbers))
+    while j + LANES <= n:
+        v = _slope(load(dy, j, like), load(x, j, like), j, numbers)
+        if past:
+            stream(dx, j, v)
+        else:
+            save(dx, j, v)
+        j += LANES
+    if j < n:
+        save_part(dx, j, n - j, _slope(load_part(dy, j, n - j, like), load_part(x, j, n - j, like), j, numbers))
 
 
-@njit(error_model="numpy", inline="always")
-def _backward_sum(tile, p, dy, x, stats, part, plan):  # type: ignore[no-untyped-def]
-    c0 = tile * plan[0]
-    width = min(plan[0], x.shape[1] - c0)
-    height, rows = plan[1], x.shape[0] * x.shape[2]
-    scratch = np.empty((2, width), x.dtype)
-    total = np.full(width, widen(x.dtype.type(0)))
-    pivot, s, d, q = np.empty(width), np.empty(width), np.empty(width), np.empty(width)
-    part[p, :, c0 : c0 + width] = 0.0
-    hi, lo = part[p, 1, c0 : c0 + width], part[p, 2, c0 : c0 + width]
-    t, m = part[p, 3, c0 : c0 + width], part[p, 4, c0 : c0 + width]
-    n = 0.0
-    for k in range(p * plan[3], min((p + 1) * plan[3], plan[2])):
-        r0, r1 = k * height, min((k + 1) * height, rows)
-        _pivots(dy, r0, r1, c0, pivot, total, scratch[0])
-        s[:] = 0.0
-        d[:] = 0.0
-        q[:] = 0.0
-        _add_products(dy, x, r0, r1, c0, pivot, stats[0, c0 : c0 + width], s, d, q, scratch)
-        for j in range(width):
-            q[j] -= s[j] * d[j] / (r1 - r0)
-            s[j] /= r1 - r0
-            d[j] /= r1 - r0
-        _merge_columns_co(n, hi, lo, t, m, float(r1 - r0), pivot, s, d, q)
-        n += float(r1 - r0)
-    part[p, 0, c0 : c0 + width] = n
-
-
-@njit(error_model="numpy", inline="always")
-def _backward_finish(tile, grads, part, plan):  # type: ignore[no-untyped-def]
-    """part (P, 5, C): count, mean of dy as hi and lo, mean of x - hi, co-moment."""
-    c0 = tile * plan[0]
-    c1 = min(c0 + plan[0], grads.shape[1])
-    n = part[0, 0, c0]
-    hi, lo = part[0, 1, c0:c1].copy(), part[0, 2, c0:c1].copy()
-    t, m = part[0, 3, c0:c1].copy(), part[0, 4, c0:c1].copy()
-    for p in range(1, part.shape[0]):
-        hib, lob, tb, mb = part[p, 1, c0:c1], part[p, 2, c0:c1], part[p, 3, c0:c1], part[p, 4, c0:c1]
-        _merge_columns_co(n, hi, lo, t, m, part[p, 0, c0], hib, lob, tb, mb)
-        n += part[p, 0, c0]
-    for c in range(c0, c1):
-        grads[0, c], grads[1, c] = settle(hi[c - c0], lo[c - c0])
-        grads[2, c] = m[c - c0] / n
-        grads[3, c] = t[c - c0]
-
-
-@njit(fastmath=MAPS, error_model="numpy")
-def _gradient(dy, x, dx, r0, r1, c0, ghi, glo, hi, lo, a, b, scratch):  # type: ignore[no-untyped-def]
+@njit(error_model="numpy")
+def columns_gradient(dy, x, dx, k, c0, doubles, plan):  # type: ignore[no-untyped-def]
+    """dx of block k of the channels from c0 on; doubles (6, W + 16) by column."""
     keep_whole()
-    like = dx.dtype.type(0)
-    direct = dx.strides[1] == dx.itemsize
+    r0, r1 = _borders(k, x.shape, plan)
+    channels = (doubles.shape[1] - LANES) // (plan[5] * plan[6])
+    u = doubles.strides[0]
+    d = pointer(doubles, 0), pointer(doubles, u), pointer(doubles, 2 * u), pointer(doubles, 3 * u)
+    d = (*d, pointer(doubles, 4 * u), pointer(doubles, 5 * u))
     for r in range(r1 - 1, r0 - 1, -1):
-        row_dy = _row(dy, r, c0, hi.size, scratch[0])
-        row_x = _row(x, r, c0, hi.size, scratch[1])
-        target = _row(dx, r, c0, hi.size, scratch[2]) if direct else scratch[2]
-        for j in range(hi.size):
-            centred = (widen(row_dy[j]) - ghi[j]) - glo[j]
-            target[j] = narrow(centred * a[j] + ((widen(row_x[j]) - hi[j]) - lo[j]) * b[j], like)
-        if not direct:
-            _store_row(target, dx, r, c0, hi.size)
-
-
-@njit(error_model="numpy", inline="always")
-def _backward_map(tile, p, dy, x, dx, stats, affine, grads, plan):  # type: ignore[no-untyped-def]
-    c0 = tile * plan[0]
-    c1 = min(c0 + plan[0], x.shape[1])
-    first, last = p * plan[3] * plan[1], min((p + 1) * plan[3] * plan[1], x.shape[0] * x.shape[2])
-    invstd = stats[3, c0:c1]
-    a = affine[0, c0:c1] * invstd
-    b = -a * (grads[2, c0:c1] * invstd) * invstd
-    scratch = np.empty((3, c1 - c0), x.dtype)
-    hi, lo, ghi, glo = stats[0, c0:c1], stats[1, c0:c1], grads[0, c0:c1], grads[1, c0:c1]
-    _gradient(dy, x, dx, first, last, c0, ghi, glo, hi, lo, a, b, scratch)
-
-
-@njit(error_model="numpy")
-def _backward_item(k, dy, x, dx, stats, affine, grads, part, plan, stage):  # type: ignore[no-untyped-def]
-    pieces = (plan[2] + plan[3] - 1) // plan[3]
-    c, first, last = (k, 0, pieces) if stage & FINISH else (k // pieces, k % pieces, k % pieces + 1)
-    if stage & SUM:
-        for p in range(first, last):
-            _backward_sum(c, p, dy, x, stats, part, plan)
-    if stage & FINISH:
-        _backward_finish(c, grads, part, plan)
-    if stage & MAP:
-        for p in range(last - 1, first - 1, -1):  # what was read last is in cache
-            _backward_map(c, p, dy, x, dx, stats, affine, grads, plan)
-
-
-@Kernel
-def columns_backward(items, dy, x, dx, stats, affine, grads, part, plan, stage):  # type: ignore[no-untyped-def]
-    """dy, x, dx (O, C, I), stats (4, C), affine (2, C), grads (4, C), part (P, 5, C)."""
-    for k in prange(items):
-        _backward_item(np.int64(k), dy, x, dx, stats, affine, grads, part, plan, stage)
+        run_dy, _, _ = _row(dy, r, c0, plan)
+        run_x, _, _ = _row(x, r, c0, plan)
+        result, _, _ = _row(dx, r, c0, plan)
+        _gradient_row(run_dy, run_x, result, _width(r, x.shape, channels, plan), d, plan[7] & PAST != 0)

@@ -1,199 +1,155 @@
-"""The rows schedule: contiguous runs inside one channel (NCHW, (C, N), a single channel).
+"""One block of the rows schedule: runs inside a channel (NCHW, (C, N), a single channel).
 
-A channel's values are cut into blocks, blocks are gathered in pieces, and pieces merge into the channel.
-All borders depend on the shape alone and all merging is in order, so one thread or many give the same bits.
-A block is a piece of one run, or several short runs; what is not contiguous is gathered in a scratch block.
+A tile is some neighbouring channels; a block of it is the runs of a few outer indices, or a segment of one. Short runs
+(7×7, 14×14) are walked tile by tile in the order of memory, long ones one channel at a time: then the tile is one.
 
-A driver runs over work items. With every stage asked for, an item is a channel, whose map follows its sums
-while x is still in cache. With one stage asked for, an item is a piece: that is how few channels feed many
-threads.
-
-The stages are inlined before they are compiled: every level of calls between compiled functions has LLVM optimize
-all below it once more (7.7 s against 6.0 for the largest kernel, cold).
+What has no unit stride, or runs of fewer elements than a vector, is gathered: a block's values of a channel come to a
+scratch run, and results are scattered from one.
 """
 
-import math
-
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
-from .blocks import (
-    block_comoments,
-    block_gradient,
-    block_moments,
-    block_normalize,
-    merge_comoments,
-    merge_moments,
-    settle,
-)
-from .compile import Kernel
-from .numbers import run
+from .blocks import run_deviations, run_gradient, run_normalize, run_normalize_single, run_products
+from .lanes import keep_whole, pointer
 
-SUM, FINISH, MAP = 1, 2, 4
+PAST, GATHER, EXACT = 1, 2, 4  # flags of a plan: store past the caches; gather; all in float64
 
 
 @njit(error_model="numpy")
 def _borders(k, shape, plan):  # type: ignore[no-untyped-def]
-    """Block k of a channel: runs o0 to o1, and in each of them n elements from i0 on."""
-    runs, segments, length = plan[0], plan[1], plan[2]
+    """Block k of a tile: outer o0 to o1, and in each of its runs n elements from i0 on."""
+    runs, segments, length = plan[4], plan[5], plan[6]
     o = (k // segments) * runs
     i = (k % segments) * length
     return o, min(o + runs, shape[0]), i, min(length, shape[2] - i)
 
 
 @njit(error_model="numpy")
-def _contiguous(a, c, o0, o1, i0, n, scratch):  # type: ignore[no-untyped-def]
-    """The block of a (O, C, I) as one contiguous run: in place where it is one, else copied to scratch."""
-    if a.strides[2] == a.itemsize and o1 - o0 == 1:
-        return run(a, o0, c, i0, n)
+def rows_count(k, shape, plan):  # type: ignore[no-untyped-def]
+    """Values of a channel in block k."""
+    o0, o1, _, n = _borders(k, shape, plan)
+    return (o1 - o0) * n
+
+
+@njit(error_model="numpy")
+def _at(a, o, c, i):  # type: ignore[no-untyped-def]
+    return pointer(a, o * a.strides[0] + c * a.strides[1] + i * a.strides[2])
+
+
+@njit(error_model="numpy")
+def _gathered(a, c, o0, o1, i0, n, scratch):  # type: ignore[no-untyped-def]
     k = 0
     for o in range(o0, o1):
-        if a.strides[2] == a.itemsize:
-            source = run(a, o, c, i0, n)
-            for i in range(n):
-                scratch[k + i] = source[i]
-        else:
-            for i in range(n):
-                scratch[k + i] = a[o, c, i0 + i]
-        k += n
-    return scratch[:k]
+        for i in range(i0, i0 + n):
+            scratch[k] = a[o, c, i]
+            k += 1
+    return pointer(scratch, 0)
 
 
 @njit(error_model="numpy")
-def _scatter(values, a, c, o0, o1, i0, n):  # type: ignore[no-untyped-def]
+def _scatter(scratch, a, c, o0, o1, i0, n):  # type: ignore[no-untyped-def]
     k = 0
     for o in range(o0, o1):
-        for i in range(n):
-            a[o, c, i0 + i] = values[k + i]
-        k += n
-
-
-@njit(error_model="numpy", inline="always")
-def _forward_sum(c, p, x, part, plan):  # type: ignore[no-untyped-def]
-    n = hi = lo = m2 = 0.0
-    scratch = np.empty(plan[0] * plan[2], x.dtype)
-    for k in range(p * plan[4], min((p + 1) * plan[4], plan[3])):
-        o0, o1, i0, length = _borders(k, x.shape, plan)
-        block = _contiguous(x, c, o0, o1, i0, length, scratch)
-        hib, lob, m2b = block_moments(block)
-        n, hi, lo, m2 = merge_moments(n, hi, lo, m2, float(block.size), hib, lob, m2b)
-    part[p, 0, c], part[p, 1, c], part[p, 2, c], part[p, 3, c] = n, hi, lo, m2
-
-
-@njit(error_model="numpy", inline="always")
-def _forward_finish(c, stats, part, eps):  # type: ignore[no-untyped-def]
-    """part (P, 4, C): count, hi, lo, M2; no pieces (P = 0) keep the mean and variance that stats holds."""
-    n = hi = lo = m2 = 0.0
-    for p in range(part.shape[0]):
-        n, hi, lo, m2 = merge_moments(n, hi, lo, m2, part[p, 0, c], part[p, 1, c], part[p, 2, c], part[p, 3, c])
-    if part.shape[0] > 0:
-        stats[0, c], stats[1, c] = settle(hi, lo)
-        stats[2, c] = m2 / n
-    stats[3, c] = 1.0 / math.sqrt(stats[2, c] + eps)
-
-
-@njit(error_model="numpy", inline="always")
-def _forward_map(c, p, x, y, stats, affine, plan):  # type: ignore[no-untyped-def]
-    hi, lo, scale, beta = stats[0, c], stats[1, c], affine[0, c] * stats[3, c], affine[1, c]
-    direct = y.strides[2] == y.itemsize
-    scratch = np.empty(plan[2], x.dtype)
-    result = np.empty(0 if direct else plan[2], y.dtype)
-    for k in range(min((p + 1) * plan[4], plan[3]) - 1, p * plan[4] - 1, -1):  # what was read last is in cache
-        o0, o1, i0, n = _borders(k, x.shape, plan)
-        for o in range(o0, o1):
-            source = _contiguous(x, c, o, o + 1, i0, n, scratch)
-            if direct:
-                block_normalize(source, run(y, o, c, i0, n), hi, lo, scale, beta)
-            else:
-                block_normalize(source, result[:n], hi, lo, scale, beta)
-                _scatter(result, y, c, o, o + 1, i0, n)
+        for i in range(i0, i0 + n):
+            a[o, c, i] = scratch[k]
+            k += 1
 
 
 @njit(error_model="numpy")
-def _forward_item(k, x, y, stats, affine, eps, part, plan, stage):  # type: ignore[no-untyped-def]
-    pieces = (plan[3] + plan[4] - 1) // plan[4]
-    c, first, last = (k, 0, pieces) if stage & FINISH else (k // pieces, k % pieces, k % pieces + 1)
-    if stage & SUM:
-        for p in range(first, last):
-            _forward_sum(c, p, x, part, plan)
-    if stage & FINISH:
-        _forward_finish(c, stats, part, eps)
-    if stage & MAP:
-        for p in range(last - 1, first - 1, -1):  # what was read last is in cache
-            _forward_map(c, p, x, y, stats, affine, plan)
-
-
-@Kernel
-def rows_forward(items, x, y, stats, affine, eps, part, plan, stage):  # type: ignore[no-untyped-def]
-    """x, y (O, C, I), stats (4, C), affine (2, C), part (P, 4, C); y is not touched without the MAP stage."""
-    for k in prange(items):
-        _forward_item(np.int64(k), x, y, stats, affine, eps, part, plan, stage)
-
-
-@njit(error_model="numpy", inline="always")
-def _backward_sum(c, p, dy, x, stats, part, plan):  # type: ignore[no-untyped-def]
-    n = hi = lo = t = m = 0.0
-    scratch_dy = np.empty(plan[0] * plan[2], dy.dtype)
-    scratch_x = np.empty(plan[0] * plan[2], x.dtype)
-    for k in range(p * plan[4], min((p + 1) * plan[4], plan[3])):
-        o0, o1, i0, length = _borders(k, x.shape, plan)
-        block_dy = _contiguous(dy, c, o0, o1, i0, length, scratch_dy)
-        block_x = _contiguous(x, c, o0, o1, i0, length, scratch_x)
-        hib, lob, tb, mb = block_comoments(block_dy, block_x, stats[0, c])
-        n, hi, lo, t, m = merge_comoments(n, hi, lo, t, m, float(block_x.size), hib, lob, tb, mb)
-    part[p, 0, c], part[p, 1, c], part[p, 2, c], part[p, 3, c], part[p, 4, c] = n, hi, lo, t, m
-
-
-@njit(error_model="numpy", inline="always")
-def _backward_finish(c, grads, part):  # type: ignore[no-untyped-def]
-    """part (P, 5, C): count, mean of dy as hi and lo, mean of x - hi, co-moment."""
-    n = hi = lo = t = m = 0.0
-    for p in range(part.shape[0]):
-        n, hi, lo, t, m = merge_comoments(
-            n, hi, lo, t, m, part[p, 0, c], part[p, 1, c], part[p, 2, c], part[p, 3, c], part[p, 4, c]
-        )
-    grads[0, c], grads[1, c] = settle(hi, lo)
-    grads[2, c] = m / n
-    grads[3, c] = t
-
-
-@njit(error_model="numpy", inline="always")
-def _backward_map(c, p, dy, x, dx, stats, affine, grads, plan):  # type: ignore[no-untyped-def]
-    hi, lo, ghi, glo = stats[0, c], stats[1, c], grads[0, c], grads[1, c]
-    a = affine[0, c] * stats[3, c]
-    b = -a * (grads[2, c] * stats[3, c]) * stats[3, c]
-    direct = dx.strides[2] == dx.itemsize
-    scratch_dy = np.empty(plan[2], dy.dtype)
-    scratch_x = np.empty(plan[2], x.dtype)
-    result = np.empty(0 if direct else plan[2], dx.dtype)
-    for k in range(min((p + 1) * plan[4], plan[3]) - 1, p * plan[4] - 1, -1):
-        o0, o1, i0, n = _borders(k, x.shape, plan)
-        for o in range(o0, o1):
-            run_dy = _contiguous(dy, c, o, o + 1, i0, n, scratch_dy)
-            run_x = _contiguous(x, c, o, o + 1, i0, n, scratch_x)
-            if direct:
-                block_gradient(run_dy, run_x, run(dx, o, c, i0, n), ghi, glo, hi, lo, a, b)
-            else:
-                block_gradient(run_dy, run_x, result[:n], ghi, glo, hi, lo, a, b)
-                _scatter(result, dx, c, o, o + 1, i0, n)
+def rows_deviations(x, k, c0, pivot, s, q, plan, scratch):  # type: ignore[no-untyped-def]
+    """s, q (G,) += sums of x - pivot and of its square, for the channels from c0 on; pivot (G,) sets the lanes."""
+    keep_whole()
+    o0, o1, i0, n = _borders(k, x.shape, plan)
+    if plan[7] & GATHER:
+        for c in range(s.size):
+            run = _gathered(x, c0 + c, o0, o1, i0, n, scratch[0])
+            a, b = run_deviations(run, (o1 - o0) * n, pivot[c])
+            s[c] += a
+            q[c] += b
+        return
+    for o in range(o0, o1):
+        for c in range(s.size):
+            a, b = run_deviations(_at(x, o, c0 + c, i0), n, pivot[c])
+            s[c] += a
+            q[c] += b
 
 
 @njit(error_model="numpy")
-def _backward_item(k, dy, x, dx, stats, affine, grads, part, plan, stage):  # type: ignore[no-untyped-def]
-    pieces = (plan[3] + plan[4] - 1) // plan[4]
-    c, first, last = (k, 0, pieces) if stage & FINISH else (k // pieces, k % pieces, k % pieces + 1)
-    if stage & SUM:
-        for p in range(first, last):
-            _backward_sum(c, p, dy, x, stats, part, plan)
-    if stage & FINISH:
-        _backward_finish(c, grads, part)
-    if stage & MAP:
-        for p in range(last - 1, first - 1, -1):  # what was read last is in cache
-            _backward_map(c, p, dy, x, dx, stats, affine, grads, plan)
+def rows_products(dy, x, k, c0, pivot, near, s, plan, scratch):  # type: ignore[no-untyped-def]
+    """s (4, G) += sums of g = dy - pivot, d = x - near, g d and g^2."""
+    keep_whole()
+    o0, o1, i0, n = _borders(k, x.shape, plan)
+    gather = plan[7] & GATHER
+    for o in range(o0, o0 + 1 if gather else o1):
+        for c in range(pivot.size):
+            if gather:
+                run_dy = _gathered(dy, c0 + c, o0, o1, i0, n, scratch[0])
+                run_x = _gathered(x, c0 + c, o0, o1, i0, n, scratch[1])
+                e, f, g, h = run_products(run_dy, run_x, (o1 - o0) * n, pivot[c], near[c])
+            else:
+                e, f, g, h = run_products(_at(dy, o, c0 + c, i0), _at(x, o, c0 + c, i0), n, pivot[c], near[c])
+            s[0, c] += e
+            s[1, c] += f
+            s[2, c] += g
+            s[3, c] += h
 
 
-@Kernel
-def rows_backward(items, dy, x, dx, stats, affine, grads, part, plan, stage):  # type: ignore[no-untyped-def]
-    """dy, x, dx (O, C, I), stats (4, C), affine (2, C), grads (4, C), part (P, 5, C)."""
-    for k in prange(items):
-        _backward_item(np.int64(k), dy, x, dx, stats, affine, grads, part, plan, stage)
+@njit(error_model="numpy")
+def _normalize_run(x, y, n, c, coefficients, single, past, ahead):  # type: ignore[no-untyped-def]
+    hi, lo, a, beta = coefficients[0, c], coefficients[1, c], coefficients[2, c], coefficients[3, c]
+    if single[5, c] != 0:
+        run_normalize(x, y, n, hi, lo, a, beta, past, ahead)
+    else:
+        h, a, al, b, bl = single[0, c], single[1, c], single[2, c], single[3, c], single[4, c]
+        run_normalize_single(x, y, n, h, a, al, b, bl, past, ahead)
+
+
+@njit(error_model="numpy")
+def rows_normalize(x, y, k, ka, c0, ca, coefficients, single, plan, scratch):  # type: ignore[no-untyped-def]
+    """y of block k of the channels from c0 on; meanwhile block ka of those from ca on is fetched, if ca >= 0."""
+    keep_whole()
+    o0, o1, i0, n = _borders(k, x.shape, plan)
+    oa, _, ia, _ = _borders(ka, x.shape, plan)
+    if plan[7] & GATHER:
+        for c in range(coefficients.shape[1]):
+            run, result = _gathered(x, c0 + c, o0, o1, i0, n, scratch[0]), pointer(scratch[1], 0)
+            _normalize_run(run, result, (o1 - o0) * n, c, coefficients, single, False, run)
+            _scatter(scratch[1], y, c0 + c, o0, o1, i0, n)
+        return
+    past = plan[7] & PAST != 0
+    for o in range(o1 - 1, o0 - 1, -1):  # what was read last is in cache
+        for c in range(coefficients.shape[1]):
+            ahead = run = _at(x, o, c0 + c, i0)
+            if ca >= 0:
+                ahead = _at(x, min(oa + o1 - 1 - o, x.shape[0] - 1), min(ca + c, x.shape[1] - 1), ia)
+            _normalize_run(run, _at(y, o, c0 + c, i0), n, c, coefficients, single, past, ahead)
+
+
+@njit(error_model="numpy")
+def rows_gradient(dy, x, dx, k, ka, c0, ca, coefficients, plan, scratch):  # type: ignore[no-untyped-def]
+    """dx of block k of the channels from c0 on; meanwhile block ka of those from ca on is fetched, if ca >= 0."""
+    keep_whole()
+    o0, o1, i0, n = _borders(k, x.shape, plan)
+    oa, _, ia, _ = _borders(ka, x.shape, plan)
+    gather = plan[7] & GATHER
+    past = plan[7] & PAST != 0
+    for o in range(o1 - 1, o0 - 1 if not gather else o1 - 2, -1):
+        for c in range(coefficients.shape[1]):
+            ghi, glo, hi = coefficients[0, c], coefficients[1, c], coefficients[2, c]
+            lo, a, b = coefficients[3, c], coefficients[4, c], coefficients[5, c]
+            if gather:
+                run_dy = _gathered(dy, c0 + c, o0, o1, i0, n, scratch[0])
+                run_x = _gathered(x, c0 + c, o0, o1, i0, n, scratch[1])
+                result = pointer(scratch[2], 0)
+                count = (o1 - o0) * n
+                run_gradient(run_dy, run_x, result, count, ghi, glo, hi, lo, a, b, False, run_dy, run_x)
+                _scatter(scratch[2], dx, c0 + c, o0, o1, i0, n)
+            else:
+                ahead_dy = run_dy = _at(dy, o, c0 + c, i0)
+                ahead_x = run_x = _at(x, o, c0 + c, i0)
+                if ca >= 0:
+                    there, next_c = min(oa + o1 - 1 - o, x.shape[0] - 1), min(ca + c, x.shape[1] - 1)
+                    ahead_dy, ahead_x = _at(dy, there, next_c, ia), _at(x, there, next_c, ia)
+                result = _at(dx, o, c0 + c, i0)
+                run_gradient(run_dy, run_x, result, n, ghi, glo, hi, lo, a, b, past, ahead_dy, ahead_x)

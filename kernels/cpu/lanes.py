@@ -1,0 +1,401 @@
+"""Sixteen numbers at a time: the type, the intrinsics and the element formats under the CPU kernels.
+
+`Lanes` is sixteen float32 or sixteen float64 as one Numba value, an LLVM vector. Loops over it are vectors by
+construction, and add in the order in which they are written: nothing depends on what LLVM makes of a loop, so the serial
+and the parallel twin of a kernel, and the process that compiles it and the one that loads it, give the same bits. And a
+store can go past the caches from within the loop that computes its value.
+
+Numba has no float16 and no bfloat16 on the CPU, so those arrays come in as views of their bits, and the integer type
+tells the format: uint16 is float16, int16 is bfloat16. `load` and `save` convert (vcvtph2ps, vcvtps2ph; a shift for
+bfloat16). On an x86 without F16C, LLVM would call a function that is not there and end the process; there integers do
+the work.
+"""
+# ruff: noqa: ARG001 - arguments of an intrinsic are its types
+
+import operator
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.typing.templates import AbstractTemplate, infer_global
+from numba.extending import intrinsic, lower_builtin, models, register_model
+
+LANES = 16
+
+_FLOAT, _DOUBLE, _HALF = ir.FloatType(), ir.DoubleType(), ir.HalfType()
+_I8, _I16, _I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
+
+
+class Lanes(types.Type):
+    """Sixteen float32 or float64."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = dtype
+        super().__init__(name=f"Lanes({dtype})")
+
+
+SINGLE, DOUBLE = Lanes(types.float32), Lanes(types.float64)
+
+
+def _vector(element: Any) -> Any:
+    return ir.VectorType(element, LANES)
+
+
+def _numbers(lanes: Lanes) -> Any:
+    return _vector(_FLOAT if lanes.dtype == types.float32 else _DOUBLE)
+
+
+@register_model(Lanes)
+class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, lanes: Lanes) -> None:
+        super().__init__(manager, lanes, _numbers(lanes))
+
+
+def _all(element: Any, value: Any) -> Any:
+    """The constant vector of one value."""
+    return ir.Constant(_vector(element), [value] * LANES)
+
+
+# Arithmetic. No flag lets LLVM reorder or drop anything.
+
+
+def _operator(symbol: Any, name: str) -> None:
+    # Typed and lowered directly: by `overload` and its inlining, kernels took half as long again to compile.
+    @infer_global(symbol)  # type: ignore[untyped-decorator]
+    class _Typed(AbstractTemplate):  # type: ignore[misc]
+        def generic(self, args: Any, _keywords: Any) -> Any:
+            return args[0](*args) if len(args) == 2 and isinstance(args[0], Lanes) and args[0] == args[1] else None
+
+    @lower_builtin(symbol, Lanes, Lanes)  # type: ignore[untyped-decorator]
+    def _lowered(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return getattr(builder, name)(*args)
+
+
+for _symbol, _name in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
+    _operator(_symbol, _name)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def spread(_typing: Any, value: Any) -> Any:
+    """A float32 or float64 in all lanes."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return _splat(builder, args[0])
+
+    return (DOUBLE if value == types.float64 else SINGLE)(value), codegen
+
+
+def _splat(builder: Any, value: Any) -> Any:
+    blank = ir.Constant(_vector(value.type), ir.Undefined)
+    first = builder.insert_element(blank, value, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(first, blank, _all(_I32, 0))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def nothing(_typing: Any, like: Any) -> Any:
+    """0 in all lanes."""
+    return like(like), lambda _context, _builder, _signature, _args: ir.Constant(_numbers(like), None)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def wide(_typing: Any, lanes: Any) -> Any:
+    """The same numbers as float64."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return args[0] if lanes == DOUBLE else builder.fpext(args[0], _numbers(DOUBLE))
+
+    return DOUBLE(lanes), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def fma(_typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """a b + c, rounded once where the processor can."""
+
+    def codegen(_context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = _numbers(signature.return_type)
+        name = f"llvm.fmuladd.v{LANES}f{signature.return_type.dtype.bitwidth}"
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
+        return builder.call(function, args)
+
+    return a(a, a, a), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def total(_typing: Any, lanes: Any) -> Any:
+    """The sum of all lanes as float64, in pairs."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        value = args[0] if lanes == DOUBLE else builder.fpext(args[0], _numbers(DOUBLE))
+        n = LANES
+        while n > 1:
+            n //= 2
+            halves = [ir.Constant(ir.VectorType(_I32, n), list(range(k, k + n))) for k in (0, n)]
+            value = builder.fadd(*(builder.shuffle_vector(value, value, half) for half in halves))
+        return builder.extract_element(value, ir.Constant(_I32, 0))
+
+    return types.float64(lanes), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def where_nonzero(_typing: Any, flags: Any, a: Any, b: Any) -> Any:
+    """Lane by lane a where the flag is not 0, else b."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        zero = ir.Constant(_numbers(flags), None)
+        return builder.select(builder.fcmp_unordered("!=", args[0], zero), args[1], args[2])
+
+    return a(flags, a, a), codegen
+
+
+# Element formats.
+
+
+def _converts_halves(context: Any) -> bool:
+    library = context.codegen()
+    return "86" not in library._tm.triple.split("-")[0] or "+f16c" in library._tm_features
+
+
+def _half_to_float(builder: Any, half: Any) -> Any:
+    bits = builder.zext(half, _vector(_I32))
+    magnitude = builder.shl(builder.and_(bits, _all(_I32, 0x7FFF)), _all(_I32, 13))
+    # re-biased by a product, which is right for subnormals too
+    number = builder.fmul(builder.bitcast(magnitude, _vector(_FLOAT)), _all(_FLOAT, 2.0**112))
+    special = builder.icmp_unsigned(">=", magnitude, _all(_I32, 0x7C00 << 13))  # Inf and NaN keep all exponent bits
+    loud = builder.or_(magnitude, _all(_I32, 0x7F800000))
+    value = builder.select(special, loud, builder.bitcast(number, _vector(_I32)))
+    sign = builder.shl(builder.and_(bits, _all(_I32, 0x8000)), _all(_I32, 16))
+    return builder.bitcast(builder.or_(value, sign), _vector(_FLOAT))
+
+
+def _float_to_half(builder: Any, number: Any) -> Any:
+    bits = builder.bitcast(number, _vector(_I32))
+    magnitude = builder.and_(bits, _all(_I32, 0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(magnitude, _all(_I32, 13)), _all(_I32, 1))
+    rounding = builder.add(odd, _all(_I32, (0xFFF - (112 << 23)) & 0xFFFFFFFF))
+    normal = builder.lshr(builder.add(magnitude, rounding), _all(_I32, 13))
+    half = builder.fadd(builder.bitcast(magnitude, _vector(_FLOAT)), _all(_FLOAT, 0.5))  # has float16's subnormal ulp
+    small = builder.sub(builder.bitcast(half, _vector(_I32)), _all(_I32, 0x3F000000))
+    value = builder.select(builder.icmp_unsigned("<", magnitude, _all(_I32, 0x38800000)), small, normal)
+    value = builder.select(builder.icmp_unsigned(">=", magnitude, _all(_I32, 0x477FF000)), _all(_I32, 0x7C00), value)
+    value = builder.select(builder.icmp_unsigned(">", magnitude, _all(_I32, 0x7F800000)), _all(_I32, 0x7E00), value)
+    sign = builder.and_(builder.lshr(bits, _all(_I32, 16)), _all(_I32, 0x8000))
+    return builder.trunc(builder.or_(value, sign), _vector(_I16))
+
+
+def _float_to_bfloat(builder: Any, number: Any) -> Any:
+    bits = builder.bitcast(number, _vector(_I32))
+    odd = builder.and_(builder.lshr(bits, _all(_I32, 16)), _all(_I32, 1))
+    rounded = builder.add(bits, builder.add(odd, _all(_I32, 0x7FFF)))
+    quiet = builder.or_(bits, _all(_I32, 0x400000))  # adding to a NaN could carry it into -0
+    bits = builder.select(builder.fcmp_unordered("uno", number, number), quiet, rounded)
+    return builder.trunc(builder.lshr(bits, _all(_I32, 16)), _vector(_I16))
+
+
+def _stored(element: Any) -> Any:
+    """The LLVM type of an element in memory."""
+    return {types.float64: _DOUBLE, types.float32: _FLOAT}.get(element, _I16)
+
+
+def _decode(context: Any, builder: Any, bits: Any, element: Any, wanted: Lanes) -> Any:
+    if element == types.float64:
+        return bits
+    number = bits
+    if element == types.int16:
+        shifted = builder.shl(builder.zext(bits, _vector(_I32)), _all(_I32, 16))
+        number = builder.bitcast(shifted, _vector(_FLOAT))
+    elif element == types.uint16 and _converts_halves(context):
+        number = builder.fpext(builder.bitcast(bits, _vector(_HALF)), _vector(_FLOAT))
+    elif element == types.uint16:
+        number = _half_to_float(builder, bits)
+    return number if wanted == SINGLE else builder.fpext(number, _vector(_DOUBLE))
+
+
+def _encode(context: Any, builder: Any, number: Any, given: Lanes, element: Any) -> Any:
+    """To nearest even. float64 goes to the half types by way of float32, which costs 2^-13 of a half-type ulp."""
+    if element == types.float64:
+        return number if given == DOUBLE else builder.fpext(number, _vector(_DOUBLE))
+    if given == DOUBLE:
+        number = builder.fptrunc(number, _vector(_FLOAT))
+    if element == types.float32:
+        return number
+    if element == types.int16:
+        return _float_to_bfloat(builder, number)
+    if _converts_halves(context):
+        return builder.bitcast(builder.fptrunc(number, _vector(_HALF)), _vector(_I16))
+    return _float_to_half(builder, number)
+
+
+# Memory. `pointer` is to elements, `i` counts them.
+
+
+def _place(builder: Any, pointer: Any, i: Any) -> Any:
+    return builder.bitcast(builder.gep(pointer, [i]), _vector(pointer.type.pointee).as_pointer())
+
+
+def _lanes_below(builder: Any, n: Any) -> Any:
+    """A mask of the first n lanes."""
+    counts = ir.Constant(_vector(_I32), list(range(LANES)))
+    return builder.icmp_signed("<", counts, _splat(builder, builder.trunc(n, _I32)))
+
+
+def _masked(builder: Any, name: str, pointer: Any, kinds: list[Any], result: Any, values: list[Any]) -> Any:
+    # The name has pointer types, for the LLVM 14 of Numba 0.60; later ones read it as their own.
+    element = pointer.type.pointee.element
+    letter = {_FLOAT: "f32", _DOUBLE: "f64"}.get(element, "i16")
+    suffix = f"v{LANES}{letter}"
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(result, kinds), f"llvm.masked.{name}.{suffix}.p0{suffix}"
+    )
+    return builder.call(function, values)
+
+
+def _bytes(element: Any) -> int:
+    return int(element.bitwidth) // 8
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def load(_typing: Any, pointer: Any, i: Any, like: Any) -> Any:
+    """Sixteen elements from `pointer[i]` on, as lanes of the kind of `like`."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        bits = builder.load(_place(builder, args[0], args[1]), align=_bytes(pointer.dtype))
+        return _decode(context, builder, bits, pointer.dtype, like)
+
+    return like(pointer, types.intp, like), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def load_part(_typing: Any, pointer: Any, i: Any, n: Any, fill: Any) -> Any:
+    """The first n <= 16 elements from `pointer[i]` on, and what `fill` has in the lanes behind them."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        place, mask = _place(builder, args[0], args[1]), _lanes_below(builder, args[2])
+        kind = place.type.pointee
+        zero = ir.Constant(kind, None)
+        kinds = [place.type, _I32, mask.type, kind]
+        values = [place, ir.Constant(_I32, _bytes(pointer.dtype)), mask, zero]
+        bits = _masked(builder, "load", place, kinds, kind, values)
+        return builder.select(mask, _decode(context, builder, bits, pointer.dtype, fill), args[3])
+
+    return fill(pointer, types.intp, types.intp, fill), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def save(_typing: Any, pointer: Any, i: Any, lanes: Any) -> Any:
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        bits = _encode(context, builder, args[2], lanes, pointer.dtype)
+        builder.store(bits, _place(builder, args[0], args[1]), align=_bytes(pointer.dtype))
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.intp, lanes), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def save_part(_typing: Any, pointer: Any, i: Any, n: Any, lanes: Any) -> Any:
+    """The first n <= 16 lanes."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        place, mask = _place(builder, args[0], args[1]), _lanes_below(builder, args[2])
+        bits = _encode(context, builder, args[3], lanes, pointer.dtype)
+        kinds = [bits.type, place.type, _I32, mask.type]
+        values = [bits, place, ir.Constant(_I32, _bytes(pointer.dtype)), mask]
+        _masked(builder, "store", place, kinds, ir.VoidType(), values)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.intp, types.intp, lanes), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def stream(_typing: Any, pointer: Any, i: Any, lanes: Any) -> Any:
+    """Store past the caches, to a place that `before_line` gave. A plain store first reads what it overwrites."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        bits = _encode(context, builder, args[2], lanes, pointer.dtype)
+        align = min(64, LANES * _bytes(pointer.dtype))
+        store = builder.store(bits, _place(builder, args[0], args[1]), align=align)
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.intp, lanes), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def before_line(_typing: Any, pointer: Any) -> Any:
+    """How many elements come before the first place that `stream` can store to."""
+    size = _bytes(pointer.dtype)
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        word = ir.IntType(64)
+        gap = builder.neg(builder.ptrtoint(args[0], word))
+        gap = builder.and_(gap, ir.Constant(word, LANES * size - 1))
+        return builder.lshr(gap, ir.Constant(word, size.bit_length() - 1))
+
+    return types.int64(pointer), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def fetch(_typing: Any, pointer: Any, i: Any) -> Any:
+    """Ask for sixteen elements to be brought into L2: into L1 as well took 1.5 copies in all where L2 took 1.3."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        place = builder.bitcast(builder.gep(args[0], [args[1]]), _I8.as_pointer())
+        read, into_l2, data = (ir.Constant(_I32, k) for k in (0, 2, 1))
+        for line in range(0, LANES * _bytes(pointer.dtype), 64):
+            there = builder.gep(place, [ir.Constant(_I32, line)])
+            builder.call(function, [there, read, into_l2, data])
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.intp), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def fence(_typing: Any) -> Any:
+    """What was stored past the caches is seen by other threads after a fence only."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def pointer(_typing: Any, array: Any, offset: Any) -> Any:
+    """To the element `offset` bytes into an array. Slices count references, which threads then contend for."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return cgutils.pointer_add(builder, data, args[1])
+
+    return types.CPointer(array.dtype)(array, types.intp), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def shifted(_typing: Any, pointer: Any, offset: Any) -> Any:
+    """A pointer, `offset` bytes on."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return cgutils.pointer_add(builder, args[0], args[1])
+
+    return pointer(pointer, types.intp), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def narrowest(_typing: Any, array: Any) -> Any:
+    """0 in the type that an array's elements can be computed in: float32 for the half types, else their own."""
+    result = types.float64 if array.dtype == types.float64 else types.float32
+    return result(array), lambda context, _builder, signature, _args: context.get_constant(signature.return_type, 0)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def keep_whole(_typing: Any) -> Any:
+    """Forbids LLVM to inline the calling function into its callers, each of which it would then optimize once more."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
