@@ -136,21 +136,24 @@ def _by_rows(
     apart = inner > 1 and any(s[2] != itemsize for s in strides)
     if apart or inner < min(LANES, sizes.block):
         flags |= GATHER
-    segments = _ceil(inner, sizes.block)
-    length = min(inner, _ceil(_ceil(inner, segments), 2 * LANES) * 2 * LANES if segments > 1 else inner)
-    segments = _ceil(inner, length)
-    runs = min(outer, max(1, sizes.block // inner))
     reads = max(1, len(strides) - 1)
-    tile = max(sizes.slab // (reads * outer * inner * itemsize), sizes.line // (inner * itemsize), 1)
-    if inner * itemsize >= 2 * sizes.line:
-        tile = 1
-    if flags & GATHER:
-        tile = max(tile, 16)  # whose elements share lines
-    tile = min(tile, _ceil(channels, 16))
+    if stages & SUM:
+        segments = _ceil(inner, sizes.block)
+        length = inner if segments == 1 else _ceil(_ceil(inner, segments), 2 * LANES) * 2 * LANES
+        segments = _ceil(inner, length)
+        runs = min(outer, max(1, sizes.block // inner))
+        tile = max(sizes.slab // (reads * outer * inner * itemsize), sizes.line // (inner * itemsize), 1)
+        if inner * itemsize >= 2 * sizes.line:
+            tile = 1
+        if flags & GATHER:
+            tile = max(tile, 16)  # whose elements share lines
+        tile = min(tile, _ceil(channels, 16))
+    else:  # in the order of memory
+        segments, length, runs = 1, inner, max(1, sizes.block // inner) if flags & GATHER else 1
+        tile = channels if outer >= 16 else _ceil(channels, 16)
     blocks = _ceil(outer, runs) * segments
-    return _Plan(
-        _ceil(channels, tile), _ceil(blocks, sizes.piece), (0, tile, blocks, sizes.piece, runs, segments, length, flags)
-    )
+    piece = sizes.piece if stages & SUM else 1
+    return _Plan(_ceil(channels, tile), _ceil(blocks, piece), (0, tile, blocks, piece, runs, segments, length, flags))
 
 
 def _by_columns(
@@ -192,11 +195,12 @@ def _carry_out(kernel: Any, arrays: tuple[np.ndarray, ...], numbers: tuple[Any, 
     elif plan.tiles >= 4 * count or plan.pieces == 1:
         threads.run(twins, min(count, plan.tiles), *args, stages, parallel=True)
     else:
+        items = min(count, plan.tiles * plan.pieces)
         if stages & SUM:
-            threads.run(twins, plan.tiles * plan.pieces, *args, SUM, parallel=True)
+            threads.run(twins, items, *args, SUM, parallel=True)
         threads.run(twins, 1, *args, FINISH, parallel=False)
         if stages & MAP:
-            threads.run(twins, plan.tiles * plan.pieces, *args, MAP, parallel=True)
+            threads.run(twins, items, *args, MAP, parallel=True)
 
 
 class _Twins:

@@ -92,14 +92,18 @@ def spread_columns(values, columns, plan):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def _gather(columns, sums, plan):  # type: ignore[no-untyped-def]
-    """sums (G,) += columns, channel by channel."""
-    period, j = plan[5], 0
-    for _ in range(plan[6]):
-        for c in range(sums.size):
-            for _ in range(period):
-                sums[c] += columns[j]
-                j += 1
+def gather_columns(sums, s, plan):  # type: ignore[no-untyped-def]
+    """s (M, G) <- the columns in the rows of sums, added up to channels, and these <- 0."""
+    period = plan[5]
+    s[:] = 0.0
+    for i in range(s.shape[0]):
+        j = 0
+        for _ in range(plan[6]):
+            for c in range(s.shape[1]):
+                for _ in range(period):
+                    s[i, c] += sums[i, j]
+                    sums[i, j] = 0.0
+                    j += 1
 
 
 @njit(error_model="numpy")
@@ -129,15 +133,11 @@ def _add_deviations(x, step, rows, n, near, s, q):  # type: ignore[no-untyped-de
 
 
 @njit(error_model="numpy")
-def columns_deviations(x, k, c0, pivot, s, q, plan, near, sums):  # type: ignore[no-untyped-def]
-    """s, q (G,) += sums of x - pivot and of its square, for the channels from c0 on.
-
-    near (2, W) and sums (4, W) float64 are for columns; lanes are of the type of near.
-    """
+def columns_deviations(x, k, c0, pivot, plan, near, sums):  # type: ignore[no-untyped-def]
+    """Columns of sums (2, W) += x - pivot and its square, for the channels from c0 on; near (1, W) sets the type."""
     keep_whole()
     r, r1 = _borders(k, x.shape, plan)
     _spread(pivot, near[0], plan)
-    sums[:2] = 0.0
     while r < r1:
         place, step, left = _row(x, r, c0, plan)
         n = _width(r, x.shape, pivot.size, plan)
@@ -146,8 +146,6 @@ def columns_deviations(x, k, c0, pivot, s, q, plan, near, sums):  # type: ignore
             rows -= 1
         _add_deviations(place, step, rows, n, near[0], sums[0], sums[1])
         r += rows
-    _gather(sums[0], s, plan)
-    _gather(sums[1], q, plan)
 
 
 @njit(error_model="numpy")
@@ -175,13 +173,12 @@ def _add_products(dy, x, step_dy, step_x, rows, n, near_dy, near_x, sums):  # ty
 
 
 @njit(error_model="numpy")
-def columns_products(dy, x, k, c0, pivot, hi, s, plan, near, sums):  # type: ignore[no-untyped-def]
-    """s (4, G) += sums of g = dy - pivot, d = x - hi, g d and g^2; near (2, W) and sums (4, W) as above."""
+def columns_products(dy, x, k, c0, pivot, hi, plan, near, sums):  # type: ignore[no-untyped-def]
+    """Columns of sums (4, W) += g = dy - pivot, d = x - hi, g d and g^2; near (2, W) sets the type."""
     keep_whole()
     r, r1 = _borders(k, x.shape, plan)
     _spread(pivot, near[0], plan)
     _spread(hi, near[1], plan)
-    sums[:] = 0.0
     while r < r1:
         run_dy, step_dy, left = _row(dy, r, c0, plan)
         run_x, step_x, _ = _row(x, r, c0, plan)
@@ -191,8 +188,6 @@ def columns_products(dy, x, k, c0, pivot, hi, s, plan, near, sums):  # type: ign
             rows -= 1
         _add_products(run_dy, run_x, step_dy, step_x, rows, n, near[0], near[1], sums)
         r += rows
-    for i in range(4):
-        _gather(sums[i], s[i], plan)
 
 
 @njit(error_model="numpy")
@@ -230,11 +225,10 @@ def _normalize_row(x, y, n, like, doubles, singles, mode, past):  # type: ignore
 
 
 @njit(error_model="numpy")
-def columns_normalize(x, y, k, c0, doubles, singles, rare, plan):  # type: ignore[no-untyped-def]
+def columns_normalize(x, y, k, c0, channels, doubles, singles, rare, plan):  # type: ignore[no-untyped-def]
     """y of block k of the channels from c0 on; doubles (4, W + 16) and singles (6, W + 16) by column."""
     keep_whole()
     r0, r1 = _borders(k, x.shape, plan)
-    channels = (doubles.shape[1] - LANES) // (plan[5] * plan[6])
     like = spread(singles[0, 0])
     past = plan[7] & PAST != 0
     mode = EXACT if plan[7] & EXACT else 1 if rare else 0
@@ -275,11 +269,10 @@ def _gradient_row(dy, x, dx, n, numbers, past):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def columns_gradient(dy, x, dx, k, c0, doubles, plan):  # type: ignore[no-untyped-def]
+def columns_gradient(dy, x, dx, k, c0, channels, doubles, plan):  # type: ignore[no-untyped-def]
     """dx of block k of the channels from c0 on; doubles (6, W + 16) by column."""
     keep_whole()
     r0, r1 = _borders(k, x.shape, plan)
-    channels = (doubles.shape[1] - LANES) // (plan[5] * plan[6])
     u = doubles.strides[0]
     d = pointer(doubles, 0), pointer(doubles, u), pointer(doubles, 2 * u), pointer(doubles, 3 * u)
     d = (*d, pointer(doubles, 4 * u), pointer(doubles, 5 * u))

@@ -399,3 +399,26 @@ def keep_whole(_typing: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def borrowed(_typing: Any, array: Any) -> Any:
+    """The array without its count of references. `hold` the array itself for as long.
+
+    Numba counts in every call. That is an atomic operation, for which threads contend, and which waits until all stores
+    past the caches have arrived: 1.5 copies in place of 1.1.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        view = context.make_array(signature.return_type)(context, builder, value=args[0])
+        view.meminfo = cgutils.get_null_value(view.meminfo.type)
+        view.parent = cgutils.get_null_value(view.parent.type)
+        return view._getvalue()
+
+    return array(array), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def hold(_typing: Any, array: Any) -> Any:
+    """Keeps a local array alive up to here."""
+    return types.void(array), lambda context, _builder, _signature, _args: context.get_dummy_value()

@@ -7,11 +7,10 @@ What has no unit stride, or runs of fewer elements than a vector, is gathered: a
 scratch run, and results are scattered from one.
 """
 
-import numpy as np
 from numba import njit
 
 from .blocks import run_deviations, run_gradient, run_normalize, run_normalize_single, run_products
-from .lanes import keep_whole, pointer
+from .lanes import LANES, keep_whole, load, nothing, pointer, save, spread, total
 
 PAST, GATHER, EXACT = 1, 2, 4  # flags of a plan: store past the caches; gather; all in float64
 
@@ -57,27 +56,39 @@ def _scatter(scratch, a, c, o0, o1, i0, n):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def rows_deviations(x, k, c0, pivot, s, q, plan, scratch):  # type: ignore[no-untyped-def]
-    """s, q (G,) += sums of x - pivot and of its square, for the channels from c0 on; pivot (G,) sets the lanes."""
-    keep_whole()
-    o0, o1, i0, n = _borders(k, x.shape, plan)
-    if plan[7] & GATHER:
-        for c in range(s.size):
-            run = _gathered(x, c0 + c, o0, o1, i0, n, scratch[0])
-            a, b = run_deviations(run, (o1 - o0) * n, pivot[c])
-            s[c] += a
-            q[c] += b
-        return
-    for o in range(o0, o1):
-        for c in range(s.size):
-            a, b = run_deviations(_at(x, o, c0 + c, i0), n, pivot[c])
-            s[c] += a
-            q[c] += b
+def _lanes(sums, i, c):  # type: ignore[no-untyped-def]
+    return pointer(sums, i * sums.strides[0] + 8 * LANES * c)
 
 
 @njit(error_model="numpy")
-def rows_products(dy, x, k, c0, pivot, near, s, plan, scratch):  # type: ignore[no-untyped-def]
-    """s (4, G) += sums of g = dy - pivot, d = x - near, g d and g^2."""
+def add_up(sums, s):  # type: ignore[no-untyped-def]
+    """s (M, G) <- the sums of lanes in the rows of sums, and these <- 0."""
+    like = spread(0.0)
+    for i in range(s.shape[0]):
+        for c in range(s.shape[1]):
+            lanes = _lanes(sums, i, c)
+            s[i, c] = total(load(lanes, 0, like))
+            save(lanes, 0, nothing(like))
+
+
+@njit(error_model="numpy")
+def rows_deviations(x, k, c0, pivot, sums, plan, scratch):  # type: ignore[no-untyped-def]
+    """Lanes of sums (2, 16 G) += x - pivot and its square, for the channels from c0 on; pivot (G,) sets the type."""
+    keep_whole()
+    o0, o1, i0, n = _borders(k, x.shape, plan)
+    if plan[7] & GATHER:
+        for c in range(pivot.size):
+            run = _gathered(x, c0 + c, o0, o1, i0, n, scratch[0])
+            run_deviations(run, (o1 - o0) * n, pivot[c], _lanes(sums, 0, c), _lanes(sums, 1, c))
+        return
+    for o in range(o0, o1):
+        for c in range(pivot.size):
+            run_deviations(_at(x, o, c0 + c, i0), n, pivot[c], _lanes(sums, 0, c), _lanes(sums, 1, c))
+
+
+@njit(error_model="numpy")
+def rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch):  # type: ignore[no-untyped-def]
+    """Lanes of sums (4, 16 G) += g = dy - pivot, d = x - hi, g d and g^2."""
     keep_whole()
     o0, o1, i0, n = _borders(k, x.shape, plan)
     gather = plan[7] & GATHER
@@ -86,52 +97,49 @@ def rows_products(dy, x, k, c0, pivot, near, s, plan, scratch):  # type: ignore[
             if gather:
                 run_dy = _gathered(dy, c0 + c, o0, o1, i0, n, scratch[0])
                 run_x = _gathered(x, c0 + c, o0, o1, i0, n, scratch[1])
-                e, f, g, h = run_products(run_dy, run_x, (o1 - o0) * n, pivot[c], near[c])
+                count = (o1 - o0) * n
             else:
-                e, f, g, h = run_products(_at(dy, o, c0 + c, i0), _at(x, o, c0 + c, i0), n, pivot[c], near[c])
-            s[0, c] += e
-            s[1, c] += f
-            s[2, c] += g
-            s[3, c] += h
+                run_dy, run_x, count = _at(dy, o, c0 + c, i0), _at(x, o, c0 + c, i0), n
+            lanes = _lanes(sums, 0, c), _lanes(sums, 1, c), _lanes(sums, 2, c), _lanes(sums, 3, c)
+            run_products(run_dy, run_x, count, pivot[c], hi[c], *lanes)
 
 
 @njit(error_model="numpy")
-def _normalize_run(x, y, n, c, coefficients, single, past, ahead):  # type: ignore[no-untyped-def]
-    hi, lo, a, beta = coefficients[0, c], coefficients[1, c], coefficients[2, c], coefficients[3, c]
-    if single[5, c] != 0:
-        run_normalize(x, y, n, hi, lo, a, beta, past, ahead)
+def _normalize_run(x, y, n, c, doubles, singles, past, ahead):  # type: ignore[no-untyped-def]
+    if singles[5, c] != 0:
+        run_normalize(x, y, n, doubles[0, c], doubles[1, c], doubles[2, c], doubles[3, c], past, ahead)
     else:
-        h, a, al, b, bl = single[0, c], single[1, c], single[2, c], single[3, c], single[4, c]
+        h, a, al, b, bl = singles[0, c], singles[1, c], singles[2, c], singles[3, c], singles[4, c]
         run_normalize_single(x, y, n, h, a, al, b, bl, past, ahead)
 
 
 @njit(error_model="numpy")
-def rows_normalize(x, y, k, ka, c0, ca, coefficients, single, plan, scratch):  # type: ignore[no-untyped-def]
-    """y of block k of the channels from c0 on; meanwhile block ka of those from ca on is fetched, if ca >= 0."""
+def rows_normalize(x, y, k, c0, ca, doubles, singles, plan, scratch):  # type: ignore[no-untyped-def]
+    """y of block k of the channels from c0 on, backwards; meanwhile those from ca on are fetched, forwards, if >= 0."""
     keep_whole()
     o0, o1, i0, n = _borders(k, x.shape, plan)
-    oa, _, ia, _ = _borders(ka, x.shape, plan)
+    oa, _, ia, _ = _borders(plan[2] - 1 - k, x.shape, plan)
     if plan[7] & GATHER:
-        for c in range(coefficients.shape[1]):
+        for c in range(doubles.shape[1]):
             run, result = _gathered(x, c0 + c, o0, o1, i0, n, scratch[0]), pointer(scratch[1], 0)
-            _normalize_run(run, result, (o1 - o0) * n, c, coefficients, single, False, run)
+            _normalize_run(run, result, (o1 - o0) * n, c, doubles, singles, False, run)
             _scatter(scratch[1], y, c0 + c, o0, o1, i0, n)
         return
     past = plan[7] & PAST != 0
     for o in range(o1 - 1, o0 - 1, -1):  # what was read last is in cache
-        for c in range(coefficients.shape[1]):
+        for c in range(doubles.shape[1]):
             ahead = run = _at(x, o, c0 + c, i0)
             if ca >= 0:
                 ahead = _at(x, min(oa + o1 - 1 - o, x.shape[0] - 1), min(ca + c, x.shape[1] - 1), ia)
-            _normalize_run(run, _at(y, o, c0 + c, i0), n, c, coefficients, single, past, ahead)
+            _normalize_run(run, _at(y, o, c0 + c, i0), n, c, doubles, singles, past, ahead)
 
 
 @njit(error_model="numpy")
-def rows_gradient(dy, x, dx, k, ka, c0, ca, coefficients, plan, scratch):  # type: ignore[no-untyped-def]
-    """dx of block k of the channels from c0 on; meanwhile block ka of those from ca on is fetched, if ca >= 0."""
+def rows_gradient(dy, x, dx, k, c0, ca, coefficients, plan, scratch):  # type: ignore[no-untyped-def]
+    """dx of block k of the channels from c0 on, backwards; meanwhile those from ca on are fetched, forwards, if >= 0."""
     keep_whole()
     o0, o1, i0, n = _borders(k, x.shape, plan)
-    oa, _, ia, _ = _borders(ka, x.shape, plan)
+    oa, _, ia, _ = _borders(plan[2] - 1 - k, x.shape, plan)
     gather = plan[7] & GATHER
     past = plan[7] & PAST != 0
     for o in range(o1 - 1, o0 - 1 if not gather else o1 - 2, -1):

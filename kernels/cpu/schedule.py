@@ -26,29 +26,44 @@ from .columns import (
     columns_gradient,
     columns_normalize,
     columns_products,
+    gather_columns,
     spread_columns,
 )
 from .compile import Kernel
-from .lanes import LANES, fence, narrowest
-from .rows import EXACT, GATHER, rows_count, rows_deviations, rows_gradient, rows_normalize, rows_products
+from .lanes import LANES, borrowed, fence, hold, keep_whole, narrowest
+from .rows import (
+    EXACT,
+    GATHER,
+    add_up,
+    rows_count,
+    rows_deviations,
+    rows_gradient,
+    rows_normalize,
+    rows_products,
+)
 
 SUM, FINISH, MAP = 1, 2, 4
 
 # A plan: 0 by columns?, 1 channels of a tile, 2 blocks, 3 blocks of a piece; then of rows: 4 runs of a block,
 # 5 segments of a run, 6 elements of a segment; of columns: 4 rows of a block, 5 period, 6 fold; 7 flags.
 
+# A work item has all the memory it needs, from `_wide_memory` and `_narrow_memory`, and hands on views of rows: by
+# channel (G of a tile), or by column or lane (W). `borrowed` says why nothing below an item may own an array.
+NUMBERS, TOTALS, SUMS, SPREAD = 0, 6, 10, 14  # in float64: 6 coefficients, 4 totals by channel; 4 sums, 6 coefficients
+PIVOTS, SINGLES, NEAR = 0, 2, 8  # in the elements' type: 2 and 6 by channel, 6 by column
 
-@njit(error_model="numpy", inline="always")
-def _scratch(x, plan):  # type: ignore[no-untyped-def]
+
+@njit(error_model="numpy")
+def _width(channels, plan):  # type: ignore[no-untyped-def]
+    """Columns or lanes; a vector may be loaded from any of them on."""
+    return channels * (plan[5] * plan[6] if plan[0] else LANES) + LANES
+
+
+@njit(error_model="numpy")
+def _memory(x, plan, like):  # type: ignore[no-untyped-def]
+    width = _width(min(plan[1], x.shape[1]), plan)
     size = plan[4] * plan[6] if plan[0] == 0 and plan[7] & GATHER else 1
-    return np.empty((3, size), x.dtype)
-
-
-@njit(error_model="numpy", inline="always")
-def _columns(count, channels, plan, like):  # type: ignore[no-untyped-def]
-    """(count, W + 16): a vector may be loaded from any column on."""
-    width = channels * plan[5] * plan[6] + LANES if plan[0] else 1
-    return np.full((count, width), like)
+    return np.zeros((20, width)), np.full((14, width), like), np.empty((3, size), x.dtype)
 
 
 @njit(error_model="numpy", inline="always")
@@ -57,24 +72,41 @@ def _count(k, shape, plan):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy", inline="always")
-def _deviations(x, k, c0, pivot, s, plan, scratch, near, sums):  # type: ignore[no-untyped-def]
-    """s (2, G) += sums of x - pivot and of its square, for the channels from c0 on."""
+def _deviations(x, k, c0, pivot, sums, near, scratch, plan):  # type: ignore[no-untyped-def]
+    """sums (2, W) += x - pivot and its square, for block k of the channels from c0 on."""
     if plan[0]:
-        columns_deviations(x, k, c0, pivot, s[0], s[1], plan, near, sums)
+        columns_deviations(x, k, c0, pivot, plan, near, sums)
     else:
-        rows_deviations(x, k, c0, pivot, s[0], s[1], plan, scratch)
+        rows_deviations(x, k, c0, pivot, sums, plan, scratch)
 
 
 @njit(error_model="numpy", inline="always")
-def _block_mean(x, k, c0, pivot, s, plan, scratch, near, sums):  # type: ignore[no-untyped-def]
-    """pivot (G,) <- the means of block k, about: in the type of pivot. s (2, G) or more <- 0."""
+def _products(dy, x, k, c0, pivot, hi, sums, near, scratch, plan):  # type: ignore[no-untyped-def]
+    """sums (4, W) += g = dy - pivot, d = x - hi, g d and g^2."""
+    if plan[0]:
+        columns_products(dy, x, k, c0, pivot, hi, plan, near, sums)
+    else:
+        rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch)
+
+
+@njit(error_model="numpy", inline="always")
+def _by_channel(sums, totals, plan):  # type: ignore[no-untyped-def]
+    """totals (M, G) <- sums (M, W), and these <- 0."""
+    if plan[0]:
+        gather_columns(sums, totals, plan)
+    else:
+        add_up(sums, totals)
+
+
+@njit(error_model="numpy")
+def _block_mean(x, k, c0, pivot, totals, sums, near, scratch, plan):  # type: ignore[no-untyped-def]
+    """pivot (G,) <- the means of block k, about: in the type of pivot."""
     pivot[:] = 0
-    s[:] = 0.0
-    _deviations(x, k, c0, pivot, s, plan, scratch, near, sums)
+    _deviations(x, k, c0, pivot, sums, near, scratch, plan)
+    _by_channel(sums, totals, plan)
     count = _count(k, x.shape, plan)
     for c in range(pivot.size):
-        pivot[c] = s[0, c] / count
-    s[:] = 0.0
+        pivot[c] = totals[0, c] / count
 
 
 @njit(error_model="numpy")
@@ -84,44 +116,46 @@ def _near_enough(s, q, n):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy", inline="always")
-def _forward_sum(t, p, x, part, plan, like):  # type: ignore[no-untyped-def]
-    """part (P, 4, C) of piece p of tile t: count, hi, lo, M2."""
-    c0 = t * plan[1]
-    g = min(plan[1], x.shape[1] - c0)
+def _forward_sum(p, c0, x, part, plan, wide, narrow, scratch):  # type: ignore[no-untyped-def]
+    """part (P, 4, C) of piece p of a tile: count, hi, lo, M2."""
     k0, k1 = p * plan[3], min((p + 1) * plan[3], plan[2])
-    scratch, sums = _scratch(x, plan), _columns(4, g, plan, 0.0)
-    s = np.empty((2, g))
+    g = min(plan[1], x.shape[1] - c0)
+    w = _width(g, plan)
+    totals, sums, pivot, near = wide[TOTALS : TOTALS + 2, :g], wide[SUMS : SUMS + 2, :w], narrow[0, :g], narrow[NEAR:, :w]
     again = plan[7] & EXACT != 0
     if not again:
-        near, pivot = _columns(1, g, plan, like), np.full(g, like)
-        _block_mean(x, k0, c0, pivot, s, plan, scratch, near, sums)
+        _block_mean(x, k0, c0, pivot, totals, sums, near, scratch, plan)
         n = 0.0
         for k in range(k0, k1):
-            _deviations(x, k, c0, pivot, s, plan, scratch, near, sums)
+            _deviations(x, k, c0, pivot, sums, near, scratch, plan)
             n += _count(k, x.shape, plan)
+        _by_channel(sums, totals, plan)
         for c in range(g):
+            s, q = totals[0, c], totals[1, c]
             part[p, 0, c0 + c] = 0.0
-            if _near_enough(s[0, c], s[1, c], n):
+            if _near_enough(s, q, n):
                 part[p, 0, c0 + c], part[p, 1, c0 + c] = n, pivot[c]
-                part[p, 2, c0 + c], part[p, 3, c0 + c] = s[0, c] / n, s[1, c] - s[0, c] * s[0, c] / n
+                part[p, 2, c0 + c], part[p, 3, c0 + c] = s / n, q - s * s / n
             again |= part[p, 0, c0 + c] == 0.0
     if again:
-        near64, pivot64, merged = _columns(1, g, plan, 0.0), np.empty(g), np.zeros((3, g))
+        mean, merged, near = wide[0, :g], wide[1:4, :g], wide[SPREAD:, :w]
+        merged[:] = 0.0
         n = 0.0
         for k in range(k0, k1):
-            _block_mean(x, k, c0, pivot64, s, plan, scratch, near64, sums)
-            _deviations(x, k, c0, pivot64, s, plan, scratch, near64, sums)
+            _block_mean(x, k, c0, mean, totals, sums, near, scratch, plan)
+            _deviations(x, k, c0, mean, sums, near, scratch, plan)
+            _by_channel(sums, totals, plan)
             m = _count(k, x.shape, plan)
             for c in range(g):
-                m2 = not_negative(s[1, c] - s[0, c] * s[0, c] / m)
+                s, q = totals[0, c], totals[1, c]
                 _, merged[0, c], merged[1, c], merged[2, c] = merge_moments(
-                    n, merged[0, c], merged[1, c], merged[2, c], m, pivot64[c], s[0, c] / m, m2
+                    n, merged[0, c], merged[1, c], merged[2, c], m, mean[c], s / m, not_negative(q - s * s / m)
                 )
             n += m
         for c in range(g):
             if plan[7] & EXACT or part[p, 0, c0 + c] == 0.0:
-                part[p, 0, c0 + c] = n
-                part[p, 1:, c0 + c] = merged[:, c]
+                part[p, 0, c0 + c], part[p, 1, c0 + c] = n, merged[0, c]
+                part[p, 2, c0 + c], part[p, 3, c0 + c] = merged[1, c], merged[2, c]
 
 
 @njit(error_model="numpy", inline="always")
@@ -137,140 +171,139 @@ def _forward_finish(c, stats, part, eps):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def _single(hi, lo, invstd, a, beta, numbers):  # type: ignore[no-untyped-def]
-    """numbers (6,) <- h, a, al, b, bl for y = (a d + b) + (al d + bl), d = x - h, in float32; and 1 if they won't do.
+def _forward_coefficients(c0, stats, affine, numbers, singles, exact):  # type: ignore[no-untyped-def]
+    """By channel. numbers (4, G): hi, lo, a, beta. singles (6, G): h, a, al, b, bl for y = (a d + b) + (al d + bl) with
+    d = x - h in float32, and 1 where they won't do. Returns whether there is such a channel.
 
     A mean within 1000 standard deviations goes to b: d = x is exact then, and so is x - h with h near x otherwise.
     a is rounded towards 0: an infinite x then makes two infinite terms of one sign.
     """
-    numbers[0] = 0.0 if abs(hi * invstd) <= 1024.0 else hi
-    b = beta - a * ((hi - numbers[0]) + lo)
-    numbers[1] = a
-    if abs(numbers[1]) > abs(a):
-        numbers[1] = numbers[1] * (1.0 - 2.0**-24)
-    numbers[2] = a - numbers[1]
-    if numbers[2] == 0.0:
-        numbers[2] = a * 2.0**-44
-    numbers[3] = b
-    numbers[4] = b - numbers[3]
-    numbers[5] = not ((1e-30 < abs(a) < 1e30 or a == 0.0) and abs(b) < 1e30)
-
-
-@njit(error_model="numpy", inline="always")
-def _forward_coefficients(c0, stats, affine, doubles, singles, exact):  # type: ignore[no-untyped-def]
-    """By channel: doubles (4, G) hi, lo, a, beta; singles (6, G) as in `_single`. Returns whether one won't do."""
     rare = False
-    for c in range(doubles.shape[1]):
+    for c in range(numbers.shape[1]):
         hi, lo, invstd, beta = stats[0, c0 + c], stats[1, c0 + c], stats[3, c0 + c], affine[1, c0 + c]
         a = affine[0, c0 + c] * invstd
-        doubles[0, c], doubles[1, c], doubles[2, c], doubles[3, c] = hi, lo, a, beta
-        _single(hi, lo, invstd, a, beta, singles[:, c])
-        if exact:
-            singles[5, c] = 1
-        rare |= singles[5, c] != 0
+        numbers[0, c], numbers[1, c], numbers[2, c], numbers[3, c] = hi, lo, a, beta
+        singles[0, c] = 0.0 if abs(hi * invstd) <= 1024.0 else hi
+        b = beta - a * ((hi - singles[0, c]) + lo)
+        singles[1, c] = a
+        if abs(singles[1, c]) > abs(a):
+            singles[1, c] = singles[1, c] * (1.0 - 2.0**-24)
+        singles[2, c] = a - singles[1, c]
+        if singles[2, c] == 0.0:
+            singles[2, c] = a * 2.0**-44
+        singles[3, c] = b
+        singles[4, c] = b - singles[3, c]
+        fits = (1e-30 < abs(a) < 1e30 or a == 0.0) and abs(b) < 1e30
+        singles[5, c] = exact or not fits
+        rare |= not fits
     return rare
 
 
 @njit(error_model="numpy", inline="always")
-def _forward_map(t, p0, p1, ahead, x, y, stats, affine, plan, like):  # type: ignore[no-untyped-def]
-    """Pieces p0 to p1 of tile t, backwards; the blocks of tile `ahead`, if >= 0, are fetched forwards."""
-    c0 = t * plan[1]
+def _forward_map(p0, p1, c0, ca, x, y, stats, affine, plan, wide, narrow, scratch):  # type: ignore[no-untyped-def]
+    """Pieces p0 to p1 of a tile, backwards; the channels from ca on are fetched meanwhile, if it is >= 0."""
     g = min(plan[1], x.shape[1] - c0)
-    doubles, singles = np.empty((4, g)), np.full((6, g), like)
-    rare = _forward_coefficients(c0, stats, affine, doubles, singles, plan[7] & EXACT != 0)
-    scratch = _scratch(x, plan)
-    wide_doubles, wide_singles = _columns(4, g, plan, 0.0), _columns(6, g, plan, like)
+    numbers, singles = wide[NUMBERS : NUMBERS + 4, :g], narrow[SINGLES:NEAR, :g]
+    rare = _forward_coefficients(c0, stats, affine, numbers, singles, plan[7] & EXACT != 0)
+    w = _width(g, plan)
+    spread_numbers, spread_singles = wide[SPREAD : SPREAD + 4, :w], narrow[NEAR:, :w]
     if plan[0]:
-        spread_columns(doubles, wide_doubles, plan)
-        spread_columns(singles, wide_singles, plan)
+        spread_columns(numbers, spread_numbers, plan)
+        spread_columns(singles, spread_singles, plan)
     for k in range(min(p1 * plan[3], plan[2]) - 1, p0 * plan[3] - 1, -1):
         if plan[0]:
-            columns_normalize(x, y, k, c0, wide_doubles, wide_singles, rare, plan)
+            columns_normalize(x, y, k, c0, g, spread_numbers, spread_singles, rare, plan)
         else:
-            rows_normalize(x, y, k, plan[2] - 1 - k, c0, ahead * plan[1], doubles, singles, plan, scratch)
-    fence()
+            rows_normalize(x, y, k, c0, ca, numbers, singles, plan, scratch)
 
 
-@njit(error_model="numpy", inline="always")
+@njit(error_model="numpy")
 def _forward_item(k, items, x, y, stats, affine, eps, part, plan, stage):  # type: ignore[no-untyped-def]
-    like = narrowest(x)
-    pieces = (plan[2] + plan[3] - 1) // plan[3]
-    tiles = (x.shape[1] + plan[1] - 1) // plan[1]
-    if stage & FINISH:
-        first, last, p0, p1 = tiles * k // items, tiles * (k + 1) // items, 0, pieces
-    else:
-        first, last, p0, p1 = k // pieces, k // pieces + 1, k % pieces, k % pieces + 1
-    for t in range(first, last):
+    keep_whole()
+    memory = _memory(x, plan, narrowest(x))
+    wide, narrow, scratch = borrowed(memory[0]), borrowed(memory[1]), borrowed(memory[2])
+    first, last, pieces = _share(k, items, x.shape, plan, stage)
+    for t in range(first // pieces, (last + pieces - 1) // pieces):
+        p0, p1, c0 = max(0, first - t * pieces), min(pieces, last - t * pieces), t * plan[1]
         if stage & SUM:
             for p in range(p0, p1):
-                _forward_sum(t, p, x, part, plan, like)
+                _forward_sum(p, c0, x, part, plan, wide, narrow, scratch)
         if stage & FINISH:
-            for c in range(t * plan[1], min((t + 1) * plan[1], x.shape[1])):
+            for c in range(c0, min(c0 + plan[1], x.shape[1])):
                 _forward_finish(c, stats, part, eps)
         if stage & MAP:
-            ahead = t + 1 if t + 1 < last and stage & SUM else -1
-            _forward_map(t, p0, p1, ahead, x, y, stats, affine, plan, like)
+            ahead = c0 + plan[1] if (t + 1) * pieces < last and stage & SUM else -1
+            _forward_map(p0, p1, c0, ahead, x, y, stats, affine, plan, wide, narrow, scratch)
+    fence()
+    hold(memory)
+
+
+@njit(error_model="numpy")
+def _share(k, items, shape, plan, stage):  # type: ignore[no-untyped-def]
+    """Item k's share of the pieces of all tiles, from first to last, and the number of pieces of a tile.
+
+    With the FINISH stage it has whole tiles.
+    """
+    pieces = (plan[2] + plan[3] - 1) // plan[3]
+    tiles = (shape[1] + plan[1] - 1) // plan[1]
+    if stage & FINISH:
+        return tiles * k // items * pieces, tiles * (k + 1) // items * pieces, pieces
+    return tiles * pieces * k // items, tiles * pieces * (k + 1) // items, pieces
 
 
 @Kernel
 def forward_kernel(items, x, y, stats, affine, eps, part, plan, stage):  # type: ignore[no-untyped-def]
     """x, y (O, C, I), stats (4, C), affine (2, C), part (P, 4, C); y is not touched without the MAP stage."""
     for k in prange(items):
-        _forward_item(np.int64(k), items, x, y, stats, affine, eps, part, plan, stage)
+        x_, y_, stats_, affine_, part_ = borrowed(x), borrowed(y), borrowed(stats), borrowed(affine), borrowed(part)
+        _forward_item(np.int64(k), items, x_, y_, stats_, affine_, eps, part_, plan, stage)
 
 
 @njit(error_model="numpy", inline="always")
-def _products(dy, x, k, c0, pivot, hi, s, plan, scratch, near, sums):  # type: ignore[no-untyped-def]
-    """s (4, G) += sums of g = dy - pivot, d = x - hi, g d and g^2."""
-    if plan[0]:
-        columns_products(dy, x, k, c0, pivot, hi, s, plan, near, sums)
-    else:
-        rows_products(dy, x, k, c0, pivot, hi, s, plan, scratch)
-
-
-@njit(error_model="numpy", inline="always")
-def _backward_sum(t, p, dy, x, stats, part, plan, like):  # type: ignore[no-untyped-def]
-    """part (P, 5, C) of piece p of tile t: count, mean of dy as hi and lo, mean of x - hi, co-moment."""
-    c0 = t * plan[1]
-    g = min(plan[1], x.shape[1] - c0)
+def _backward_sum(p, c0, dy, x, stats, part, plan, wide, narrow, scratch):  # type: ignore[no-untyped-def]
+    """part (P, 5, C) of piece p of a tile: count, mean of dy as hi and lo, mean of x - hi, co-moment."""
     k0, k1 = p * plan[3], min((p + 1) * plan[3], plan[2])
-    scratch, sums = _scratch(x, plan), _columns(4, g, plan, 0.0)
-    s = np.empty((4, g))
+    g = min(plan[1], x.shape[1] - c0)
+    w = _width(g, plan)
+    totals, sums, near = wide[TOTALS : TOTALS + 4, :g], wide[SUMS : SUMS + 4, :w], narrow[NEAR:, :w]
+    pivot, hi = narrow[0, :g], narrow[1, :g]
     again = plan[7] & EXACT != 0
     if not again:
-        near, pivot, hi = _columns(2, g, plan, like), np.full(g, like), np.full(g, like)
-        hi[:] = stats[0, c0 : c0 + g]
-        _block_mean(dy, k0, c0, pivot, s, plan, scratch, near, sums)
+        _block_mean(dy, k0, c0, pivot, totals[:2], sums[:2], near, scratch, plan)
+        for c in range(g):
+            hi[c] = stats[0, c0 + c]
         n = 0.0
         for k in range(k0, k1):
-            _products(dy, x, k, c0, pivot, hi, s, plan, scratch, near, sums)
+            _products(dy, x, k, c0, pivot, hi, sums, near, scratch, plan)
             n += _count(k, x.shape, plan)
+        _by_channel(sums, totals, plan)
         for c in range(g):
+            var, off = stats[2, c0 + c], totals[1, c] / n
             part[p, 0, c0 + c] = 0.0
-            var, off = stats[2, c0 + c], s[1, c] / n
-            if _near_enough(s[0, c], s[3, c], n) and 1e-30 < var < 1e30 and off * off <= var:
-                part[p, 0, c0 + c], part[p, 1, c0 + c], part[p, 2, c0 + c] = n, pivot[c], s[0, c] / n
+            if _near_enough(totals[0, c], totals[3, c], n) and 1e-30 < var < 1e30 and off * off <= var:
+                part[p, 0, c0 + c], part[p, 1, c0 + c], part[p, 2, c0 + c] = n, pivot[c], totals[0, c] / n
                 part[p, 3, c0 + c] = off - (stats[0, c0 + c] - hi[c])
-                part[p, 4, c0 + c] = s[2, c] - s[0, c] * off
+                part[p, 4, c0 + c] = totals[2, c] - totals[0, c] * off
             again |= part[p, 0, c0 + c] == 0.0
     if again:
-        near64, pivot64, hi64 = _columns(2, g, plan, 0.0), np.empty(g), stats[0, c0 : c0 + g].copy()
-        merged = np.zeros((4, g))
+        mean, merged, near, hi = wide[0, :g], wide[1:5, :g], wide[SPREAD:, :w], stats[0, c0 : c0 + g]
+        merged[:] = 0.0
         n = 0.0
         for k in range(k0, k1):
-            _block_mean(dy, k, c0, pivot64, s, plan, scratch, near64, sums)
-            _products(dy, x, k, c0, pivot64, hi64, s, plan, scratch, near64, sums)
+            _block_mean(dy, k, c0, mean, totals[:2], sums[:2], near, scratch, plan)
+            _products(dy, x, k, c0, mean, hi, sums, near, scratch, plan)
+            _by_channel(sums, totals, plan)
             m = _count(k, x.shape, plan)
             for c in range(g):
-                e, d, p64 = s[0, c] / m, s[1, c] / m, s[2, c] - s[0, c] * s[1, c] / m
+                s, d, e = totals[0, c] / m, totals[1, c] / m, totals[2, c] - totals[0, c] * totals[1, c] / m
                 _, merged[0, c], merged[1, c], merged[2, c], merged[3, c] = merge_comoments(
-                    n, merged[0, c], merged[1, c], merged[2, c], merged[3, c], m, pivot64[c], e, d, p64
+                    n, merged[0, c], merged[1, c], merged[2, c], merged[3, c], m, mean[c], s, d, e
                 )
             n += m
         for c in range(g):
             if plan[7] & EXACT or part[p, 0, c0 + c] == 0.0:
-                part[p, 0, c0 + c] = n
-                part[p, 1:, c0 + c] = merged[:, c]
+                part[p, 0, c0 + c], part[p, 1, c0 + c], part[p, 2, c0 + c] = n, merged[0, c], merged[1, c]
+                part[p, 3, c0 + c], part[p, 4, c0 + c] = merged[2, c], merged[3, c]
 
 
 @njit(error_model="numpy", inline="always")
@@ -286,51 +319,50 @@ def _backward_finish(c, grads, part):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy", inline="always")
-def _backward_map(t, p0, p1, ahead, dy, x, dx, stats, affine, grads, plan):  # type: ignore[no-untyped-def]
-    c0 = t * plan[1]
+def _backward_map(p0, p1, c0, ca, dy, x, dx, stats, affine, grads, plan, wide, scratch):  # type: ignore[no-untyped-def]
+    """Pieces p0 to p1 of a tile, backwards; the channels from ca on are fetched meanwhile, if it is >= 0."""
     g = min(plan[1], x.shape[1] - c0)
-    doubles = np.empty((6, g))
+    numbers, spread_numbers = wide[NUMBERS : NUMBERS + 6, :g], wide[SPREAD : SPREAD + 6, : _width(g, plan)]
     for c in range(g):
-        doubles[0, c], doubles[1, c] = grads[0, c0 + c], grads[1, c0 + c]
-        doubles[2, c], doubles[3, c] = stats[0, c0 + c], stats[1, c0 + c]
+        numbers[0, c], numbers[1, c] = grads[0, c0 + c], grads[1, c0 + c]
+        numbers[2, c], numbers[3, c] = stats[0, c0 + c], stats[1, c0 + c]
         invstd = stats[3, c0 + c]
         a = affine[0, c0 + c] * invstd
-        doubles[4, c], doubles[5, c] = a, -a * (grads[2, c0 + c] * invstd) * invstd
-    scratch = _scratch(x, plan)
-    wide_doubles = _columns(6, g, plan, 0.0)
+        numbers[4, c], numbers[5, c] = a, -a * (grads[2, c0 + c] * invstd) * invstd
     if plan[0]:
-        spread_columns(doubles, wide_doubles, plan)
+        spread_columns(numbers, spread_numbers, plan)
     for k in range(min(p1 * plan[3], plan[2]) - 1, p0 * plan[3] - 1, -1):
         if plan[0]:
-            columns_gradient(dy, x, dx, k, c0, wide_doubles, plan)
+            columns_gradient(dy, x, dx, k, c0, g, spread_numbers, plan)
         else:
-            rows_gradient(dy, x, dx, k, plan[2] - 1 - k, c0, ahead * plan[1], doubles, plan, scratch)
-    fence()
+            rows_gradient(dy, x, dx, k, c0, ca, numbers, plan, scratch)
 
 
-@njit(error_model="numpy", inline="always")
+@njit(error_model="numpy")
 def _backward_item(k, items, dy, x, dx, stats, affine, grads, part, plan, stage):  # type: ignore[no-untyped-def]
-    like = narrowest(x)
-    pieces = (plan[2] + plan[3] - 1) // plan[3]
-    tiles = (x.shape[1] + plan[1] - 1) // plan[1]
-    if stage & FINISH:
-        first, last, p0, p1 = tiles * k // items, tiles * (k + 1) // items, 0, pieces
-    else:
-        first, last, p0, p1 = k // pieces, k // pieces + 1, k % pieces, k % pieces + 1
-    for t in range(first, last):
+    keep_whole()
+    memory = _memory(x, plan, narrowest(x))
+    wide, narrow, scratch = borrowed(memory[0]), borrowed(memory[1]), borrowed(memory[2])
+    first, last, pieces = _share(k, items, x.shape, plan, stage)
+    for t in range(first // pieces, (last + pieces - 1) // pieces):
+        p0, p1, c0 = max(0, first - t * pieces), min(pieces, last - t * pieces), t * plan[1]
         if stage & SUM:
             for p in range(p0, p1):
-                _backward_sum(t, p, dy, x, stats, part, plan, like)
+                _backward_sum(p, c0, dy, x, stats, part, plan, wide, narrow, scratch)
         if stage & FINISH:
-            for c in range(t * plan[1], min((t + 1) * plan[1], x.shape[1])):
+            for c in range(c0, min(c0 + plan[1], x.shape[1])):
                 _backward_finish(c, grads, part)
         if stage & MAP:
-            ahead = t + 1 if t + 1 < last and stage & SUM else -1
-            _backward_map(t, p0, p1, ahead, dy, x, dx, stats, affine, grads, plan)
+            ahead = c0 + plan[1] if (t + 1) * pieces < last and stage & SUM else -1
+            _backward_map(p0, p1, c0, ahead, dy, x, dx, stats, affine, grads, plan, wide, scratch)
+    fence()
+    hold(memory)
 
 
 @Kernel
 def backward_kernel(items, dy, x, dx, stats, affine, grads, part, plan, stage):  # type: ignore[no-untyped-def]
     """dy, x, dx (O, C, I), stats (4, C), affine (2, C), grads (4, C), part (P, 5, C)."""
     for k in prange(items):
-        _backward_item(np.int64(k), items, dy, x, dx, stats, affine, grads, part, plan, stage)
+        dy_, x_, dx_, part_ = borrowed(dy), borrowed(x), borrowed(dx), borrowed(part)
+        stats_, affine_, grads_ = borrowed(stats), borrowed(affine), borrowed(grads)
+        _backward_item(np.int64(k), items, dy_, x_, dx_, stats_, affine_, grads_, part_, plan, stage)
