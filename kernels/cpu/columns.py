@@ -46,9 +46,10 @@ def _borders(k, shape, plan):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def columns_count(k, shape, plan):  # type: ignore[no-untyped-def]
-    """Values of a channel in block k."""
+def columns_count(k, shape, plan, few):  # type: ignore[no-untyped-def]
+    """Values of a channel in block k, or in its first rows of `few` values at least."""
     r0, r1 = _borders(k, shape, plan)
+    r1 = min(r1, r0 + (few + plan[5] * plan[6] - 1) // (plan[5] * plan[6]))
     return (min(r1 * plan[6], _rows(shape, plan)) - r0 * plan[6]) * plan[5]
 
 
@@ -133,10 +134,14 @@ def _add_deviations(x, step, rows, n, near, s, q):  # type: ignore[no-untyped-de
 
 
 @njit(error_model="numpy")
-def columns_deviations(x, k, c0, pivot, plan, near, sums):  # type: ignore[no-untyped-def]
-    """Columns of sums (2, W) += x - pivot and its square, for the channels from c0 on; near (1, W) sets the type."""
+def columns_deviations(x, k, c0, pivot, plan, near, sums, few):  # type: ignore[no-untyped-def]
+    """Columns of sums (2, W) += x - pivot and its square, for the channels from c0 on; near (1, W) sets the type.
+
+    For all of block k, or for its first rows of `few` values at least.
+    """
     keep_whole()
     r, r1 = _borders(k, x.shape, plan)
+    r1 = min(r1, r + (few + plan[5] * plan[6] - 1) // (plan[5] * plan[6]))
     _spread(pivot, near[0], plan)
     while r < r1:
         place, step, left = _row(x, r, c0, plan)

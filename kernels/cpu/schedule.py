@@ -7,8 +7,8 @@ With the FINISH stage, a work item is a span of tiles that go through all stages
 while its data is still in cache, and meanwhile the next one is fetched, so that memory reads and writes at once.
 Without it, an item is a piece of a tile: that is how few tiles feed many threads.
 
-**Sums** of float32 and half data are taken in float32 lanes around a pivot, the mean of the piece's first block: small
-deviations, whatever the mean. Where that block wasn't like the rest (the pivot is more than one standard deviation
+**Sums** of float32 and half data are taken in float32 lanes around a pivot, the mean of the piece's first values: small
+deviations, whatever the mean. Where those weren't like the rest (the pivot is more than one standard deviation
 off), where squares leave 1e-30 to 1e30, or where something isn't finite, the piece's channel is summed again in float64
 with a pivot of its own for every block. Float64 data and channels of few values (nothing averages the last additions
 out) go that way at once.
@@ -30,10 +30,12 @@ from .columns import (
     spread_columns,
 )
 from .compile import Kernel
-from .lanes import LANES, borrowed, fence, hold, keep_whole, narrowest
+from .lanes import LANES, borrowed, fence, hold, keep_whole, narrowest, spread
 from .rows import (
+    BUFFER,
     EXACT,
     GATHER,
+    PAST,
     add_up,
     rows_count,
     rows_deviations,
@@ -44,40 +46,50 @@ from .rows import (
 
 SUM, FINISH, MAP = 1, 2, 4
 
+FEW = 1024  # values of a channel whose mean is the pivot of a piece
+ALL = 1 << 62
+
 # A plan: 0 by columns?, 1 channels of a tile, 2 blocks, 3 blocks of a piece; then of rows: 4 runs of a block,
 # 5 segments of a run, 6 elements of a segment; of columns: 4 rows of a block, 5 period, 6 fold; 7 flags.
 
-# A work item has all the memory it needs, from `_wide_memory` and `_narrow_memory`, and hands on views of rows: by
-# channel (G of a tile), or by column or lane (W). `borrowed` says why nothing below an item may own an array.
-NUMBERS, TOTALS, SUMS, SPREAD = 0, 6, 10, 14  # in float64: 6 coefficients, 4 totals by channel; 4 sums, 6 coefficients
-PIVOTS, SINGLES, NEAR = 0, 2, 8  # in the elements' type: 2 and 6 by channel, 6 by column
-
-
 @njit(error_model="numpy")
 def _width(channels, plan):  # type: ignore[no-untyped-def]
-    """Columns or lanes; a vector may be loaded from any of them on."""
+    """Columns or lanes of a tile; a vector may be loaded from any of them on."""
     return channels * (plan[5] * plan[6] if plan[0] else LANES) + LANES
 
 
 @njit(error_model="numpy")
-def _memory(x, plan, like):  # type: ignore[no-untyped-def]
-    width = _width(min(plan[1], x.shape[1]), plan)
-    size = plan[4] * plan[6] if plan[0] == 0 and plan[7] & GATHER else 1
-    return np.zeros((20, width)), np.full((14, width), like), np.empty((3, size), x.dtype)
+def _memory(x, plan, stage, like):  # type: ignore[no-untyped-def]
+    """All that a work item needs: `borrowed` says why nothing below it may own an array. It hands on views of rows.
+
+    By channel of a tile: (10, G) float64, 6 coefficients and 4 totals; (8, G) in the elements' type, 2 pivots and 6
+    coefficients. By column or lane: 4 sums; by column: 6 coefficients or pivots in each type. Then scratch for runs.
+    """
+    g = min(plan[1], x.shape[1])
+    w = _width(g, plan)
+    scratch = 0 if plan[0] else plan[4] * plan[6] if plan[7] & GATHER else BUFFER if plan[7] & PAST else 0
+    numbers, sums, columns = np.empty((10, g)), np.zeros((4, w if stage & SUM else 0)), w if plan[0] else 0
+    singles, like_columns = np.full((8, g), like), np.full((6, columns), like)
+    return numbers, sums, np.zeros((6, columns)), singles, like_columns, np.empty((3, scratch), x.dtype)
 
 
 @njit(error_model="numpy", inline="always")
-def _count(k, shape, plan):  # type: ignore[no-untyped-def]
-    return float(columns_count(k, shape, plan) if plan[0] else rows_count(k, shape, plan))
+def _lent(m):  # type: ignore[no-untyped-def]
+    return borrowed(m[0]), borrowed(m[1]), borrowed(m[2]), borrowed(m[3]), borrowed(m[4]), borrowed(m[5])
 
 
 @njit(error_model="numpy", inline="always")
-def _deviations(x, k, c0, pivot, sums, near, scratch, plan):  # type: ignore[no-untyped-def]
-    """sums (2, W) += x - pivot and its square, for block k of the channels from c0 on."""
+def _count(k, shape, plan, few):  # type: ignore[no-untyped-def]
+    return float(columns_count(k, shape, plan, few) if plan[0] else rows_count(k, shape, plan, few))
+
+
+@njit(error_model="numpy", inline="always")
+def _deviations(x, k, c0, pivot, sums, near, scratch, plan, few):  # type: ignore[no-untyped-def]
+    """sums (2, W) += x - pivot and its square, for block k of the channels from c0 on, or `few` values of it."""
     if plan[0]:
-        columns_deviations(x, k, c0, pivot, plan, near, sums)
+        columns_deviations(x, k, c0, pivot, plan, near, sums, few)
     else:
-        rows_deviations(x, k, c0, pivot, sums, plan, scratch)
+        rows_deviations(x, k, c0, pivot, sums, plan, scratch, few)
 
 
 @njit(error_model="numpy", inline="always")
@@ -99,12 +111,12 @@ def _by_channel(sums, totals, plan):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def _block_mean(x, k, c0, pivot, totals, sums, near, scratch, plan):  # type: ignore[no-untyped-def]
-    """pivot (G,) <- the means of block k, about: in the type of pivot."""
+def _mean(x, k, c0, pivot, totals, sums, near, scratch, plan, few):  # type: ignore[no-untyped-def]
+    """pivot (G,) <- about the means of block k, or of `few` values of it: in the type of pivot."""
     pivot[:] = 0
-    _deviations(x, k, c0, pivot, sums, near, scratch, plan)
+    _deviations(x, k, c0, pivot, sums, near, scratch, plan, few)
     _by_channel(sums, totals, plan)
-    count = _count(k, x.shape, plan)
+    count = _count(k, x.shape, plan, few)
     for c in range(pivot.size):
         pivot[c] = totals[0, c] / count
 
@@ -116,19 +128,19 @@ def _near_enough(s, q, n):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy", inline="always")
-def _forward_sum(p, c0, x, part, plan, wide, narrow, scratch):  # type: ignore[no-untyped-def]
+def _forward_sum(p, c0, x, part, plan, memory):  # type: ignore[no-untyped-def]
     """part (P, 4, C) of piece p of a tile: count, hi, lo, M2."""
     k0, k1 = p * plan[3], min((p + 1) * plan[3], plan[2])
     g = min(plan[1], x.shape[1] - c0)
-    w = _width(g, plan)
-    totals, sums, pivot, near = wide[TOTALS : TOTALS + 2, :g], wide[SUMS : SUMS + 2, :w], narrow[0, :g], narrow[NEAR:, :w]
+    numbers, all_sums, near64, singles, near, scratch = memory
+    totals, sums, pivot = numbers[6:8, :g], all_sums[:2, : _width(g, plan)], singles[0, :g]
     again = plan[7] & EXACT != 0
     if not again:
-        _block_mean(x, k0, c0, pivot, totals, sums, near, scratch, plan)
+        _mean(x, k0, c0, pivot, totals, sums, near, scratch, plan, FEW)
         n = 0.0
         for k in range(k0, k1):
-            _deviations(x, k, c0, pivot, sums, near, scratch, plan)
-            n += _count(k, x.shape, plan)
+            _deviations(x, k, c0, pivot, sums, near, scratch, plan, ALL)
+            n += _count(k, x.shape, plan, ALL)
         _by_channel(sums, totals, plan)
         for c in range(g):
             s, q = totals[0, c], totals[1, c]
@@ -138,14 +150,14 @@ def _forward_sum(p, c0, x, part, plan, wide, narrow, scratch):  # type: ignore[n
                 part[p, 2, c0 + c], part[p, 3, c0 + c] = s / n, q - s * s / n
             again |= part[p, 0, c0 + c] == 0.0
     if again:
-        mean, merged, near = wide[0, :g], wide[1:4, :g], wide[SPREAD:, :w]
+        mean, merged = numbers[0, :g], numbers[1:4, :g]
         merged[:] = 0.0
         n = 0.0
         for k in range(k0, k1):
-            _block_mean(x, k, c0, mean, totals, sums, near, scratch, plan)
-            _deviations(x, k, c0, mean, sums, near, scratch, plan)
+            _mean(x, k, c0, mean, totals, sums, near64, scratch, plan, ALL)
+            _deviations(x, k, c0, mean, sums, near64, scratch, plan, ALL)
             _by_channel(sums, totals, plan)
-            m = _count(k, x.shape, plan)
+            m = _count(k, x.shape, plan, ALL)
             for c in range(g):
                 s, q = totals[0, c], totals[1, c]
                 _, merged[0, c], merged[1, c], merged[2, c] = merge_moments(
@@ -200,13 +212,12 @@ def _forward_coefficients(c0, stats, affine, numbers, singles, exact):  # type: 
 
 
 @njit(error_model="numpy", inline="always")
-def _forward_map(p0, p1, c0, ca, x, y, stats, affine, plan, wide, narrow, scratch):  # type: ignore[no-untyped-def]
+def _forward_map(p0, p1, c0, ca, x, y, stats, affine, plan, memory):  # type: ignore[no-untyped-def]
     """Pieces p0 to p1 of a tile, backwards; the channels from ca on are fetched meanwhile, if it is >= 0."""
     g = min(plan[1], x.shape[1] - c0)
-    numbers, singles = wide[NUMBERS : NUMBERS + 4, :g], narrow[SINGLES:NEAR, :g]
+    all_numbers, _, spread_numbers, all_singles, spread_singles, scratch = memory
+    numbers, singles = all_numbers[:4, :g], all_singles[2:, :g]
     rare = _forward_coefficients(c0, stats, affine, numbers, singles, plan[7] & EXACT != 0)
-    w = _width(g, plan)
-    spread_numbers, spread_singles = wide[SPREAD : SPREAD + 4, :w], narrow[NEAR:, :w]
     if plan[0]:
         spread_columns(numbers, spread_numbers, plan)
         spread_columns(singles, spread_singles, plan)
@@ -220,22 +231,22 @@ def _forward_map(p0, p1, c0, ca, x, y, stats, affine, plan, wide, narrow, scratc
 @njit(error_model="numpy")
 def _forward_item(k, items, x, y, stats, affine, eps, part, plan, stage):  # type: ignore[no-untyped-def]
     keep_whole()
-    memory = _memory(x, plan, narrowest(x))
-    wide, narrow, scratch = borrowed(memory[0]), borrowed(memory[1]), borrowed(memory[2])
+    owned = _memory(x, plan, stage, narrowest(x))
+    memory = _lent(owned)
     first, last, pieces = _share(k, items, x.shape, plan, stage)
     for t in range(first // pieces, (last + pieces - 1) // pieces):
         p0, p1, c0 = max(0, first - t * pieces), min(pieces, last - t * pieces), t * plan[1]
         if stage & SUM:
             for p in range(p0, p1):
-                _forward_sum(p, c0, x, part, plan, wide, narrow, scratch)
+                _forward_sum(p, c0, x, part, plan, memory)
         if stage & FINISH:
             for c in range(c0, min(c0 + plan[1], x.shape[1])):
                 _forward_finish(c, stats, part, eps)
         if stage & MAP:
             ahead = c0 + plan[1] if (t + 1) * pieces < last and stage & SUM else -1
-            _forward_map(p0, p1, c0, ahead, x, y, stats, affine, plan, wide, narrow, scratch)
+            _forward_map(p0, p1, c0, ahead, x, y, stats, affine, plan, memory)
     fence()
-    hold(memory)
+    hold(owned)
 
 
 @njit(error_model="numpy")
@@ -260,22 +271,21 @@ def forward_kernel(items, x, y, stats, affine, eps, part, plan, stage):  # type:
 
 
 @njit(error_model="numpy", inline="always")
-def _backward_sum(p, c0, dy, x, stats, part, plan, wide, narrow, scratch):  # type: ignore[no-untyped-def]
+def _backward_sum(p, c0, dy, x, stats, part, plan, memory):  # type: ignore[no-untyped-def]
     """part (P, 5, C) of piece p of a tile: count, mean of dy as hi and lo, mean of x - hi, co-moment."""
     k0, k1 = p * plan[3], min((p + 1) * plan[3], plan[2])
     g = min(plan[1], x.shape[1] - c0)
-    w = _width(g, plan)
-    totals, sums, near = wide[TOTALS : TOTALS + 4, :g], wide[SUMS : SUMS + 4, :w], narrow[NEAR:, :w]
-    pivot, hi = narrow[0, :g], narrow[1, :g]
+    numbers, all_sums, near64, singles, near, scratch = memory
+    totals, sums, pivot, hi = numbers[6:, :g], all_sums[:, : _width(g, plan)], singles[0, :g], singles[1, :g]
     again = plan[7] & EXACT != 0
     if not again:
-        _block_mean(dy, k0, c0, pivot, totals[:2], sums[:2], near, scratch, plan)
+        _mean(dy, k0, c0, pivot, totals[:2], sums[:2], near, scratch, plan, FEW)
         for c in range(g):
             hi[c] = stats[0, c0 + c]
         n = 0.0
         for k in range(k0, k1):
             _products(dy, x, k, c0, pivot, hi, sums, near, scratch, plan)
-            n += _count(k, x.shape, plan)
+            n += _count(k, x.shape, plan, ALL)
         _by_channel(sums, totals, plan)
         for c in range(g):
             var, off = stats[2, c0 + c], totals[1, c] / n
@@ -286,14 +296,14 @@ def _backward_sum(p, c0, dy, x, stats, part, plan, wide, narrow, scratch):  # ty
                 part[p, 4, c0 + c] = totals[2, c] - totals[0, c] * off
             again |= part[p, 0, c0 + c] == 0.0
     if again:
-        mean, merged, near, hi = wide[0, :g], wide[1:5, :g], wide[SPREAD:, :w], stats[0, c0 : c0 + g]
+        mean, merged, hi64 = numbers[0, :g], numbers[1:5, :g], stats[0, c0 : c0 + g]
         merged[:] = 0.0
         n = 0.0
         for k in range(k0, k1):
-            _block_mean(dy, k, c0, mean, totals[:2], sums[:2], near, scratch, plan)
-            _products(dy, x, k, c0, mean, hi, sums, near, scratch, plan)
+            _mean(dy, k, c0, mean, totals[:2], sums[:2], near64, scratch, plan, ALL)
+            _products(dy, x, k, c0, mean, hi64, sums, near64, scratch, plan)
             _by_channel(sums, totals, plan)
-            m = _count(k, x.shape, plan)
+            m = _count(k, x.shape, plan, ALL)
             for c in range(g):
                 s, d, e = totals[0, c] / m, totals[1, c] / m, totals[2, c] - totals[0, c] * totals[1, c] / m
                 _, merged[0, c], merged[1, c], merged[2, c], merged[3, c] = merge_comoments(
@@ -319,10 +329,11 @@ def _backward_finish(c, grads, part):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy", inline="always")
-def _backward_map(p0, p1, c0, ca, dy, x, dx, stats, affine, grads, plan, wide, scratch):  # type: ignore[no-untyped-def]
+def _backward_map(p0, p1, c0, ca, dy, x, dx, stats, affine, grads, plan, memory):  # type: ignore[no-untyped-def]
     """Pieces p0 to p1 of a tile, backwards; the channels from ca on are fetched meanwhile, if it is >= 0."""
     g = min(plan[1], x.shape[1] - c0)
-    numbers, spread_numbers = wide[NUMBERS : NUMBERS + 6, :g], wide[SPREAD : SPREAD + 6, : _width(g, plan)]
+    all_numbers, _, spread_numbers, _, _, scratch = memory
+    numbers = all_numbers[:6, :g]
     for c in range(g):
         numbers[0, c], numbers[1, c] = grads[0, c0 + c], grads[1, c0 + c]
         numbers[2, c], numbers[3, c] = stats[0, c0 + c], stats[1, c0 + c]
@@ -335,28 +346,28 @@ def _backward_map(p0, p1, c0, ca, dy, x, dx, stats, affine, grads, plan, wide, s
         if plan[0]:
             columns_gradient(dy, x, dx, k, c0, g, spread_numbers, plan)
         else:
-            rows_gradient(dy, x, dx, k, c0, ca, numbers, plan, scratch)
+            rows_gradient(dy, x, dx, k, c0, ca, numbers, spread(narrowest(x)), plan, scratch)
 
 
 @njit(error_model="numpy")
 def _backward_item(k, items, dy, x, dx, stats, affine, grads, part, plan, stage):  # type: ignore[no-untyped-def]
     keep_whole()
-    memory = _memory(x, plan, narrowest(x))
-    wide, narrow, scratch = borrowed(memory[0]), borrowed(memory[1]), borrowed(memory[2])
+    owned = _memory(x, plan, stage, narrowest(x))
+    memory = _lent(owned)
     first, last, pieces = _share(k, items, x.shape, plan, stage)
     for t in range(first // pieces, (last + pieces - 1) // pieces):
         p0, p1, c0 = max(0, first - t * pieces), min(pieces, last - t * pieces), t * plan[1]
         if stage & SUM:
             for p in range(p0, p1):
-                _backward_sum(p, c0, dy, x, stats, part, plan, wide, narrow, scratch)
+                _backward_sum(p, c0, dy, x, stats, part, plan, memory)
         if stage & FINISH:
             for c in range(c0, min(c0 + plan[1], x.shape[1])):
                 _backward_finish(c, grads, part)
         if stage & MAP:
             ahead = c0 + plan[1] if (t + 1) * pieces < last and stage & SUM else -1
-            _backward_map(p0, p1, c0, ahead, dy, x, dx, stats, affine, grads, plan, wide, scratch)
+            _backward_map(p0, p1, c0, ahead, dy, x, dx, stats, affine, grads, plan, memory)
     fence()
-    hold(memory)
+    hold(owned)
 
 
 @Kernel
