@@ -19,7 +19,7 @@ def tiny(monkeypatch):
     """Blocks, pieces and tiles so small that a small array has many of each, and always runs on all threads."""
     from fastbn.kernels import cpu
 
-    monkeypatch.setattr(cpu, "SIZES", cpu.Sizes(block=20, piece=3, slab=400, line=64, columns=16, height=4, cached=500, serial=0))
+    monkeypatch.setattr(cpu, "SIZES", cpu.Sizes(block=20, piece=3, slab=400, line=64, columns=16, height=4, serial=0))
 
 
 @pytest.fixture

@@ -55,7 +55,6 @@ class Sizes:
     line: int = 2048  # bytes of a tile that follow each other in memory, at least
     columns: int = 1024  # columns of a tile: its sums and coefficients stay in L1 and L2
     height: int = 64  # rows of a block of columns: as many are added in a lane
-    cached: int = 8_000_000  # bytes of a tile of columns that is mapped while in the last-level cache
     few: int = 256  # values of a channel below which all is done in float64
     serial: int = 32768  # arrays of fewer elements run on one thread: entering a region costs 5 to 50 us
     past: int = 30_000_000  # bytes of all arrays above which stores go past the caches: they are slower below
@@ -166,14 +165,14 @@ def _by_columns(
     level = period > 1 or inner == 1 or outer == 1 or all(s[0] == inner * s[2] for s in strides)
     if gapless and level and 2 * width <= sizes.columns:
         fold = max(1, min(sizes.columns // width, rows // 16))
-    tile = channels
-    if fold == 1:
-        tile = max(1, min(sizes.columns, sizes.cached // (rows * itemsize)) // period)
-        if tile * period * itemsize < 256:  # too narrow: whole rows, each stage for all of the array
-            tile = max(1, sizes.columns // period)
-        tile = min(tile, channels)
+    tile, fits = max(1, sizes.columns // period), sizes.slab // (rows * period * itemsize)
+    if fold > 1:
+        tile = channels
+    elif stages & SUM and fits * period * itemsize >= sizes.line // 8:  # a tile is mapped while in L2
+        tile = max(min(tile, fits, _ceil(_ceil(channels, 8), LANES) * LANES), 1)
+    tile = min(tile, channels)
     blocks = _ceil(_ceil(rows, fold), sizes.height)
-    piece = max(1, _ceil(blocks, max(1, min(64, 32768 // channels))))
+    piece = max(min(8, _ceil(blocks, 16)), _ceil(blocks, max(1, min(64, 32768 // channels))))
     return _Plan(
         _ceil(channels, tile), _ceil(blocks, piece), (1, tile, blocks, piece, sizes.height, period, fold, flags)
     )
@@ -191,7 +190,7 @@ def _carry_out(kernel: Any, arrays: tuple[np.ndarray, ...], numbers: tuple[Any, 
     # Tile by tile, all stages of each; where tiles are too few for the threads, stage by stage, piece by piece.
     if count == 1:
         threads.run(twins, 1, *args, stages, parallel=False)
-    elif plan.tiles >= 4 * count or plan.pieces == 1:
+    elif plan.tiles >= 4 * count or (plan.tiles >= count and plan.tiles % count == 0) or plan.pieces == 1:
         threads.run(twins, min(count, plan.tiles), *args, stages, parallel=True)
     else:
         items = min(count, plan.tiles * plan.pieces)

@@ -92,20 +92,20 @@ def run_products(dy, x, n, pivot, hi, sums_dy, sums_x, products, squares):  # ty
 
 
 @njit(error_model="numpy")
-def run_normalize(x, y, n, hi, lo, a, beta, past, ahead):  # type: ignore[no-untyped-def]
-    """n elements of y = a ((x - hi) - lo) + beta in float64; stored past the caches if `past`. y may be x.
+def run_normalize(x, y, n, hi, a, b, past, ahead):  # type: ignore[no-untyped-def]
+    """n elements of y = a (x - hi) + b in float64; stored past the caches if `past`. y may be x.
 
     `ahead` points to n elements that will be read next; they are fetched.
     """
-    h, l, a, b = spread(hi), spread(lo), spread(a), spread(beta)  # noqa: E741
+    h, a, b = spread(hi), spread(a), spread(b)
     i = 0
     if past:
         i = min(n, before_line(y))
-    if i > 0:
-        save_part(y, 0, i, fma((load_part(x, 0, i, h) - h) - l, a, b))
+    if i > 0:  # a masked store of nothing still held up the stores behind it: 0.22 against 0.09 ns an element
+        save_part(y, 0, i, fma(load_part(x, 0, i, h) - h, a, b))
     while i + LANES <= n:
         fetch(ahead, i)
-        v = fma((load(x, i, h) - h) - l, a, b)
+        v = fma(load(x, i, h) - h, a, b)
         if past:
             stream(y, i, v)
         else:
@@ -113,7 +113,7 @@ def run_normalize(x, y, n, hi, lo, a, beta, past, ahead):  # type: ignore[no-unt
         i += LANES
     if i < n:
         fetch(ahead, i)
-        save_part(y, i, n - i, fma((load_part(x, i, n - i, h) - h) - l, a, b))
+        save_part(y, i, n - i, fma(load_part(x, i, n - i, h) - h, a, b))
 
 
 @njit(error_model="numpy")
@@ -142,20 +142,19 @@ def run_normalize_single(x, y, n, h, a, al, b, bl, past, ahead):  # type: ignore
 
 
 @njit(error_model="numpy")
-def run_gradient(dy, x, dx, n, ghi, glo, hi, lo, a, b, past, ahead_dy, ahead_x):  # type: ignore[no-untyped-def]
-    """n elements of dx = a ((dy - ghi) - glo) + b ((x - hi) - lo) in float64. dx may be dy or x."""
-    gh, gl, h, l, a, b = spread(ghi), spread(glo), spread(hi), spread(lo), spread(a), spread(b)  # noqa: E741
+def run_gradient(dy, x, dx, n, ghi, hi, a, b, c, past, ahead_dy, ahead_x):  # type: ignore[no-untyped-def]
+    """n elements of dx = a (dy - ghi) + (b (x - hi) + c) in float64. dx may be dy or x."""
+    gh, h, a, b, c = spread(ghi), spread(hi), spread(a), spread(b), spread(c)
     i = 0
     if past:
         i = min(n, before_line(dx))
     if i > 0:
-        g, d = (load_part(dy, 0, i, gh) - gh) - gl, (load_part(x, 0, i, h) - h) - l
-        save_part(dx, 0, i, fma(g, a, d * b))
+        g, d = load_part(dy, 0, i, gh) - gh, load_part(x, 0, i, h) - h
+        save_part(dx, 0, i, fma(g, a, fma(d, b, c)))
     while i + LANES <= n:
         fetch(ahead_dy, i)
         fetch(ahead_x, i)
-        g, d = (load(dy, i, gh) - gh) - gl, (load(x, i, h) - h) - l
-        v = fma(g, a, d * b)
+        v = fma(load(dy, i, gh) - gh, a, fma(load(x, i, h) - h, b, c))
         if past:
             stream(dx, i, v)
         else:
@@ -164,8 +163,8 @@ def run_gradient(dy, x, dx, n, ghi, glo, hi, lo, a, b, past, ahead_dy, ahead_x):
     if i < n:
         fetch(ahead_dy, i)
         fetch(ahead_x, i)
-        g, d = (load_part(dy, i, n - i, gh) - gh) - gl, (load_part(x, i, n - i, h) - h) - l
-        save_part(dx, i, n - i, fma(g, a, d * b))
+        g, d = load_part(dy, i, n - i, gh) - gh, load_part(x, i, n - i, h) - h
+        save_part(dx, i, n - i, fma(g, a, fma(d, b, c)))
 
 
 @njit(error_model="numpy")
@@ -267,14 +266,13 @@ def block_comoments(dy, x, hi):  # type: ignore[no-untyped-def]
 @njit(error_model="numpy")
 def block_normalize(x, y, hi, lo, scale, beta):  # type: ignore[no-untyped-def]
     """y (n,) = scale ((x - hi) - lo) + beta; both contiguous. y may be x."""
-    run = _run(x)
-    numbers = np.float64(hi), np.float64(lo), np.float64(scale), np.float64(beta)
-    run_normalize(run, _run(y), x.size, *numbers, False, run)
+    run, a = _run(x), np.float64(scale)
+    run_normalize(run, _run(y), x.size, np.float64(hi), a, beta - a * lo, False, run)
 
 
 @njit(error_model="numpy")
 def block_gradient(dy, x, dx, ghi, glo, hi, lo, a, b):  # type: ignore[no-untyped-def]
     """dx (n,) = a ((dy - ghi) - glo) + b ((x - hi) - lo); all contiguous. dx may be dy or x."""
-    numbers = np.float64(ghi), np.float64(glo), np.float64(hi), np.float64(lo), np.float64(a), np.float64(b)
-    runs = _run(dy), _run(x)
-    run_gradient(*runs, _run(dx), dy.size, *numbers, False, *runs)
+    runs, target = (_run(dy), _run(x)), _run(dx)
+    rest = -(np.float64(a) * glo + np.float64(b) * lo)
+    run_gradient(*runs, target, dy.size, np.float64(ghi), np.float64(hi), np.float64(a), np.float64(b), rest, False, *runs)

@@ -13,6 +13,7 @@ from numba import njit
 from .lanes import (
     LANES,
     before_line,
+    fetch,
     fma,
     keep_whole,
     load,
@@ -29,7 +30,9 @@ from .lanes import (
 )
 from .rows import EXACT, PAST
 
-GROUP = 16  # rows whose sums stay in registers; no more are added in float32: see `blocks.CHAIN`
+# Rows whose sums stay in registers; no more are added in float32 (see `blocks.CHAIN`). Each is a stream that memory has
+# to follow: sums of 32×112×112×64 took 1.63 copies with 16 rows of dy and x at a time, 1.44 with 4.
+GROUP, PAIRS = 8, 4
 
 
 @njit(error_model="numpy")
@@ -47,9 +50,9 @@ def _borders(k, shape, plan):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def columns_count(k, shape, plan, few):  # type: ignore[no-untyped-def]
-    """Values of a channel in block k, or in its first rows of `few` values at least."""
+    """Values of a channel in block k, or in its first `few` rows."""
     r0, r1 = _borders(k, shape, plan)
-    r1 = min(r1, r0 + (few + plan[5] * plan[6] - 1) // (plan[5] * plan[6]))
+    r1 = min(r1, r0 + few)
     return (min(r1 * plan[6], _rows(shape, plan)) - r0 * plan[6]) * plan[5]
 
 
@@ -76,11 +79,17 @@ def _width(r, shape, channels, plan):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def _spread(values, columns, plan):  # type: ignore[no-untyped-def]
+def spread_column(values, columns, plan):  # type: ignore[no-untyped-def]
     """columns (fold G period,) <- values (G,) by channel."""
-    period, j = plan[5], 0
+    period, j, n, like = plan[5], 0, values.size, spread(values[0])
     for _ in range(plan[6]):
-        for c in range(values.size):
+        if period == 1:
+            source, target = pointer(values, 0), pointer(columns, j * columns.itemsize)
+            for c in range(0, n, LANES):
+                save_part(target, c, n - c, load_part(source, c, n - c, like))
+            j += n
+            continue
+        for c in range(n):
             for _ in range(period):
                 columns[j] = values[c]
                 j += 1
@@ -88,21 +97,30 @@ def _spread(values, columns, plan):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def spread_columns(values, columns, plan):  # type: ignore[no-untyped-def]
+    """columns (M, W) <- values (M, G) by channel."""
     for i in range(values.shape[0]):
-        _spread(values[i], columns[i], plan)
+        spread_column(values[i], columns[i], plan)
 
 
 @njit(error_model="numpy")
-def gather_columns(sums, s, plan):  # type: ignore[no-untyped-def]
-    """s (M, G) <- the columns in the rows of sums, added up to channels, and these <- 0."""
-    period = plan[5]
-    s[:] = 0.0
-    for i in range(s.shape[0]):
+def gather_columns(sums, totals, plan):  # type: ignore[no-untyped-def]
+    """totals (M, G) <- the columns in the rows of sums, added up to channels, and these <- 0."""
+    period, n, zero = plan[5], totals.shape[1], spread(0.0)
+    totals[:] = 0.0
+    for i in range(totals.shape[0]):
         j = 0
         for _ in range(plan[6]):
-            for c in range(s.shape[1]):
+            if period == 1:
+                source, target = pointer(sums, i * sums.strides[0] + 8 * j), pointer(totals, i * totals.strides[0])
+                for c in range(0, n, LANES):
+                    added = load_part(source, c, n - c, zero) + load_part(target, c, n - c, zero)
+                    save_part(target, c, n - c, added)
+                    save_part(source, c, n - c, zero)
+                j += n
+                continue
+            for c in range(n):
                 for _ in range(period):
-                    s[i, c] += sums[i, j]
+                    totals[i, c] += sums[i, j]
                     sums[i, j] = 0.0
                     j += 1
 
@@ -123,6 +141,7 @@ def _add_deviations(x, step, rows, n, near, s, q):  # type: ignore[no-untyped-de
         a = b = nothing(like)
         if j + LANES <= n:
             for r in range(rows):
+                fetch(shifted(x, (r + 3 * rows) * step), j)
                 d = load(shifted(x, r * step), j, like) - h
                 a, b = a + d, fma(d, d, b)
         else:
@@ -134,20 +153,19 @@ def _add_deviations(x, step, rows, n, near, s, q):  # type: ignore[no-untyped-de
 
 
 @njit(error_model="numpy")
-def columns_deviations(x, k, c0, pivot, plan, near, sums, few):  # type: ignore[no-untyped-def]
-    """Columns of sums (2, W) += x - pivot and its square, for the channels from c0 on; near (1, W) sets the type.
+def columns_deviations(x, k, c0, channels, near, sums, plan, few):  # type: ignore[no-untyped-def]
+    """Columns of sums (2, W) += x - pivot and its square, for the channels from c0 on; near (1, W), the pivots, sets the type.
 
-    For all of block k, or for its first rows of `few` values at least.
+    For all of block k, or for its first `few` rows.
     """
     keep_whole()
     r, r1 = _borders(k, x.shape, plan)
-    r1 = min(r1, r + (few + plan[5] * plan[6] - 1) // (plan[5] * plan[6]))
-    _spread(pivot, near[0], plan)
+    r1 = min(r1, r + few)
     while r < r1:
         place, step, left = _row(x, r, c0, plan)
-        n = _width(r, x.shape, pivot.size, plan)
+        n = _width(r, x.shape, channels, plan)
         rows = min(GROUP, left, r1 - r)
-        if rows > 1 and _width(r + rows - 1, x.shape, pivot.size, plan) != n:
+        if rows > 1 and _width(r + rows - 1, x.shape, channels, plan) != n:
             rows -= 1
         _add_deviations(place, step, rows, n, near[0], sums[0], sums[1])
         r += rows
@@ -164,6 +182,8 @@ def _add_products(dy, x, step_dy, step_x, rows, n, near_dy, near_x, sums):  # ty
         a = b = e = f = nothing(like)
         if j + LANES <= n:
             for r in range(rows):
+                fetch(shifted(dy, (r + 3 * rows) * step_dy), j)
+                fetch(shifted(x, (r + 3 * rows) * step_x), j)
                 g, d = load(shifted(dy, r * step_dy), j, like) - gh, load(shifted(x, r * step_x), j, like) - dh
                 a, b, e, f = a + g, b + d, fma(g, d, e), fma(g, g, f)
         else:
@@ -178,18 +198,16 @@ def _add_products(dy, x, step_dy, step_x, rows, n, near_dy, near_x, sums):  # ty
 
 
 @njit(error_model="numpy")
-def columns_products(dy, x, k, c0, pivot, hi, plan, near, sums):  # type: ignore[no-untyped-def]
-    """Columns of sums (4, W) += g = dy - pivot, d = x - hi, g d and g^2; near (2, W) sets the type."""
+def columns_products(dy, x, k, c0, channels, near, sums, plan):  # type: ignore[no-untyped-def]
+    """Columns of sums (4, W) += g = dy - pivot, d = x - hi, g d and g^2; near (2, W), pivot and hi, sets the type."""
     keep_whole()
     r, r1 = _borders(k, x.shape, plan)
-    _spread(pivot, near[0], plan)
-    _spread(hi, near[1], plan)
     while r < r1:
         run_dy, step_dy, left = _row(dy, r, c0, plan)
         run_x, step_x, _ = _row(x, r, c0, plan)
-        n = _width(r, x.shape, pivot.size, plan)
-        rows = min(GROUP, left, r1 - r)
-        if rows > 1 and _width(r + rows - 1, x.shape, pivot.size, plan) != n:
+        n = _width(r, x.shape, channels, plan)
+        rows = min(PAIRS, left, r1 - r)
+        if rows > 1 and _width(r + rows - 1, x.shape, channels, plan) != n:
             rows -= 1
         _add_products(run_dy, run_x, step_dy, step_x, rows, n, near[0], near[1], sums)
         r += rows
@@ -205,20 +223,21 @@ def _normalized(v, j, doubles, singles, mode):  # type: ignore[no-untyped-def]
         single = single + fma(d, load(singles[2], j, v), load(singles[4], j, v))
         if mode == 0:
             return wide(single)
-    d = (wide(v) - load(doubles[0], j, like)) - load(doubles[1], j, like)
-    double = fma(d, load(doubles[2], j, like), load(doubles[3], j, like))
+    double = fma(wide(v) - load(doubles[0], j, like), load(doubles[1], j, like), load(doubles[2], j, like))
     if mode == EXACT:
         return double
     return where_nonzero(wide(load(singles[5], j, v)), double, wide(single))
 
 
 @njit(error_model="numpy")
-def _normalize_row(x, y, n, like, doubles, singles, mode, past):  # type: ignore[no-untyped-def]
+def _normalize_row(x, y, n, like, doubles, singles, mode, past, ahead):  # type: ignore[no-untyped-def]
     j = 0
     if past:
         j = min(n, before_line(y))
+    if j > 0:
         save_part(y, 0, j, _normalized(load_part(x, 0, j, like), 0, doubles, singles, mode))
     while j + LANES <= n:
+        fetch(ahead, j)
         v = _normalized(load(x, j, like), j, doubles, singles, mode)
         if past:
             stream(y, j, v)
@@ -231,38 +250,41 @@ def _normalize_row(x, y, n, like, doubles, singles, mode, past):  # type: ignore
 
 @njit(error_model="numpy")
 def columns_normalize(x, y, k, c0, channels, doubles, singles, rare, plan):  # type: ignore[no-untyped-def]
-    """y of block k of the channels from c0 on; doubles (4, W + 16) and singles (6, W + 16) by column."""
+    """y of block k of the channels from c0 on; doubles (3, W + 16) and singles (6, W + 16) by column."""
     keep_whole()
     r0, r1 = _borders(k, x.shape, plan)
     like = spread(singles[0, 0])
     past = plan[7] & PAST != 0
     mode = EXACT if plan[7] & EXACT else 1 if rare else 0
     u, w = doubles.strides[0], singles.strides[0]
-    d = pointer(doubles, 0), pointer(doubles, u), pointer(doubles, 2 * u), pointer(doubles, 3 * u)
+    d = pointer(doubles, 0), pointer(doubles, u), pointer(doubles, 2 * u)
     f = pointer(singles, 0), pointer(singles, w), pointer(singles, 2 * w), pointer(singles, 3 * w)
     f = (*f, pointer(singles, 4 * w), pointer(singles, 5 * w))
+    reach = 1 + 1024 // (channels * plan[5] * plan[6])  # rows that are fetched ahead
     for r in range(r1 - 1, r0 - 1, -1):  # what was read last is in cache
         run, _, _ = _row(x, r, c0, plan)
         result, _, _ = _row(y, r, c0, plan)
-        _normalize_row(run, result, _width(r, x.shape, channels, plan), like, d, f, mode, past)
+        ahead, _, _ = _row(x, max(0, r - reach), c0, plan)
+        _normalize_row(run, result, _width(r, x.shape, channels, plan), like, d, f, mode, past, ahead)
 
 
 @njit(error_model="numpy")
 def _slope(g, d, j, numbers):  # type: ignore[no-untyped-def]
-    like = spread(0.0)
-    g = (g - load(numbers[0], j, like)) - load(numbers[1], j, like)
-    d = (d - load(numbers[2], j, like)) - load(numbers[3], j, like)
-    return fma(g, load(numbers[4], j, like), d * load(numbers[5], j, like))
+    g, d = g - load(numbers[0], j, g), d - load(numbers[1], j, d)
+    return fma(g, load(numbers[2], j, g), fma(d, load(numbers[3], j, g), load(numbers[4], j, g)))
 
 
 @njit(error_model="numpy")
-def _gradient_row(dy, x, dx, n, numbers, past):  # type: ignore[no-untyped-def]
+def _gradient_row(dy, x, dx, n, numbers, past, ahead_dy, ahead_x):  # type: ignore[no-untyped-def]
     like = spread(0.0)
     j = 0
     if past:
         j = min(n, before_line(dx))
+    if j > 0:
         save_part(dx, 0, j, _slope(load_part(dy, 0, j, like), load_part(x, 0, j, like), 0, numbers))
     while j + LANES <= n:
+        fetch(ahead_dy, j)
+        fetch(ahead_x, j)
         v = _slope(load(dy, j, like), load(x, j, like), j, numbers)
         if past:
             stream(dx, j, v)
@@ -275,14 +297,17 @@ def _gradient_row(dy, x, dx, n, numbers, past):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def columns_gradient(dy, x, dx, k, c0, channels, doubles, plan):  # type: ignore[no-untyped-def]
-    """dx of block k of the channels from c0 on; doubles (6, W + 16) by column."""
+    """dx of block k of the channels from c0 on; doubles (5, W + 16) by column."""
     keep_whole()
     r0, r1 = _borders(k, x.shape, plan)
     u = doubles.strides[0]
     d = pointer(doubles, 0), pointer(doubles, u), pointer(doubles, 2 * u), pointer(doubles, 3 * u)
-    d = (*d, pointer(doubles, 4 * u), pointer(doubles, 5 * u))
+    d = (*d, pointer(doubles, 4 * u))
+    past, reach = plan[7] & PAST != 0, 1 + 1024 // (channels * plan[5] * plan[6])
     for r in range(r1 - 1, r0 - 1, -1):
         run_dy, _, _ = _row(dy, r, c0, plan)
         run_x, _, _ = _row(x, r, c0, plan)
         result, _, _ = _row(dx, r, c0, plan)
-        _gradient_row(run_dy, run_x, result, _width(r, x.shape, channels, plan), d, plan[7] & PAST != 0)
+        ahead_dy, _, _ = _row(dy, max(0, r - reach), c0, plan)
+        ahead_x, _, _ = _row(x, max(0, r - reach), c0, plan)
+        _gradient_row(run_dy, run_x, result, _width(r, x.shape, channels, plan), d, past, ahead_dy, ahead_x)

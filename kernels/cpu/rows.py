@@ -121,7 +121,7 @@ def _is_short(y, n):  # type: ignore[no-untyped-def]
 @njit(error_model="numpy")
 def _normalize_run(x, y, n, c, doubles, singles, past, ahead):  # type: ignore[no-untyped-def]
     if singles[5, c] != 0:
-        run_normalize(x, y, n, doubles[0, c], doubles[1, c], doubles[2, c], doubles[3, c], past, ahead)
+        run_normalize(x, y, n, doubles[0, c], doubles[1, c], doubles[2, c], past, ahead)
     else:
         h, a, al, b, bl = singles[0, c], singles[1, c], singles[2, c], singles[3, c], singles[4, c]
         run_normalize_single(x, y, n, h, a, al, b, bl, past, ahead)
@@ -159,8 +159,8 @@ def rows_normalize(x, y, k, c0, ca, doubles, singles, plan, scratch):  # type: i
 
 @njit(error_model="numpy")
 def _gradient_run(dy, x, dx, n, c, numbers, past, ahead_dy, ahead_x):  # type: ignore[no-untyped-def]
-    ghi, glo, hi, lo, a, b = numbers[0, c], numbers[1, c], numbers[2, c], numbers[3, c], numbers[4, c], numbers[5, c]
-    run_gradient(dy, x, dx, n, ghi, glo, hi, lo, a, b, past, ahead_dy, ahead_x)
+    ghi, hi, a, b, rest = numbers[0, c], numbers[1, c], numbers[2, c], numbers[3, c], numbers[4, c]
+    run_gradient(dy, x, dx, n, ghi, hi, a, b, rest, past, ahead_dy, ahead_x)
 
 
 @njit(error_model="numpy")

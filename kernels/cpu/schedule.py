@@ -27,6 +27,7 @@ from .columns import (
     columns_normalize,
     columns_products,
     gather_columns,
+    spread_column,
     spread_columns,
 )
 from .compile import Kernel
@@ -46,7 +47,7 @@ from .rows import (
 
 SUM, FINISH, MAP = 1, 2, 4
 
-FEW = 1024  # values of a channel whose mean is the pivot of a piece
+FEW = 1024, 16  # values of a channel, or rows of columns, whose mean is the pivot of a piece
 ALL = 1 << 62
 
 # A plan: 0 by columns?, 1 channels of a tile, 2 blocks, 3 blocks of a piece; then of rows: 4 runs of a block,
@@ -62,8 +63,8 @@ def _width(channels, plan):  # type: ignore[no-untyped-def]
 def _memory(x, plan, stage, like):  # type: ignore[no-untyped-def]
     """All that a work item needs: `borrowed` says why nothing below it may own an array. It hands on views of rows.
 
-    By channel of a tile: (10, G) float64, 6 coefficients and 4 totals; (8, G) in the elements' type, 2 pivots and 6
-    coefficients. By column or lane: 4 sums; by column: 6 coefficients or pivots in each type. Then scratch for runs.
+    By channel of a tile: (10, G) float64, 5 coefficients or merged sums, and 4 totals; (8, G) in the elements' type, 2 pivots and 6
+    coefficients. By column or lane: 4 sums; by column: coefficients or pivots in each type. Then scratch for runs.
     """
     g = min(plan[1], x.shape[1])
     w = _width(g, plan)
@@ -87,7 +88,7 @@ def _count(k, shape, plan, few):  # type: ignore[no-untyped-def]
 def _deviations(x, k, c0, pivot, sums, near, scratch, plan, few):  # type: ignore[no-untyped-def]
     """sums (2, W) += x - pivot and its square, for block k of the channels from c0 on, or `few` values of it."""
     if plan[0]:
-        columns_deviations(x, k, c0, pivot, plan, near, sums, few)
+        columns_deviations(x, k, c0, pivot.size, near, sums, plan, few)
     else:
         rows_deviations(x, k, c0, pivot, sums, plan, scratch, few)
 
@@ -96,7 +97,7 @@ def _deviations(x, k, c0, pivot, sums, near, scratch, plan, few):  # type: ignor
 def _products(dy, x, k, c0, pivot, hi, sums, near, scratch, plan):  # type: ignore[no-untyped-def]
     """sums (4, W) += g = dy - pivot, d = x - hi, g d and g^2."""
     if plan[0]:
-        columns_products(dy, x, k, c0, pivot, hi, plan, near, sums)
+        columns_products(dy, x, k, c0, pivot.size, near, sums, plan)
     else:
         rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch)
 
@@ -112,13 +113,16 @@ def _by_channel(sums, totals, plan):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def _mean(x, k, c0, pivot, totals, sums, near, scratch, plan, few):  # type: ignore[no-untyped-def]
-    """pivot (G,) <- about the means of block k, or of `few` values of it: in the type of pivot."""
+    """pivot (G,) and near (1, W) <- about the means of block k, or of `few` values of it: in the type of pivot."""
     pivot[:] = 0
+    near[0] = 0
     _deviations(x, k, c0, pivot, sums, near, scratch, plan, few)
     _by_channel(sums, totals, plan)
     count = _count(k, x.shape, plan, few)
     for c in range(pivot.size):
         pivot[c] = totals[0, c] / count
+    if plan[0]:
+        spread_column(pivot, near[0], plan)
 
 
 @njit(error_model="numpy")
@@ -136,7 +140,7 @@ def _forward_sum(p, c0, x, part, plan, memory):  # type: ignore[no-untyped-def]
     totals, sums, pivot = numbers[6:8, :g], all_sums[:2, : _width(g, plan)], singles[0, :g]
     again = plan[7] & EXACT != 0
     if not again:
-        _mean(x, k0, c0, pivot, totals, sums, near, scratch, plan, FEW)
+        _mean(x, k0, c0, pivot, totals, sums, near, scratch, plan, FEW[plan[0]])
         n = 0.0
         for k in range(k0, k1):
             _deviations(x, k, c0, pivot, sums, near, scratch, plan, ALL)
@@ -184,7 +188,7 @@ def _forward_finish(c, stats, part, eps):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def _forward_coefficients(c0, stats, affine, numbers, singles, exact):  # type: ignore[no-untyped-def]
-    """By channel. numbers (4, G): hi, lo, a, beta. singles (6, G): h, a, al, b, bl for y = (a d + b) + (al d + bl) with
+    """By channel. numbers (3, G): hi, a, b for y = a (x - hi) + b. singles (6, G): h, a, al, b, bl for y = (a d + b) + (al d + bl) with
     d = x - h in float32, and 1 where they won't do. Returns whether there is such a channel.
 
     A mean within 1000 standard deviations goes to b: d = x is exact then, and so is x - h with h near x otherwise.
@@ -194,7 +198,7 @@ def _forward_coefficients(c0, stats, affine, numbers, singles, exact):  # type: 
     for c in range(numbers.shape[1]):
         hi, lo, invstd, beta = stats[0, c0 + c], stats[1, c0 + c], stats[3, c0 + c], affine[1, c0 + c]
         a = affine[0, c0 + c] * invstd
-        numbers[0, c], numbers[1, c], numbers[2, c], numbers[3, c] = hi, lo, a, beta
+        numbers[0, c], numbers[1, c], numbers[2, c] = hi, a, beta - a * lo
         singles[0, c] = 0.0 if abs(hi * invstd) <= 1024.0 else hi
         b = beta - a * ((hi - singles[0, c]) + lo)
         singles[1, c] = a
@@ -216,7 +220,7 @@ def _forward_map(p0, p1, c0, ca, x, y, stats, affine, plan, memory):  # type: ig
     """Pieces p0 to p1 of a tile, backwards; the channels from ca on are fetched meanwhile, if it is >= 0."""
     g = min(plan[1], x.shape[1] - c0)
     all_numbers, _, spread_numbers, all_singles, spread_singles, scratch = memory
-    numbers, singles = all_numbers[:4, :g], all_singles[2:, :g]
+    numbers, singles = all_numbers[:3, :g], all_singles[2:, :g]
     rare = _forward_coefficients(c0, stats, affine, numbers, singles, plan[7] & EXACT != 0)
     if plan[0]:
         spread_columns(numbers, spread_numbers, plan)
@@ -279,9 +283,11 @@ def _backward_sum(p, c0, dy, x, stats, part, plan, memory):  # type: ignore[no-u
     totals, sums, pivot, hi = numbers[6:, :g], all_sums[:, : _width(g, plan)], singles[0, :g], singles[1, :g]
     again = plan[7] & EXACT != 0
     if not again:
-        _mean(dy, k0, c0, pivot, totals[:2], sums[:2], near, scratch, plan, FEW)
+        _mean(dy, k0, c0, pivot, totals[:2], sums[:2], near, scratch, plan, FEW[plan[0]])
         for c in range(g):
             hi[c] = stats[0, c0 + c]
+        if plan[0]:
+            spread_column(hi, near[1], plan)
         n = 0.0
         for k in range(k0, k1):
             _products(dy, x, k, c0, pivot, hi, sums, near, scratch, plan)
@@ -298,6 +304,8 @@ def _backward_sum(p, c0, dy, x, stats, part, plan, memory):  # type: ignore[no-u
     if again:
         mean, merged, hi64 = numbers[0, :g], numbers[1:5, :g], stats[0, c0 : c0 + g]
         merged[:] = 0.0
+        if plan[0]:
+            spread_column(hi64, near64[1], plan)
         n = 0.0
         for k in range(k0, k1):
             _mean(dy, k, c0, mean, totals[:2], sums[:2], near64, scratch, plan, ALL)
@@ -333,13 +341,13 @@ def _backward_map(p0, p1, c0, ca, dy, x, dx, stats, affine, grads, plan, memory)
     """Pieces p0 to p1 of a tile, backwards; the channels from ca on are fetched meanwhile, if it is >= 0."""
     g = min(plan[1], x.shape[1] - c0)
     all_numbers, _, spread_numbers, _, _, scratch = memory
-    numbers = all_numbers[:6, :g]
+    numbers = all_numbers[:5, :g]
     for c in range(g):
-        numbers[0, c], numbers[1, c] = grads[0, c0 + c], grads[1, c0 + c]
-        numbers[2, c], numbers[3, c] = stats[0, c0 + c], stats[1, c0 + c]
         invstd = stats[3, c0 + c]
         a = affine[0, c0 + c] * invstd
-        numbers[4, c], numbers[5, c] = a, -a * (grads[2, c0 + c] * invstd) * invstd
+        b = -a * (grads[2, c0 + c] * invstd) * invstd
+        numbers[0, c], numbers[1, c], numbers[2, c], numbers[3, c] = grads[0, c0 + c], stats[0, c0 + c], a, b
+        numbers[4, c] = -(a * grads[1, c0 + c] + b * stats[1, c0 + c])
     if plan[0]:
         spread_columns(numbers, spread_numbers, plan)
     for k in range(min(p1 * plan[3], plan[2]) - 1, p0 * plan[3] - 1, -1):
