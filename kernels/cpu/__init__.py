@@ -30,7 +30,7 @@ from .blocks import (
 )
 from .lanes import LANES
 from .rows import EXACT, GATHER, PAST
-from .schedule import FINISH, MAP, SUM, backward_kernel, forward_kernel
+from .schedule import FINISH, MAP, SUM, backward_item, backward_kernel, forward_item, forward_kernel
 
 __all__ = [
     "backward",
@@ -204,22 +204,27 @@ def _carry_out(kernel: Any, arrays: tuple[np.ndarray, ...], numbers: tuple[Any, 
 class _Twins:
     """A kernel for one element type, for arrays of any strides, read-only ones too: one compilation serves all."""
 
-    def __init__(self, kernel: Any, signature: tuple[Any, ...]) -> None:
-        self._kernel, self._signature = kernel, signature
+    def __init__(self, item: Any, kernel: Any, arguments: tuple[Any, ...]) -> None:
+        self._item, self._kernel, self._arguments = item, kernel, arguments
+
+    def serial(self, _items: int, *args: Any) -> None:
+        self._all(0, 1, *args)  # one item is all of the work
 
     @functools.cached_property
-    def serial(self) -> Callable[..., None]:
-        return self._entry(self._kernel.serial)
+    def _all(self) -> Callable[..., None]:
+        integer = numba.types.int64
+        return self._entry(self._item, (integer, integer, *self._arguments))
 
     @functools.cached_property
     def parallel(self) -> Callable[..., None]:
-        return self._entry(self._kernel.parallel)
+        return self._entry(self._kernel.parallel, (numba.types.int64, *self._arguments))
 
-    def _entry(self, dispatcher: Any) -> Callable[..., None]:
+    @staticmethod
+    def _entry(dispatcher: Any, signature: tuple[Any, ...]) -> Callable[..., None]:
         # The compiled entry converts its arguments to the signature by itself. The dispatcher would look at the
         # layout of each array first, and compile again for every combination of layouts.
-        dispatcher.compile(self._signature)
-        entry: Callable[..., None] = dispatcher.overloads[self._signature].entry_point
+        dispatcher.compile(signature)
+        entry: Callable[..., None] = dispatcher.overloads[signature].entry_point
         return entry
 
 
@@ -234,8 +239,8 @@ def _twins(kernel: Any, dtype: np.dtype[Any]) -> _Twins:
     element = numba.from_dtype(dtype)
     given, written = (numba.types.Array(element, 3, "A", readonly=readonly) for readonly in (True, False))
     numbers, part = numba.types.Array(real, 2, "C"), numba.types.Array(real, 3, "C")
-    arrays = {
-        forward_kernel: (given, written, numbers, numbers, real, part),
-        backward_kernel: (given, given, written, numbers, numbers, numbers, part),
+    item, arrays = {
+        forward_kernel: (forward_item, (given, written, numbers, numbers, real, part)),
+        backward_kernel: (backward_item, (given, given, written, numbers, numbers, numbers, part)),
     }[kernel]
-    return _Twins(kernel, (integer, *arrays, numba.types.UniTuple(integer, 8), integer))
+    return _Twins(item, kernel, (*arrays, numba.types.UniTuple(integer, 8), integer))

@@ -50,6 +50,11 @@ def kernel(**options: Any) -> Callable[[Callable[..., None]], Kernel]:
     return lambda function: Kernel(function, **options)
 
 
+def compiled(function: Callable[..., Any]) -> Any:
+    """A serial dispatcher of its own in the cache, for Python and for other compiled functions to call."""
+    return _compiled(function, {"nogil": True, "error_model": "numpy"})
+
+
 def cache_folder() -> str | None:
     """The folder that compiled kernels are kept in, or None where every process compiles its own."""
     cache = getattr(_compiled(_nothing, {}), "_cache", None)

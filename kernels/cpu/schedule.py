@@ -30,7 +30,7 @@ from .columns import (
     spread_column,
     spread_columns,
 )
-from .compile import Kernel
+from .compile import Kernel, compiled
 from .lanes import LANES, borrowed, fence, hold, keep_whole, narrowest, spread
 from .rows import (
     BUFFER,
@@ -232,9 +232,10 @@ def _forward_map(p0, p1, c0, ca, x, y, stats, affine, plan, memory):  # type: ig
             rows_normalize(x, y, k, c0, ca, numbers, singles, plan, scratch)
 
 
-@njit(error_model="numpy")
-def _forward_item(k, items, x, y, stats, affine, eps, part, plan, stage):  # type: ignore[no-untyped-def]
+@compiled
+def forward_item(k, items, x, y, stats, affine, eps, part, plan, stage):  # type: ignore[no-untyped-def]
     keep_whole()
+    x, y, stats, affine, part = borrowed(x), borrowed(y), borrowed(stats), borrowed(affine), borrowed(part)
     owned = _memory(x, plan, stage, narrowest(x))
     memory = _lent(owned)
     first, last, pieces = _share(k, items, x.shape, plan, stage)
@@ -270,8 +271,7 @@ def _share(k, items, shape, plan, stage):  # type: ignore[no-untyped-def]
 def forward_kernel(items, x, y, stats, affine, eps, part, plan, stage):  # type: ignore[no-untyped-def]
     """x, y (O, C, I), stats (4, C), affine (2, C), part (P, 4, C); y is not touched without the MAP stage."""
     for k in prange(items):
-        x_, y_, stats_, affine_, part_ = borrowed(x), borrowed(y), borrowed(stats), borrowed(affine), borrowed(part)
-        _forward_item(np.int64(k), items, x_, y_, stats_, affine_, eps, part_, plan, stage)
+        forward_item(np.int64(k), items, x, y, stats, affine, eps, part, plan, stage)
 
 
 @njit(error_model="numpy", inline="always")
@@ -357,9 +357,11 @@ def _backward_map(p0, p1, c0, ca, dy, x, dx, stats, affine, grads, plan, memory)
             rows_gradient(dy, x, dx, k, c0, ca, numbers, spread(narrowest(x)), plan, scratch)
 
 
-@njit(error_model="numpy")
-def _backward_item(k, items, dy, x, dx, stats, affine, grads, part, plan, stage):  # type: ignore[no-untyped-def]
+@compiled
+def backward_item(k, items, dy, x, dx, stats, affine, grads, part, plan, stage):  # type: ignore[no-untyped-def]
     keep_whole()
+    dy, x, dx, part = borrowed(dy), borrowed(x), borrowed(dx), borrowed(part)
+    stats, affine, grads = borrowed(stats), borrowed(affine), borrowed(grads)
     owned = _memory(x, plan, stage, narrowest(x))
     memory = _lent(owned)
     first, last, pieces = _share(k, items, x.shape, plan, stage)
@@ -382,6 +384,4 @@ def _backward_item(k, items, dy, x, dx, stats, affine, grads, part, plan, stage)
 def backward_kernel(items, dy, x, dx, stats, affine, grads, part, plan, stage):  # type: ignore[no-untyped-def]
     """dy, x, dx (O, C, I), stats (4, C), affine (2, C), grads (4, C), part (P, 5, C)."""
     for k in prange(items):
-        dy_, x_, dx_, part_ = borrowed(dy), borrowed(x), borrowed(dx), borrowed(part)
-        stats_, affine_, grads_ = borrowed(stats), borrowed(affine), borrowed(grads)
-        _backward_item(np.int64(k), items, dy_, x_, dx_, stats_, affine_, grads_, part_, plan, stage)
+        backward_item(np.int64(k), items, dy, x, dx, stats, affine, grads, part, plan, stage)
