@@ -208,24 +208,37 @@ class _Twins:
         self._item, self._kernel, self._arguments = item, kernel, arguments
 
     def serial(self, _items: int, *args: Any) -> None:
-        self._all(0, 1, *args)  # one item is all of the work
+        self._one(0, 1, *args)  # one item is all of the work
+
+    def parallel(self, items: int, *args: Any) -> None:
+        self._many(items, self._address, *args)
 
     @functools.cached_property
-    def _all(self) -> Callable[..., None]:
-        integer = numba.types.int64
-        return self._entry(self._item, (integer, integer, *self._arguments))
+    def _compiled_item(self) -> Any:
+        return _compiled(self._item, (numba.types.int64, numba.types.int64, *self._arguments))
 
     @functools.cached_property
-    def parallel(self) -> Callable[..., None]:
-        return self._entry(self._kernel.parallel, (numba.types.int64, *self._arguments))
-
-    @staticmethod
-    def _entry(dispatcher: Any, signature: tuple[Any, ...]) -> Callable[..., None]:
+    def _one(self) -> Callable[..., None]:
         # The compiled entry converts its arguments to the signature by itself. The dispatcher would look at the
         # layout of each array first, and compile again for every combination of layouts.
-        dispatcher.compile(signature)
-        entry: Callable[..., None] = dispatcher.overloads[signature].entry_point
+        entry: Callable[..., None] = self._compiled_item.entry_point
         return entry
+
+    @functools.cached_property
+    def _many(self) -> Callable[..., None]:
+        signature = (numba.types.int64, numba.types.int64, *self._arguments)
+        entry: Callable[..., None] = _compiled(self._kernel.parallel, signature).entry_point
+        return entry
+
+    @functools.cached_property
+    def _address(self) -> int:
+        item = self._compiled_item
+        return int(item.library.get_pointer_to_function(item.fndesc.llvm_func_name))
+
+
+def _compiled(dispatcher: Any, signature: tuple[Any, ...]) -> Any:
+    dispatcher.compile(signature)
+    return dispatcher.overloads[signature]
 
 
 @functools.cache

@@ -422,3 +422,23 @@ def borrowed(_typing: Any, array: Any) -> Any:
 def hold(_typing: Any, array: Any) -> Any:
     """Keeps a local array alive up to here."""
     return types.void(array), lambda context, _builder, _signature, _args: context.get_dummy_value()
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def call(_typing: Any, address: Any, arguments: Any) -> Any:
+    """Calls a compiled function that returns nothing, by address; the types of the arguments must be its own.
+
+    A parallel loop that calls one by name is optimized four times with all that it calls: 6 s in place of 1.
+    """
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        convention, kinds = context.call_conv, list(arguments.types)
+        kind = convention.get_function_type(types.none, kinds)
+        function = builder.inttoptr(args[0], kind.as_pointer())
+        values = [builder.extract_value(args[1], i) for i in range(len(kinds))]
+        status, _ = convention.call_function(builder, function, types.none, kinds, values)
+        with cgutils.if_unlikely(builder, status.is_error):
+            convention.return_status_propagate(builder, status)
+        return context.get_dummy_value()
+
+    return types.void(address, arguments), codegen

@@ -31,7 +31,7 @@ from .columns import (
     spread_columns,
 )
 from .compile import Kernel, compiled
-from .lanes import LANES, borrowed, fence, hold, keep_whole, narrowest, spread
+from .lanes import LANES, borrowed, call, fence, hold, keep_whole, narrowest, spread
 from .rows import (
     BUFFER,
     EXACT,
@@ -234,6 +234,7 @@ def _forward_map(p0, p1, c0, ca, x, y, stats, affine, plan, memory):  # type: ig
 
 @compiled
 def forward_item(k, items, x, y, stats, affine, eps, part, plan, stage):  # type: ignore[no-untyped-def]
+    """x, y (O, C, I), stats (4, C), affine (2, C), part (P, 4, C); y is not touched without the MAP stage."""
     keep_whole()
     x, y, stats, affine, part = borrowed(x), borrowed(y), borrowed(stats), borrowed(affine), borrowed(part)
     owned = _memory(x, plan, stage, narrowest(x))
@@ -268,10 +269,10 @@ def _share(k, items, shape, plan, stage):  # type: ignore[no-untyped-def]
 
 
 @Kernel
-def forward_kernel(items, x, y, stats, affine, eps, part, plan, stage):  # type: ignore[no-untyped-def]
-    """x, y (O, C, I), stats (4, C), affine (2, C), part (P, 4, C); y is not touched without the MAP stage."""
+def forward_kernel(items, item, x, y, stats, affine, eps, part, plan, stage):  # type: ignore[no-untyped-def]
+    """`forward_item`, whose address is `item`, for all items."""
     for k in prange(items):
-        forward_item(np.int64(k), items, x, y, stats, affine, eps, part, plan, stage)
+        call(item, (np.int64(k), items, x, y, stats, affine, eps, part, plan, stage))
 
 
 @njit(error_model="numpy", inline="always")
@@ -359,6 +360,7 @@ def _backward_map(p0, p1, c0, ca, dy, x, dx, stats, affine, grads, plan, memory)
 
 @compiled
 def backward_item(k, items, dy, x, dx, stats, affine, grads, part, plan, stage):  # type: ignore[no-untyped-def]
+    """dy, x, dx (O, C, I), stats (4, C), affine (2, C), grads (4, C), part (P, 5, C)."""
     keep_whole()
     dy, x, dx, part = borrowed(dy), borrowed(x), borrowed(dx), borrowed(part)
     stats, affine, grads = borrowed(stats), borrowed(affine), borrowed(grads)
@@ -381,7 +383,7 @@ def backward_item(k, items, dy, x, dx, stats, affine, grads, part, plan, stage):
 
 
 @Kernel
-def backward_kernel(items, dy, x, dx, stats, affine, grads, part, plan, stage):  # type: ignore[no-untyped-def]
-    """dy, x, dx (O, C, I), stats (4, C), affine (2, C), grads (4, C), part (P, 5, C)."""
+def backward_kernel(items, item, dy, x, dx, stats, affine, grads, part, plan, stage):  # type: ignore[no-untyped-def]
+    """`backward_item`, whose address is `item`, for all items."""
     for k in prange(items):
-        backward_item(np.int64(k), items, dy, x, dx, stats, affine, grads, part, plan, stage)
+        call(item, (np.int64(k), items, dy, x, dx, stats, affine, grads, part, plan, stage))
