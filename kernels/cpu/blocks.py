@@ -70,25 +70,28 @@ def run_deviations(x, n, pivot, sums, squares):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def run_products(dy, x, n, pivot, hi, sums_dy, sums_x, products, squares):  # type: ignore[no-untyped-def]
-    """Lanes += g = dy - pivot, d = x - hi, g d and g^2, for n pairs; in the pivot's type."""
+def run_products(dy, x, n, pivot, hi, sums_dy, sums_x, products, squares, fourths):  # type: ignore[no-untyped-def]
+    """Lanes += g = dy - pivot, d = x - hi, g d, g^2 and d^4, for n pairs; in the pivot's type."""
     near_dy, near_x = spread(pivot), spread(hi)
     i = 0
     while i < n:
         stop = min(n, i + CHAIN)
-        s = t = p = q = nothing(near_dy)
+        s = t = p = q = f = nothing(near_dy)
         while i + LANES <= stop:
             g, d = load(dy, i, near_dy) - near_dy, load(x, i, near_x) - near_x
-            s, t, p, q = s + g, t + d, fma(g, d, p), fma(g, g, q)
+            e = d * d
+            s, t, p, q, f = s + g, t + d, fma(g, d, p), fma(g, g, q), fma(e, e, f)
             i += LANES
         if i < stop:
             g, d = load_part(dy, i, stop - i, near_dy) - near_dy, load_part(x, i, stop - i, near_x) - near_x
-            s, t, p, q = s + g, t + d, fma(g, d, p), fma(g, g, q)
+            e = d * d
+            s, t, p, q, f = s + g, t + d, fma(g, d, p), fma(g, g, q), fma(e, e, f)
             i += LANES
         add_lanes(sums_dy, s)
         add_lanes(sums_x, t)
         add_lanes(products, p)
         add_lanes(squares, q)
+        add_lanes(fourths, f)
 
 
 @njit(error_model="numpy")
@@ -256,10 +259,11 @@ def block_comoments(dy, x, hi):  # type: ignore[no-untyped-def]
     """
     run, n = _run(dy), dy.size
     pivot = _sums(run, n, 0.0)[0] / n
-    lanes, like = np.zeros(4 * LANES), spread(0.0)
-    parts = pointer(lanes, 0), pointer(lanes, 8 * LANES), pointer(lanes, 16 * LANES), pointer(lanes, 24 * LANES)
-    run_products(run, _run(x), n, pivot, np.float64(hi), *parts)
-    s, t, p = total(load(parts[0], 0, like)), total(load(parts[1], 0, like)), total(load(parts[2], 0, like))
+    lanes, like = np.zeros(5 * LANES), spread(0.0)
+    line, run_lanes = 8 * LANES, pointer(lanes, 0)
+    rest = pointer(lanes, line), pointer(lanes, 2 * line), pointer(lanes, 3 * line), pointer(lanes, 4 * line)
+    run_products(run, _run(x), n, pivot, np.float64(hi), run_lanes, *rest)
+    s, t, p = total(load(run_lanes, 0, like)), total(load(rest[0], 0, like)), total(load(rest[1], 0, like))
     return pivot, s / n, t / n, p - s * t / n
 
 

@@ -173,33 +173,36 @@ def columns_deviations(x, k, c0, channels, near, sums, plan, few):  # type: igno
 
 @njit(error_model="numpy")
 def _add_products(dy, x, step_dy, step_x, rows, n, near_dy, near_x, sums):  # type: ignore[no-untyped-def]
-    like = spread(near_dy[0])
+    like, line = spread(near_dy[0]), sums.strides[0]
     near_dy, near_x = pointer(near_dy, 0), pointer(near_x, 0)
-    s, t = pointer(sums, 0), pointer(sums, sums.strides[0])
-    p, q = pointer(sums, 2 * sums.strides[0]), pointer(sums, 3 * sums.strides[0])
+    s, t, p = pointer(sums, 0), pointer(sums, line), pointer(sums, 2 * line)
+    q, f = pointer(sums, 3 * line), pointer(sums, 4 * line)
     for j in range(0, n, LANES):
         gh, dh = load(near_dy, j, like), load(near_x, j, like)
-        a = b = e = f = nothing(like)
+        a = b = c = u = v = nothing(like)
         if j + LANES <= n:
             for r in range(rows):
                 fetch(shifted(dy, (r + 3 * rows) * step_dy), j)
                 fetch(shifted(x, (r + 3 * rows) * step_x), j)
                 g, d = load(shifted(dy, r * step_dy), j, like) - gh, load(shifted(x, r * step_x), j, like) - dh
-                a, b, e, f = a + g, b + d, fma(g, d, e), fma(g, g, f)
+                e = d * d
+                a, b, c, u, v = a + g, b + d, fma(g, d, c), fma(g, g, u), fma(e, e, v)
         else:
             for r in range(rows):
                 g = load_part(shifted(dy, r * step_dy), j, n - j, gh) - gh
                 d = load_part(shifted(x, r * step_x), j, n - j, dh) - dh
-                a, b, e, f = a + g, b + d, fma(g, d, e), fma(g, g, f)
+                e = d * d
+                a, b, c, u, v = a + g, b + d, fma(g, d, c), fma(g, g, u), fma(e, e, v)
         _add(s, j, a)
         _add(t, j, b)
-        _add(p, j, e)
-        _add(q, j, f)
+        _add(p, j, c)
+        _add(q, j, u)
+        _add(f, j, v)
 
 
 @njit(error_model="numpy")
 def columns_products(dy, x, k, c0, channels, near, sums, plan):  # type: ignore[no-untyped-def]
-    """Columns of sums (4, W) += g = dy - pivot, d = x - hi, g d and g^2; near (2, W), pivot and hi, sets the type."""
+    """Columns of sums (5, W) += g = dy - pivot, d = x - hi, g d, g^2 and d^4; near (2, W), pivot and hi, sets the type."""
     keep_whole()
     r, r1 = _borders(k, x.shape, plan)
     while r < r1:

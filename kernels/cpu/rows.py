@@ -97,7 +97,7 @@ def rows_deviations(x, k, c0, pivot, sums, plan, scratch, few):  # type: ignore[
 
 @njit(error_model="numpy")
 def rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch):  # type: ignore[no-untyped-def]
-    """Lanes of sums (4, 16 G) += g = dy - pivot, d = x - hi, g d and g^2."""
+    """Lanes of sums (5, 16 G) += g = dy - pivot, d = x - hi, g d, g^2 and d^4."""
     keep_whole()
     o0, o1, i0, n = _borders(k, x.shape, plan)
     gather = plan[7] & GATHER
@@ -109,7 +109,7 @@ def rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch):  # type: ignore
                 count = (o1 - o0) * n
             else:
                 run_dy, run_x, count = _at(dy, o, c0 + c, i0), _at(x, o, c0 + c, i0), n
-            lanes = _lanes(sums, 0, c), _lanes(sums, 1, c), _lanes(sums, 2, c), _lanes(sums, 3, c)
+            lanes = _lanes(sums, 0, c), _lanes(sums, 1, c), _lanes(sums, 2, c), _lanes(sums, 3, c), _lanes(sums, 4, c)
             run_products(run_dy, run_x, count, pivot[c], hi[c], *lanes)
 
 

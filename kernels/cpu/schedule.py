@@ -9,8 +9,8 @@ Without it, an item is a piece of a tile: that is how few tiles feed many thread
 
 **Sums** of float32 and half data are taken in float32 lanes around a pivot, the mean of the piece's first values: small
 deviations, whatever the mean. Where those weren't like the rest (the pivot is more than one standard deviation
-off), where squares leave 1e-30 to 1e30, or where something isn't finite, the piece's channel is summed again in float64
-with a pivot of its own for every block. Float64 data and channels of few values (nothing averages the last additions
+off), where squares leave 1e-30 to 1e30, where one value has much of the variance (backward), or where something isn't
+finite, the piece's channel is summed again in float64 with a pivot of its own for every block. Float64 data and channels of few values (nothing averages the last additions
 out) go that way at once.
 """
 
@@ -63,13 +63,13 @@ def _width(channels, plan):  # type: ignore[no-untyped-def]
 def _memory(x, plan, stage, like):  # type: ignore[no-untyped-def]
     """All that a work item needs: `borrowed` says why nothing below it may own an array. It hands on views of rows.
 
-    By channel of a tile: (10, G) float64, 5 coefficients or merged sums, and 4 totals; (8, G) in the elements' type, 2 pivots and 6
-    coefficients. By column or lane: 4 sums; by column: coefficients or pivots in each type. Then scratch for runs.
+    By channel of a tile: (10, G) float64, 5 coefficients or merged sums, and 5 totals; (8, G) in the elements' type, 2 pivots and 6
+    coefficients. By column or lane: 5 sums; by column: coefficients or pivots in each type. Then scratch for runs.
     """
     g = min(plan[1], x.shape[1])
     w = _width(g, plan)
     scratch = 0 if plan[0] else plan[4] * plan[6] if plan[7] & GATHER else BUFFER if plan[7] & PAST else 0
-    numbers, sums, columns = np.empty((10, g)), np.zeros((4, w if stage & SUM else 0)), w if plan[0] else 0
+    numbers, sums, columns = np.empty((10, g)), np.zeros((5, w if stage & SUM else 0)), w if plan[0] else 0
     singles, like_columns = np.full((8, g), like), np.full((6, columns), like)
     return numbers, sums, np.zeros((6, columns)), singles, like_columns, np.empty((3, scratch), x.dtype)
 
@@ -95,7 +95,7 @@ def _deviations(x, k, c0, pivot, sums, near, scratch, plan, few):  # type: ignor
 
 @njit(error_model="numpy", inline="always")
 def _products(dy, x, k, c0, pivot, hi, sums, near, scratch, plan):  # type: ignore[no-untyped-def]
-    """sums (4, W) += g = dy - pivot, d = x - hi, g d and g^2."""
+    """sums (5, W) += g = dy - pivot, d = x - hi, g d, g^2 and d^4."""
     if plan[0]:
         columns_products(dy, x, k, c0, pivot.size, near, sums, plan)
     else:
@@ -137,7 +137,7 @@ def _forward_sum(p, c0, x, part, plan, memory):  # type: ignore[no-untyped-def]
     k0, k1 = p * plan[3], min((p + 1) * plan[3], plan[2])
     g = min(plan[1], x.shape[1] - c0)
     numbers, all_sums, near64, singles, near, scratch = memory
-    totals, sums, pivot = numbers[6:8, :g], all_sums[:2, : _width(g, plan)], singles[0, :g]
+    totals, sums, pivot = numbers[5:7, :g], all_sums[:2, : _width(g, plan)], singles[0, :g]
     again = plan[7] & EXACT != 0
     if not again:
         _mean(x, k0, c0, pivot, totals, sums, near, scratch, plan, FEW[plan[0]])
@@ -281,7 +281,7 @@ def _backward_sum(p, c0, dy, x, stats, part, plan, memory):  # type: ignore[no-u
     k0, k1 = p * plan[3], min((p + 1) * plan[3], plan[2])
     g = min(plan[1], x.shape[1] - c0)
     numbers, all_sums, near64, singles, near, scratch = memory
-    totals, sums, pivot, hi = numbers[6:, :g], all_sums[:, : _width(g, plan)], singles[0, :g], singles[1, :g]
+    totals, sums, pivot, hi = numbers[5:, :g], all_sums[:, : _width(g, plan)], singles[0, :g], singles[1, :g]
     again = plan[7] & EXACT != 0
     if not again:
         _mean(dy, k0, c0, pivot, totals[:2], sums[:2], near, scratch, plan, FEW[plan[0]])
@@ -296,8 +296,10 @@ def _backward_sum(p, c0, dy, x, stats, part, plan, memory):  # type: ignore[no-u
         _by_channel(sums, totals, plan)
         for c in range(g):
             var, off = stats[2, c0 + c], totals[1, c] / n
+            # A value with all of the variance has a gradient near 0, the difference of two terms: v must be exact then.
+            spread_out = totals[4, c] <= (x.shape[0] * x.shape[2] * var) ** 2 / 64.0 and 1e-15 < var < 1e15
             part[p, 0, c0 + c] = 0.0
-            if _near_enough(totals[0, c], totals[3, c], n) and 1e-30 < var < 1e30 and off * off <= var:
+            if _near_enough(totals[0, c], totals[3, c], n) and spread_out and off * off <= var:
                 part[p, 0, c0 + c], part[p, 1, c0 + c], part[p, 2, c0 + c] = n, pivot[c], totals[0, c] / n
                 part[p, 3, c0 + c] = off - (stats[0, c0 + c] - hi[c])
                 part[p, 4, c0 + c] = totals[2, c] - totals[0, c] * off
