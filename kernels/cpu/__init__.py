@@ -52,7 +52,7 @@ class Sizes:
     block: int = 16384  # values of a channel in a block of rows: a block costs 50 ns, these 1.4 us
     piece: int = 64  # blocks of a piece at most: its pivot fits where data doesn't drift within 4 MB of float32
     slab: int = 400_000  # bytes of a tile of rows, so that it and the next one fit into L2 (1 MB)
-    line: int = 2048  # bytes of a tile that follow each other in memory, at least
+    line: int = 2048  # bytes of a tile of rows that follow each other in memory, at least
     columns: int = 1024  # columns of a tile: its sums and coefficients stay in L1 and L2
     height: int = 64  # rows of a block of columns: as many are added in a lane
     few: int = 256  # values of a channel below which all is done in float64
@@ -118,8 +118,8 @@ def _plan(
     size = outer * channels * inner
     flags = EXACT if itemsize == 8 or outer * inner < sizes.few else 0
     flags |= PAST if size * itemsize * len(strides) > sizes.past else 0
-    across = all(s[1] == itemsize for s in strides) and channels > 1 and inner == 1
-    across = across or all(s[1] == itemsize and (inner == 1 or s[2] != itemsize) for s in strides) and channels > 1
+    # Memory decides: across the channels where they are next to each other, else along the inner axis.
+    across = channels > 1 and all(s[1] == itemsize and (inner == 1 or s[2] != itemsize) for s in strides)
     short = 1 < inner < LANES and all(s[2] == itemsize and s[1] == inner * itemsize for s in strides)
     if across or short:
         return _by_columns(shape, strides, itemsize, flags, inner if short else 1, stages, sizes)
@@ -135,10 +135,9 @@ def _by_rows(
     if apart or inner < min(LANES, sizes.block):
         flags |= GATHER
     reads = max(1, len(strides) - 1)
-    if stages & SUM:
+    if stages & SUM or flags & GATHER:
         segments = _ceil(inner, sizes.block)
         length = inner if segments == 1 else _ceil(_ceil(inner, segments), 2 * LANES) * 2 * LANES
-        segments = _ceil(inner, length)
         runs = min(outer, max(1, sizes.block // inner))
         tile = max(sizes.slab // (reads * outer * inner * itemsize), sizes.line // (inner * itemsize), 1)
         if inner * itemsize >= 2 * sizes.line:
@@ -146,9 +145,10 @@ def _by_rows(
         if flags & GATHER:
             tile = max(tile, 16)  # whose elements share lines
         tile = min(tile, _ceil(channels, 16))
-    else:  # in the order of memory
-        segments, length, runs = 1, inner, max(1, sizes.block // inner) if flags & GATHER else 1
+    else:  # a map alone goes in the order of memory
+        length, runs = min(inner, 16 * sizes.block), 1
         tile = channels if outer >= 16 else _ceil(channels, 16)
+    segments = _ceil(inner, length)
     blocks = _ceil(outer, runs) * segments
     piece = 1 if not stages & SUM else sizes.piece if channels >= 64 * tile else min(sizes.piece, _ceil(blocks, 16))
     return _Plan(_ceil(channels, tile), _ceil(blocks, piece), (0, tile, blocks, piece, runs, segments, length, flags))

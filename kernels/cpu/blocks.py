@@ -31,7 +31,6 @@ from .lanes import (
     wide,
 )
 
-
 # Squares of numbers on a grid leave remainders of 0, 1 and 4 eighths, which a float32 sum of a hundred drops more often
 # than it rounds them up: the variance of data at 1e4 was 5e-7 too small. So lanes pass sums on after 16 additions.
 CHAIN = 16 * LANES
@@ -279,4 +278,6 @@ def block_gradient(dy, x, dx, ghi, glo, hi, lo, a, b):  # type: ignore[no-untype
     """dx (n,) = a ((dy - ghi) - glo) + b ((x - hi) - lo); all contiguous. dx may be dy or x."""
     runs, target = (_run(dy), _run(x)), _run(dx)
     rest = -(np.float64(a) * glo + np.float64(b) * lo)
-    run_gradient(*runs, target, dy.size, np.float64(ghi), np.float64(hi), np.float64(a), np.float64(b), rest, False, *runs)
+    run_gradient(
+        *runs, target, dy.size, np.float64(ghi), np.float64(hi), np.float64(a), np.float64(b), rest, False, *runs
+    )

@@ -25,8 +25,8 @@ from .lanes import (
     shifted,
     spread,
     stream,
-    wide,
     where_nonzero,
+    wide,
 )
 from .rows import EXACT, PAST
 
@@ -154,7 +154,7 @@ def _add_deviations(x, step, rows, n, near, s, q):  # type: ignore[no-untyped-de
 
 @njit(error_model="numpy")
 def columns_deviations(x, k, c0, channels, near, sums, plan, few):  # type: ignore[no-untyped-def]
-    """Columns of sums (2, W) += x - pivot and its square, for the channels from c0 on; near (1, W), the pivots, sets the type.
+    """Columns of sums (2, W) += x - pivot and its square, for the channels from c0 on; near (1, W) has the pivots.
 
     For all of block k, or for its first `few` rows.
     """
@@ -202,7 +202,7 @@ def _add_products(dy, x, step_dy, step_x, rows, n, near_dy, near_x, sums):  # ty
 
 @njit(error_model="numpy")
 def columns_products(dy, x, k, c0, channels, near, sums, plan):  # type: ignore[no-untyped-def]
-    """Columns of sums (5, W) += g = dy - pivot, d = x - hi, g d, g^2 and d^4; near (2, W), pivot and hi, sets the type."""
+    """Columns of sums (5, W) += g = dy - pivot, d = x - hi, g d, g^2 and d^4; near (2, W) has pivots and his."""
     keep_whole()
     r, r1 = _borders(k, x.shape, plan)
     while r < r1:

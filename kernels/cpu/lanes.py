@@ -1,9 +1,9 @@
 """Sixteen numbers at a time: the type, the intrinsics and the element formats under the CPU kernels.
 
 `Lanes` is sixteen float32 or sixteen float64 as one Numba value, an LLVM vector. Loops over it are vectors by
-construction, and add in the order in which they are written: nothing depends on what LLVM makes of a loop, so the serial
-and the parallel twin of a kernel, and the process that compiles it and the one that loads it, give the same bits. And a
-store can go past the caches from within the loop that computes its value.
+construction, and add in the order in which they are written: nothing depends on what LLVM makes of a loop, so the
+process that compiles a kernel and the one that loads it give the same bits. And a store can go past the caches from
+within the loop that computes its value.
 
 Numba has no float16 and no bfloat16 on the CPU, so those arrays come in as views of their bits, and the integer type
 tells the format: uint16 is float16, int16 is bfloat16. `load` and `save` convert (vcvtph2ps, vcvtps2ph; a shift for

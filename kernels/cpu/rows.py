@@ -129,7 +129,7 @@ def _normalize_run(x, y, n, c, doubles, singles, past, ahead):  # type: ignore[n
 
 @njit(error_model="numpy")
 def rows_normalize(x, y, k, c0, ca, doubles, singles, plan, scratch):  # type: ignore[no-untyped-def]
-    """y of block k of the channels from c0 on, backwards; meanwhile those from ca on are fetched, forwards, if >= 0."""
+    """y of block k of the channels from c0 on, backwards; those from ca on are fetched, forwards, if >= 0."""
     keep_whole()
     o0, o1, i0, n = _borders(k, x.shape, plan)
     oa, _, ia, _ = _borders(plan[2] - 1 - k, x.shape, plan)
@@ -165,7 +165,7 @@ def _gradient_run(dy, x, dx, n, c, numbers, past, ahead_dy, ahead_x):  # type: i
 
 @njit(error_model="numpy")
 def rows_gradient(dy, x, dx, k, c0, ca, numbers, like, plan, scratch):  # type: ignore[no-untyped-def]
-    """dx of block k of the channels from c0 on, backwards; meanwhile those from ca on are fetched, forwards, if >= 0."""
+    """dx of block k of the channels from c0 on, backwards; those from ca on are fetched, forwards, if >= 0."""
     keep_whole()
     o0, o1, i0, n = _borders(k, x.shape, plan)
     oa, _, ia, _ = _borders(plan[2] - 1 - k, x.shape, plan)

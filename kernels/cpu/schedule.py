@@ -5,13 +5,13 @@ and all merging is in order, so one thread or many give the same bits. What a bl
 
 With the FINISH stage, a work item is a span of tiles that go through all stages one after the other: a tile is mapped
 while its data is still in cache, and meanwhile the next one is fetched, so that memory reads and writes at once.
-Without it, an item is a piece of a tile: that is how few tiles feed many threads.
+Without it, an item is a span of pieces: that is how few tiles feed many threads.
 
 **Sums** of float32 and half data are taken in float32 lanes around a pivot, the mean of the piece's first values: small
-deviations, whatever the mean. Where those weren't like the rest (the pivot is more than one standard deviation
-off), where squares leave 1e-30 to 1e30, where one value has much of the variance (backward), or where something isn't
-finite, the piece's channel is summed again in float64 with a pivot of its own for every block. Float64 data and channels of few values (nothing averages the last additions
-out) go that way at once.
+deviations, whatever the mean. The piece's channel is summed again in float64, with a pivot of its own for every block,
+where those values weren't like the rest (the pivot is more than one standard deviation off), where squares leave 1e-30
+to 1e30, where one value has much of the variance (backward), and where something isn't finite. Float64 data and
+channels of few values (nothing averages the last additions out) go that way at once.
 """
 
 import math
@@ -53,6 +53,7 @@ ALL = 1 << 62
 # A plan: 0 by columns?, 1 channels of a tile, 2 blocks, 3 blocks of a piece; then of rows: 4 runs of a block,
 # 5 segments of a run, 6 elements of a segment; of columns: 4 rows of a block, 5 period, 6 fold; 7 flags.
 
+
 @njit(error_model="numpy")
 def _width(channels, plan):  # type: ignore[no-untyped-def]
     """Columns or lanes of a tile; a vector may be loaded from any of them on."""
@@ -63,8 +64,8 @@ def _width(channels, plan):  # type: ignore[no-untyped-def]
 def _memory(x, plan, stage, like):  # type: ignore[no-untyped-def]
     """All that a work item needs: `borrowed` says why nothing below it may own an array. It hands on views of rows.
 
-    By channel of a tile: (10, G) float64, 5 coefficients or merged sums, and 5 totals; (8, G) in the elements' type, 2 pivots and 6
-    coefficients. By column or lane: 5 sums; by column: coefficients or pivots in each type. Then scratch for runs.
+    By channel of a tile: (10, G) float64, 5 coefficients or merged sums, and 5 totals; (8, G) in the elements' type, 2
+    pivots and 6 coefficients. By column or lane: 5 sums; by column: coefficients or pivots in each type. Then scratch.
     """
     g = min(plan[1], x.shape[1])
     w = _width(g, plan)
@@ -188,8 +189,8 @@ def _forward_finish(c, stats, part, eps):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def _forward_coefficients(c0, stats, affine, numbers, singles, exact):  # type: ignore[no-untyped-def]
-    """By channel. numbers (3, G): hi, a, b for y = a (x - hi) + b. singles (6, G): h, a, al, b, bl for y = (a d + b) + (al d + bl) with
-    d = x - h in float32, and 1 where they won't do. Returns whether there is such a channel.
+    """By channel. numbers (3, G): hi, a, b for y = a (x - hi) + b. singles (6, G): h, a, al, b, bl in float32 for
+    y = (a d + b) + (al d + bl), d = x - h; and 1 where they won't do. Returns whether there is such a channel.
 
     A mean within 1000 standard deviations goes to b: d = x is exact then, and so is x - h with h near x otherwise.
     a is rounded towards 0: an infinite x then makes two infinite terms of one sign.
