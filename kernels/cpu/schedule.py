@@ -61,18 +61,19 @@ def _width(channels, plan):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def _memory(x, plan, stage, like):  # type: ignore[no-untyped-def]
+def _memory(x, plan, stage, like, depth, wide, narrow):  # type: ignore[no-untyped-def]
     """All that a work item needs: `borrowed` says why nothing below it may own an array. It hands on views of rows.
 
     By channel of a tile: (10, G) float64, 5 coefficients or merged sums, and 5 totals; (8, G) in the elements' type, 2
-    pivots and 6 coefficients. By column or lane: 5 sums; by column: coefficients or pivots in each type. Then scratch.
+    pivots and 6 coefficients. By column or lane: `depth` sums; by column: `wide` coefficients or pivots in float64 and
+    `narrow` ones in the elements' type. Then scratch.
     """
     g = min(plan[1], x.shape[1])
     w = _width(g, plan)
     scratch = 0 if plan[0] else plan[4] * plan[6] if plan[7] & GATHER else BUFFER if plan[7] & PAST else 0
-    numbers, sums, columns = np.empty((10, g)), np.zeros((5, w if stage & SUM else 0)), w if plan[0] else 0
-    singles, like_columns = np.full((8, g), like), np.full((6, columns), like)
-    return numbers, sums, np.zeros((6, columns)), singles, like_columns, np.empty((3, scratch), x.dtype)
+    numbers, sums, columns = np.empty((10, g)), np.zeros((depth, w if stage & SUM else 0)), w if plan[0] else 0
+    singles, like_columns = np.full((8, g), like), np.full((narrow, columns), like)
+    return numbers, sums, np.zeros((wide, columns)), singles, like_columns, np.empty((3, scratch), x.dtype)
 
 
 @njit(error_model="numpy", inline="always")
@@ -238,7 +239,7 @@ def forward_item(k, items, x, y, stats, affine, eps, part, plan, stage):  # type
     """x, y (O, C, I), stats (4, C), affine (2, C), part (P, 4, C); y is not touched without the MAP stage."""
     keep_whole()
     x, y, stats, affine, part = borrowed(x), borrowed(y), borrowed(stats), borrowed(affine), borrowed(part)
-    owned = _memory(x, plan, stage, narrowest(x))
+    owned = _memory(x, plan, stage, narrowest(x), 2, 3, 6)
     memory = _lent(owned)
     first, last, pieces = _share(k, items, x.shape, plan, stage)
     for t in range(first // pieces, (last + pieces - 1) // pieces):
@@ -367,7 +368,7 @@ def backward_item(k, items, dy, x, dx, stats, affine, grads, part, plan, stage):
     keep_whole()
     dy, x, dx, part = borrowed(dy), borrowed(x), borrowed(dx), borrowed(part)
     stats, affine, grads = borrowed(stats), borrowed(affine), borrowed(grads)
-    owned = _memory(x, plan, stage, narrowest(x))
+    owned = _memory(x, plan, stage, narrowest(x), 5, 5, 2)
     memory = _lent(owned)
     first, last, pieces = _share(k, items, x.shape, plan, stage)
     for t in range(first // pieces, (last + pieces - 1) // pieces):
