@@ -161,11 +161,12 @@ def _by_columns(
     outer, channels, inner = shape
     rows = outer if period > 1 else outer * inner
     fold, width = 1, channels * period
+    columns = sizes.columns // max(1, len(strides) - 1)
     gapless = all((s[0] if period > 1 or inner == 1 else s[2]) == width * itemsize for s in strides)
     level = period > 1 or inner == 1 or outer == 1 or all(s[0] == inner * s[2] for s in strides)
-    if gapless and level and 2 * width <= sizes.columns:
-        fold = max(1, min(sizes.columns // width, rows // 16))
-    tile, fits = max(1, sizes.columns // period), sizes.slab // (rows * period * itemsize)
+    if gapless and level and 2 * width <= columns:
+        fold = max(1, min(columns // width, rows // 16))
+    tile, fits = max(1, columns // period), sizes.slab // (rows * period * itemsize)
     if fold > 1:
         tile = channels
     elif stages & SUM and fits * period * itemsize >= sizes.line // 8:  # a tile is mapped while in L2

@@ -30,9 +30,7 @@ from .lanes import (
 )
 from .rows import EXACT, PAST
 
-# Rows whose sums stay in registers; no more are added in float32 (see `blocks.CHAIN`). Each is a stream that memory has
-# to follow: sums of 32×112×112×64 took 1.63 copies with 16 rows of dy and x at a time, 1.44 with 4.
-GROUP, PAIRS = 8, 4
+ROWS = 16  # whose sums stay in registers; no more are added in float32 (see `blocks.CHAIN`)
 
 
 @njit(error_model="numpy")
@@ -136,12 +134,16 @@ def _add_deviations(x, step, rows, n, near, s, q):  # type: ignore[no-untyped-de
     """Columns s, q (W,) float64 += sums over some rows of n columns, in lanes of the type of near (W,)."""
     like = spread(near[0])
     near, s, q = pointer(near, 0), pointer(s, 0), pointer(q, 0)
+    ahead, i = shifted(x, rows * step), 0  # the next rows are fetched in the order of memory
     for j in range(0, n, LANES):
         h = load(near, j, like)
         a = b = nothing(like)
         if j + LANES <= n:
             for r in range(rows):
-                fetch(shifted(x, (r + 3 * rows) * step), j)
+                fetch(ahead, i)
+                i += LANES
+                if i >= n:
+                    ahead, i = shifted(ahead, step), 0
                 d = load(shifted(x, r * step), j, like) - h
                 a, b = a + d, fma(d, d, b)
         else:
@@ -164,7 +166,7 @@ def columns_deviations(x, k, c0, channels, near, sums, plan, few):  # type: igno
     while r < r1:
         place, step, left = _row(x, r, c0, plan)
         n = _width(r, x.shape, channels, plan)
-        rows = min(GROUP, left, r1 - r)
+        rows = min(ROWS, left, r1 - r)
         if rows > 1 and _width(r + rows - 1, x.shape, channels, plan) != n:
             rows -= 1
         _add_deviations(place, step, rows, n, near[0], sums[0], sums[1])
@@ -177,13 +179,17 @@ def _add_products(dy, x, step_dy, step_x, rows, n, near_dy, near_x, sums):  # ty
     near_dy, near_x = pointer(near_dy, 0), pointer(near_x, 0)
     s, t, p = pointer(sums, 0), pointer(sums, line), pointer(sums, 2 * line)
     q, f = pointer(sums, 3 * line), pointer(sums, 4 * line)
+    ahead_dy, ahead_x, i = shifted(dy, rows * step_dy), shifted(x, rows * step_x), 0
     for j in range(0, n, LANES):
         gh, dh = load(near_dy, j, like), load(near_x, j, like)
         a = b = c = u = v = nothing(like)
         if j + LANES <= n:
             for r in range(rows):
-                fetch(shifted(dy, (r + 3 * rows) * step_dy), j)
-                fetch(shifted(x, (r + 3 * rows) * step_x), j)
+                fetch(ahead_dy, i)
+                fetch(ahead_x, i)
+                i += LANES
+                if i >= n:
+                    ahead_dy, ahead_x, i = shifted(ahead_dy, step_dy), shifted(ahead_x, step_x), 0
                 g, d = load(shifted(dy, r * step_dy), j, like) - gh, load(shifted(x, r * step_x), j, like) - dh
                 e = d * d
                 a, b, c, u, v = a + g, b + d, fma(g, d, c), fma(g, g, u), fma(e, e, v)
@@ -209,7 +215,7 @@ def columns_products(dy, x, k, c0, channels, near, sums, plan):  # type: ignore[
         run_dy, step_dy, left = _row(dy, r, c0, plan)
         run_x, step_x, _ = _row(x, r, c0, plan)
         n = _width(r, x.shape, channels, plan)
-        rows = min(PAIRS, left, r1 - r)
+        rows = min(ROWS, left, r1 - r)
         if rows > 1 and _width(r + rows - 1, x.shape, channels, plan) != n:
             rows -= 1
         _add_products(run_dy, run_x, step_dy, step_x, rows, n, near[0], near[1], sums)
@@ -264,11 +270,14 @@ def columns_normalize(x, y, k, c0, channels, doubles, singles, rare, plan):  # t
     f = pointer(singles, 0), pointer(singles, w), pointer(singles, 2 * w), pointer(singles, 3 * w)
     f = (*f, pointer(singles, 4 * w), pointer(singles, 5 * w))
     reach = 1 + 1024 // (channels * plan[5] * plan[6])  # rows that are fetched ahead
-    for r in range(r1 - 1, r0 - 1, -1):  # what was read last is in cache
-        run, _, _ = _row(x, r, c0, plan)
-        result, _, _ = _row(y, r, c0, plan)
-        ahead, _, _ = _row(x, max(0, r - reach), c0, plan)
-        _normalize_row(run, result, _width(r, x.shape, channels, plan), like, d, f, mode, past, ahead)
+    while r0 < r1:
+        band_x, sx, left = _row(x, r0, c0, plan)
+        band_y, sy, _ = _row(y, r0, c0, plan)
+        rows = min(left, r1 - r0)
+        for i in range(rows):
+            n, ahead = _width(r0 + i, x.shape, channels, plan), shifted(band_x, (i + reach) * sx)
+            _normalize_row(shifted(band_x, i * sx), shifted(band_y, i * sy), n, like, d, f, mode, past, ahead)
+        r0 += rows
 
 
 @njit(error_model="numpy")
@@ -307,10 +316,18 @@ def columns_gradient(dy, x, dx, k, c0, channels, doubles, plan):  # type: ignore
     d = pointer(doubles, 0), pointer(doubles, u), pointer(doubles, 2 * u), pointer(doubles, 3 * u)
     d = (*d, pointer(doubles, 4 * u))
     past, reach = plan[7] & PAST != 0, 1 + 1024 // (channels * plan[5] * plan[6])
-    for r in range(r1 - 1, r0 - 1, -1):
-        run_dy, _, _ = _row(dy, r, c0, plan)
-        run_x, _, _ = _row(x, r, c0, plan)
-        result, _, _ = _row(dx, r, c0, plan)
-        ahead_dy, _, _ = _row(dy, max(0, r - reach), c0, plan)
-        ahead_x, _, _ = _row(x, max(0, r - reach), c0, plan)
-        _gradient_row(run_dy, run_x, result, _width(r, x.shape, channels, plan), d, past, ahead_dy, ahead_x)
+    while r0 < r1:
+        band_dy, step_dy, left = _row(dy, r0, c0, plan)
+        band_x, step_x, _ = _row(x, r0, c0, plan)
+        band_dx, step_dx, _ = _row(dx, r0, c0, plan)
+        rows = min(left, r1 - r0)
+        for i in range(rows):
+            n = _width(r0 + i, x.shape, channels, plan)
+            run_dy, run_x, run_dx = (
+                shifted(band_dy, i * step_dy),
+                shifted(band_x, i * step_x),
+                shifted(band_dx, i * step_dx),
+            )
+            ahead_dy, ahead_x = shifted(band_dy, (i + reach) * step_dy), shifted(band_x, (i + reach) * step_x)
+            _gradient_row(run_dy, run_x, run_dx, n, d, past, ahead_dy, ahead_x)
+        r0 += rows

@@ -201,6 +201,9 @@ def _forward_coefficients(c0, stats, affine, numbers, singles, exact):  # type: 
         hi, lo, invstd, beta = stats[0, c0 + c], stats[1, c0 + c], stats[3, c0 + c], affine[1, c0 + c]
         a = affine[0, c0 + c] * invstd
         numbers[0, c], numbers[1, c], numbers[2, c] = hi, a, beta - a * lo
+        if exact:
+            singles[5, c] = 1.0
+            continue
         singles[0, c] = 0.0 if abs(hi * invstd) <= 1024.0 else hi
         b = beta - a * ((hi - singles[0, c]) + lo)
         singles[1, c] = a
@@ -212,22 +215,29 @@ def _forward_coefficients(c0, stats, affine, numbers, singles, exact):  # type: 
         singles[3, c] = b
         singles[4, c] = b - singles[3, c]
         fits = (1e-30 < abs(a) < 1e30 or a == 0.0) and abs(b) < 1e30
-        singles[5, c] = exact or not fits
+        singles[5, c] = not fits
         rare |= not fits
     return rare
 
 
 @njit(error_model="numpy", inline="always")
-def _forward_map(p0, p1, c0, ca, x, y, stats, affine, plan, memory):  # type: ignore[no-untyped-def]
-    """Pieces p0 to p1 of a tile, backwards; the channels from ca on are fetched meanwhile, if it is >= 0."""
+def _forward_map(p0, p1, c0, ca, x, y, stats, affine, summed, plan, memory):  # type: ignore[no-untyped-def]
+    """Pieces p0 to p1 of a tile, backwards if they were summed: what was read last is in cache.
+
+    The channels from ca on are fetched meanwhile, if it is >= 0.
+    """
     g = min(plan[1], x.shape[1] - c0)
     all_numbers, _, spread_numbers, all_singles, spread_singles, scratch = memory
     numbers, singles = all_numbers[:3, :g], all_singles[2:, :g]
-    rare = _forward_coefficients(c0, stats, affine, numbers, singles, plan[7] & EXACT != 0)
+    exact = plan[7] & EXACT != 0
+    rare = _forward_coefficients(c0, stats, affine, numbers, singles, exact)
     if plan[0]:
         spread_columns(numbers, spread_numbers, plan)
-        spread_columns(singles, spread_singles, plan)
-    for k in range(min(p1 * plan[3], plan[2]) - 1, p0 * plan[3] - 1, -1):
+        if not exact:
+            spread_columns(singles, spread_singles, plan)
+    k0, k1 = p0 * plan[3], min(p1 * plan[3], plan[2])
+    for i in range(k1 - k0):
+        k = k1 - 1 - i if summed else k0 + i
         if plan[0]:
             columns_normalize(x, y, k, c0, g, spread_numbers, spread_singles, rare, plan)
         else:
@@ -252,7 +262,7 @@ def forward_item(k, items, x, y, stats, affine, eps, part, plan, stage):  # type
                 _forward_finish(c, stats, part, eps)
         if stage & MAP:
             ahead = c0 + plan[1] if (t + 1) * pieces < last and stage & SUM else -1
-            _forward_map(p0, p1, c0, ahead, x, y, stats, affine, plan, memory)
+            _forward_map(p0, p1, c0, ahead, x, y, stats, affine, part.shape[0] > 0, plan, memory)
     fence()
     hold(owned)
 
