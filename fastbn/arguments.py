@@ -198,7 +198,9 @@ def same_memory(a: np.ndarray, b: np.ndarray) -> bool:
     """True where element by element a is b."""
     if a is b:
         return True
-    if a.shape != b.shape or any(s != t for s, t, n in zip(a.strides, b.strides, a.shape, strict=True) if n > 1):
+    if not np.may_share_memory(a, b) or a.shape != b.shape:  # most arrays don't, and that takes 0.2 µs to see
+        return False
+    if any(s != t for s, t, n in zip(a.strides, b.strides, a.shape, strict=True) if n > 1):
         return False
     return bool(a.ctypes.data == b.ctypes.data)  # last, as an address takes 1 µs to get
 

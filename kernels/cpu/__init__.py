@@ -56,7 +56,7 @@ class Sizes:
     columns: int = 1024  # columns of a tile: its sums and coefficients stay in L1 and L2
     height: int = 64  # rows of a block of columns: as many are added in a lane
     few: int = 256  # values of a channel below which all is done in float64
-    serial: int = 32768  # arrays of fewer elements run on one thread: entering a region costs 5 to 50 us
+    serial: int = 131072  # arrays of fewer elements run on one thread, which takes 40 us: a region costs 2 to 120
     past: int = 30_000_000  # bytes of all arrays above which stores go past the caches: they are slower below
 
 
