@@ -265,56 +265,70 @@ def columns_normalize(x, y, k, c0, channels, doubles, singles, rare, plan):  # t
     like = spread(singles[0, 0])
     past = plan[7] & PAST != 0
     mode = EXACT if plan[7] & EXACT else 1 if rare else 0
-    u, w = doubles.strides[0], singles.strides[0]
+    u = doubles.strides[0]
     d = pointer(doubles, 0), pointer(doubles, u), pointer(doubles, 2 * u)
-    f = pointer(singles, 0), pointer(singles, w), pointer(singles, 2 * w), pointer(singles, 3 * w)
-    f = (*f, pointer(singles, 4 * w), pointer(singles, 5 * w))
+    f = (*_five(singles), pointer(singles, 5 * singles.strides[0]))
     reach = 1 + 1024 // (channels * plan[5] * plan[6])  # rows that are fetched ahead
     while r0 < r1:
         band_x, sx, left = _row(x, r0, c0, plan)
         band_y, sy, _ = _row(y, r0, c0, plan)
         rows = min(left, r1 - r0)
         for i in range(rows):
-            n, ahead = _width(r0 + i, x.shape, channels, plan), shifted(band_x, (i + reach) * sx)
-            _normalize_row(shifted(band_x, i * sx), shifted(band_y, i * sy), n, like, d, f, mode, past, ahead)
+            n, run = _width(r0 + i, x.shape, channels, plan), shifted(band_x, i * sx)
+            ahead = shifted(run, reach * sx)
+            _normalize_row(run, shifted(band_y, i * sy), n, like, d, f, mode, past, ahead)
         r0 += rows
 
 
 @njit(error_model="numpy")
-def _slope(g, d, j, numbers):  # type: ignore[no-untyped-def]
-    g, d = g - load(numbers[0], j, g), d - load(numbers[1], j, d)
-    return fma(g, load(numbers[2], j, g), fma(d, load(numbers[3], j, g), load(numbers[4], j, g)))
+def _five(numbers):  # type: ignore[no-untyped-def]
+    """Pointers to the first five rows."""
+    s = numbers.strides[0]
+    first = pointer(numbers, 0)
+    return first, shifted(first, s), shifted(first, 2 * s), shifted(first, 3 * s), shifted(first, 4 * s)
 
 
 @njit(error_model="numpy")
-def _gradient_row(dy, x, dx, n, numbers, past, ahead_dy, ahead_x):  # type: ignore[no-untyped-def]
+def _slope(g, d, j, doubles, used, rare):  # type: ignore[no-untyped-def]
+    """Lanes of dx for lanes g of dy and d of x from column j on."""
+    e, f = g - load(used[0], j, g), d - load(used[1], j, d)
+    v = wide(fma(e, load(used[2], j, g), fma(f, load(used[3], j, g), load(used[4], j, g))))
+    if not rare:
+        return v
     like = spread(0.0)
+    p, q = wide(g) - load(doubles[0], j, like), wide(d) - load(doubles[1], j, like)
+    w = fma(p, load(doubles[2], j, like), fma(q, load(doubles[3], j, like), load(doubles[4], j, like)))
+    return where_nonzero(wide(load(used[5], j, g)), w, v)
+
+
+@njit(error_model="numpy")
+def _gradient_row(dy, x, dx, n, like, doubles, used, rare, past, ahead_dy, ahead_x):  # type: ignore[no-untyped-def]
     j = 0
     if past:
         j = min(n, before_line(dx))
     if j > 0:
-        save_part(dx, 0, j, _slope(load_part(dy, 0, j, like), load_part(x, 0, j, like), 0, numbers))
+        save_part(dx, 0, j, _slope(load_part(dy, 0, j, like), load_part(x, 0, j, like), 0, doubles, used, rare))
     while j + LANES <= n:
         fetch(ahead_dy, j)
         fetch(ahead_x, j)
-        v = _slope(load(dy, j, like), load(x, j, like), j, numbers)
+        v = _slope(load(dy, j, like), load(x, j, like), j, doubles, used, rare)
         if past:
             stream(dx, j, v)
         else:
             save(dx, j, v)
         j += LANES
     if j < n:
-        save_part(dx, j, n - j, _slope(load_part(dy, j, n - j, like), load_part(x, j, n - j, like), j, numbers))
+        v = _slope(load_part(dy, j, n - j, like), load_part(x, j, n - j, like), j, doubles, used, rare)
+        save_part(dx, j, n - j, v)
 
 
 @njit(error_model="numpy")
-def columns_gradient(dy, x, dx, k, c0, channels, doubles, plan):  # type: ignore[no-untyped-def]
-    """dx of block k of the channels from c0 on; doubles (5, W + 16) by column."""
+def columns_gradient(dy, x, dx, k, c0, channels, doubles, used, rare, plan):  # type: ignore[no-untyped-def]
+    """dx of block k of the channels from c0 on; doubles (5, W + 16) and used (5 or 6, W + 16) by column."""
     keep_whole()
     r0, r1 = _borders(k, x.shape, plan)
-    u = doubles.strides[0]
-    d = pointer(doubles, 0), pointer(doubles, u), pointer(doubles, 2 * u), pointer(doubles, 3 * u)
-    d = (*d, pointer(doubles, 4 * u))
+    like = spread(used[0, 0])
+    d, f = _five(doubles), (*_five(used), pointer(used, (used.shape[0] - 1) * used.strides[0]))
     past, reach = plan[7] & PAST != 0, 1 + 1024 // (channels * plan[5] * plan[6])
     while r0 < r1:
         band_dy, step_dy, left = _row(dy, r0, c0, plan)
@@ -323,11 +337,8 @@ def columns_gradient(dy, x, dx, k, c0, channels, doubles, plan):  # type: ignore
         rows = min(left, r1 - r0)
         for i in range(rows):
             n = _width(r0 + i, x.shape, channels, plan)
-            run_dy, run_x, run_dx = (
-                shifted(band_dy, i * step_dy),
-                shifted(band_x, i * step_x),
-                shifted(band_dx, i * step_dx),
-            )
-            ahead_dy, ahead_x = shifted(band_dy, (i + reach) * step_dy), shifted(band_x, (i + reach) * step_x)
-            _gradient_row(run_dy, run_x, run_dx, n, d, past, ahead_dy, ahead_x)
+            run_dy, run_x = shifted(band_dy, i * step_dy), shifted(band_x, i * step_x)
+            ahead_dy, ahead_x = shifted(run_dy, reach * step_dy), shifted(run_x, reach * step_x)
+            target = shifted(band_dx, i * step_dx)
+            _gradient_row(run_dy, run_x, target, n, like, d, f, rare, past, ahead_dy, ahead_x)
         r0 += rows

@@ -18,6 +18,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.imputils import impl_ret_borrowed
 from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
@@ -388,6 +389,19 @@ def narrowest(_typing: Any, array: Any) -> Any:
     """0 in the type that an array's elements can be computed in: float32 for the half types, else their own."""
     result = types.float64 if array.dtype == types.float64 else types.float32
     return result(array), lambda context, _builder, signature, _args: context.get_constant(signature.return_type, 0)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def finest(_typing: Any, array: Any, double: Any, single: Any) -> Any:
+    """`single` for an array of a half type, whose own rounding is 2^13 times float32's; else `double`."""
+    half = isinstance(array.dtype, types.Integer)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        # returned as it came, so its count of references goes up
+        chosen = 2 if half else 1
+        return impl_ret_borrowed(context, builder, signature.return_type, args[chosen])
+
+    return (single if half else double)(array, double, single), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]

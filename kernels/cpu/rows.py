@@ -10,7 +10,7 @@ scratch run, and results are scattered from one.
 from numba import njit
 
 from .blocks import run_deviations, run_gradient, run_normalize, run_normalize_single, run_products, run_stream
-from .lanes import LANES, keep_whole, load, nothing, pointer, save, shifted, spread, total
+from .lanes import LANES, keep_whole, load, narrowest, nothing, pointer, save, shifted, spread, total
 
 PAST, GATHER, EXACT = 1, 2, 4  # flags of a plan: store past the caches; gather; all in float64
 
@@ -158,40 +158,46 @@ def rows_normalize(x, y, k, c0, ca, doubles, singles, plan, scratch):  # type: i
 
 
 @njit(error_model="numpy")
-def _gradient_run(dy, x, dx, n, c, numbers, past, ahead_dy, ahead_x):  # type: ignore[no-untyped-def]
-    ghi, hi, a, b, rest = numbers[0, c], numbers[1, c], numbers[2, c], numbers[3, c], numbers[4, c]
-    run_gradient(dy, x, dx, n, ghi, hi, a, b, rest, past, ahead_dy, ahead_x)
+def _gradient_run(dy, x, dx, n, c, doubles, used, rare, past, ahead_dy, ahead_x):  # type: ignore[no-untyped-def]
+    if rare and used[5, c] != 0:
+        ghi, hi, a, b, rest = doubles[0, c], doubles[1, c], doubles[2, c], doubles[3, c], doubles[4, c]
+        run_gradient(dy, x, dx, n, ghi, hi, a, b, rest, past, ahead_dy, ahead_x)
+    else:
+        g, h, a1, b1, rest1 = used[0, c], used[1, c], used[2, c], used[3, c], used[4, c]
+        run_gradient(dy, x, dx, n, g, h, a1, b1, rest1, past, ahead_dy, ahead_x)
 
 
 @njit(error_model="numpy")
-def rows_gradient(dy, x, dx, k, c0, ca, numbers, like, plan, scratch):  # type: ignore[no-untyped-def]
+def rows_gradient(dy, x, dx, k, c0, ca, doubles, used, rare, plan, scratch):  # type: ignore[no-untyped-def]
     """dx of block k of the channels from c0 on, backwards; those from ca on are fetched, forwards, if >= 0."""
     keep_whole()
     o0, o1, i0, n = _borders(k, x.shape, plan)
     oa, _, ia, _ = _borders(plan[2] - 1 - k, x.shape, plan)
     if plan[7] & GATHER:
-        for c in range(numbers.shape[1]):
+        for c in range(doubles.shape[1]):
             run_dy = _gathered(dy, c0 + c, o0, o1, i0, n, scratch[0])
             run_x = _gathered(x, c0 + c, o0, o1, i0, n, scratch[1])
-            _gradient_run(run_dy, run_x, pointer(scratch[2], 0), (o1 - o0) * n, c, numbers, False, run_dy, run_x)
+            _gradient_run(
+                run_dy, run_x, pointer(scratch[2], 0), (o1 - o0) * n, c, doubles, used, rare, False, run_dy, run_x
+            )
             _scatter(scratch[2], dx, c0 + c, o0, o1, i0, n)
         return
     past = plan[7] & PAST != 0
     short = past and _is_short(dx, n)
     for o in range(o1 - 1, o0 - 1, -1):
         held, buffer, place = 0, pointer(scratch[2], 0), _at(dx, o, c0, i0)
-        for c in range(numbers.shape[1]):
+        for c in range(doubles.shape[1]):
             ahead_dy = run_dy = _at(dy, o, c0 + c, i0)
             ahead_x = run_x = _at(x, o, c0 + c, i0)
             if ca >= 0:
                 there, next_c = min(oa + o1 - 1 - o, x.shape[0] - 1), min(ca + c, x.shape[1] - 1)
                 ahead_dy, ahead_x = _at(dy, there, next_c, ia), _at(x, there, next_c, ia)
             if not short:
-                _gradient_run(run_dy, run_x, _at(dx, o, c0 + c, i0), n, c, numbers, past, ahead_dy, ahead_x)
+                _gradient_run(run_dy, run_x, _at(dx, o, c0 + c, i0), n, c, doubles, used, rare, past, ahead_dy, ahead_x)
                 continue
             target = shifted(buffer, held * dx.itemsize)
-            _gradient_run(run_dy, run_x, target, n, c, numbers, False, ahead_dy, ahead_x)
+            _gradient_run(run_dy, run_x, target, n, c, doubles, used, rare, False, ahead_dy, ahead_x)
             held += n
-            if held + n > BUFFER or c + 1 == numbers.shape[1]:
-                run_stream(buffer, place, held, like)
+            if held + n > BUFFER or c + 1 == doubles.shape[1]:
+                run_stream(buffer, place, held, spread(narrowest(x)))
                 place, held = shifted(place, held * dx.itemsize), 0

@@ -31,7 +31,7 @@ from .columns import (
     spread_columns,
 )
 from .compile import Kernel, compiled
-from .lanes import LANES, borrowed, call, fence, hold, keep_whole, narrowest, spread
+from .lanes import LANES, borrowed, call, fence, finest, hold, keep_whole, narrowest
 from .rows import (
     BUFFER,
     EXACT,
@@ -351,25 +351,49 @@ def _backward_finish(c, grads, part):  # type: ignore[no-untyped-def]
     grads[3, c] = t
 
 
-@njit(error_model="numpy", inline="always")
-def _backward_map(p0, p1, c0, ca, dy, x, dx, stats, affine, grads, plan, memory):  # type: ignore[no-untyped-def]
-    """Pieces p0 to p1 of a tile, backwards; the channels from ca on are fetched meanwhile, if it is >= 0."""
-    g = min(plan[1], x.shape[1] - c0)
-    all_numbers, _, spread_numbers, _, _, scratch = memory
-    numbers = all_numbers[:5, :g]
-    for c in range(g):
+@njit(error_model="numpy")
+def _backward_coefficients(c0, stats, affine, grads, numbers, singles):  # type: ignore[no-untyped-def]
+    """By channel, numbers (5, G) and singles (6, G): ghi, hi, a, b, c for dx = a (dy - ghi) + (b (x - hi) + c).
+
+    In singles c has what the rounding of ghi and hi takes away, and the sixth is 1 where they won't do. Returns
+    whether there is such a channel.
+    """
+    rare = False
+    for c in range(numbers.shape[1]):
+        ghi, glo, hi, lo = grads[0, c0 + c], grads[1, c0 + c], stats[0, c0 + c], stats[1, c0 + c]
         invstd = stats[3, c0 + c]
         a = affine[0, c0 + c] * invstd
         b = -a * (grads[2, c0 + c] * invstd) * invstd
-        numbers[0, c], numbers[1, c], numbers[2, c], numbers[3, c] = grads[0, c0 + c], stats[0, c0 + c], a, b
-        numbers[4, c] = -(a * grads[1, c0 + c] + b * stats[1, c0 + c])
+        numbers[0, c], numbers[1, c], numbers[2, c], numbers[3, c], numbers[4, c] = ghi, hi, a, b, -(a * glo + b * lo)
+        singles[0, c], singles[1, c], singles[2, c], singles[3, c] = ghi, hi, a, b
+        rest = numbers[4, c] + a * (singles[0, c] - ghi) + b * (singles[1, c] - hi)
+        singles[4, c] = rest
+        fits = (1e-30 < abs(a) < 1e30 or a == 0.0) and (1e-30 < abs(b) < 1e30 or b == 0.0) and abs(rest) < 1e30
+        singles[5, c] = not fits
+        rare |= not fits
+    return rare
+
+
+@njit(error_model="numpy", inline="always")
+def _backward_map(p0, p1, c0, ca, dy, x, dx, stats, affine, grads, plan, memory):  # type: ignore[no-untyped-def]
+    """Pieces p0 to p1 of a tile, backwards; the channels from ca on are fetched meanwhile, if it is >= 0.
+
+    In float64, but for half types, where float32 costs 2^-13 of an ulp and takes half the time.
+    """
+    g = min(plan[1], x.shape[1] - c0)
+    all_numbers, _, spread_numbers, all_singles, spread_singles, scratch = memory
+    numbers, singles = all_numbers[:5, :g], all_singles[2:, :g]
+    rare = _backward_coefficients(c0, stats, affine, grads, numbers, singles) and finest(x, False, True)
+    used, spread_used = finest(x, numbers, singles), finest(x, spread_numbers, spread_singles)
     if plan[0]:
         spread_columns(numbers, spread_numbers, plan)
-    for k in range(min(p1 * plan[3], plan[2]) - 1, p0 * plan[3] - 1, -1):
+        spread_columns(used, spread_used, plan)
+    k0, k1 = p0 * plan[3], min(p1 * plan[3], plan[2])
+    for k in range(k1 - 1, k0 - 1, -1):
         if plan[0]:
-            columns_gradient(dy, x, dx, k, c0, g, spread_numbers, plan)
+            columns_gradient(dy, x, dx, k, c0, g, spread_numbers, spread_used, rare, plan)
         else:
-            rows_gradient(dy, x, dx, k, c0, ca, numbers, spread(narrowest(x)), plan, scratch)
+            rows_gradient(dy, x, dx, k, c0, ca, numbers, used, rare, plan, scratch)
 
 
 @compiled
@@ -378,7 +402,7 @@ def backward_item(k, items, dy, x, dx, stats, affine, grads, part, plan, stage):
     keep_whole()
     dy, x, dx, part = borrowed(dy), borrowed(x), borrowed(dx), borrowed(part)
     stats, affine, grads = borrowed(stats), borrowed(affine), borrowed(grads)
-    owned = _memory(x, plan, stage, narrowest(x), 5, 5, 2)
+    owned = _memory(x, plan, stage, narrowest(x), 5, 5, 6)
     memory = _lent(owned)
     first, last, pieces = _share(k, items, x.shape, plan, stage)
     for t in range(first // pieces, (last + pieces - 1) // pieces):
