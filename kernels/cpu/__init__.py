@@ -117,10 +117,12 @@ def _plan(
     outer, channels, inner = shape
     size = outer * channels * inner
     flags = EXACT if itemsize == 8 or outer * inner < sizes.few else 0
-    flags |= PAST if size * itemsize * len(strides) > sizes.past else 0
     # Memory decides: across the channels where they are next to each other, else along the inner axis.
     across = channels > 1 and all(s[1] == itemsize and (inner == 1 or s[2] != itemsize) for s in strides)
     short = 1 < inner < LANES and all(s[2] == itemsize and s[1] == inner * itemsize for s in strides)
+    # Runs of a few lines pass the caches by way of a buffer: 14×14, 51 MB in all, took 1.7 copies so, 1.4 through them.
+    limit = sizes.past if across or short or inner * itemsize >= sizes.line else 2 * sizes.past
+    flags |= PAST if size * itemsize * len(strides) > limit else 0
     if across or short:
         return _by_columns(shape, strides, itemsize, flags, inner if short else 1, stages, sizes)
     return _by_rows(shape, strides, itemsize, flags, stages, sizes)
