@@ -51,6 +51,24 @@ def test_half_types(shape, axis, dtype, ratio, rng):
     assert max(errors(x, axis, dtype, rng)) <= TOLERANCE[dtype.name]
 
 
+@pytest.mark.parametrize(("extreme", "scale"), [(1e42, 1e-10), (1e-50, 1e20)])
+@layouts
+def test_half_gradient_of_an_extreme_channel(shape, axis, extreme, scale, rng):
+    """Its coefficients leave float32; those beside it stay as they are."""
+    x, dy = rng.normal(size=(2, *shape)).astype(BFLOAT16)
+    dy = (dy * BFLOAT16.type(scale)).astype(BFLOAT16)
+    gamma = rng.normal(size=shape[axis])
+    dx = fastbn.backward(dy, fastbn.forward(x, gamma, axis=axis)[1])[0]
+    c = shape[axis] - 2
+    gamma[c] = extreme
+    dx2 = fastbn.backward(dy, fastbn.forward(x, gamma, axis=axis)[1])[0]
+    exact = reference.backward(dy, reference.forward(x, gamma, axis=axis)[1])[0].take(c, axis)
+    error = np.abs(dx2.take(c, axis).astype(np.float64) - exact) / np.maximum(extreme * scale, np.abs(exact))
+    assert error.max() <= TOLERANCE["bfloat16"] * eps(BFLOAT16)
+    others = np.delete(np.arange(shape[axis]), c)
+    np.testing.assert_array_equal(dx2.take(others, axis), dx.take(others, axis))
+
+
 @pytest.mark.parametrize("dtype", [np.dtype(np.float32), np.dtype(np.float64)], ids=lambda d: d.name)
 @layouts
 def test_gradient_with_an_offset(shape, axis, dtype, rng):

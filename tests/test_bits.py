@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 
@@ -51,12 +52,10 @@ print(json.dumps(out))
 """
 
 
-def run(threads, limit):
-    import os
-
+def run(threads, limit, cache):
     process = subprocess.run(
         [sys.executable, "-c", SCRIPT, threads],
-        env={**os.environ, "NUMBA_NUM_THREADS": limit},
+        env={**os.environ, "NUMBA_NUM_THREADS": limit, "NUMBA_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,
         timeout=500,
@@ -66,12 +65,15 @@ def run(threads, limit):
     return json.loads(process.stdout)
 
 
-def test_same_bits_for_any_number_of_threads():
-    many = run("1,2,3,4,8,1", "8")
+def test_same_bits_for_any_number_of_threads(tmp_path):
+    many = run("1,2,3,4,8,1", "8", tmp_path)  # compiles its kernels
     different = {name: digests for name, digests in many.items() if len(set(digests)) != 1}
     assert not different
     assert len(many) == 24
-    again = run("2", "2")  # another process, whose kernels come from the cache
+    compiled = set(tmp_path.rglob("*.kernel"))
+    again = run("2", "2", tmp_path)  # another process, whose kernels come from the cache
+    assert compiled
+    assert set(tmp_path.rglob("*.kernel")) == compiled
     assert {name: digests[0] for name, digests in many.items()} == {name: digests[0] for name, digests in again.items()}
 
 

@@ -14,6 +14,7 @@ import math
 import numpy as np
 from numba import njit
 
+from .compile import part
 from .lanes import (
     LANES,
     before_line,
@@ -38,14 +39,14 @@ CHAIN = 16 * LANES
 AHEAD = 64 * LANES  # elements: reading 103 MB took 3.0 ms without fetching, 2.5 with
 
 
-@njit(error_model="numpy")
+@part()
 def add_lanes(sums, lanes):  # type: ignore[no-untyped-def]
     """sums[:16] += lanes, as float64. Adding lanes up is left for the end: it would hold up the loads behind it."""
     more = wide(lanes)
     save(sums, 0, load(sums, 0, more) + more)
 
 
-@njit(error_model="numpy")
+@part()
 def run_deviations(x, n, pivot, sums, squares):  # type: ignore[no-untyped-def]
     """Lanes of sums and squares (16,) float64 += x - pivot and its square, for n elements; in the pivot's type."""
     near = spread(pivot)
@@ -68,7 +69,7 @@ def run_deviations(x, n, pivot, sums, squares):  # type: ignore[no-untyped-def]
         add_lanes(squares, q + r)
 
 
-@njit(error_model="numpy")
+@part()
 def run_products(dy, x, n, pivot, hi, sums_dy, sums_x, products, squares, fourths):  # type: ignore[no-untyped-def]
     """Lanes += g = dy - pivot, d = x - hi, g d, g^2 and d^4, for n pairs; in the pivot's type."""
     near_dy, near_x = spread(pivot), spread(hi)
@@ -93,7 +94,7 @@ def run_products(dy, x, n, pivot, hi, sums_dy, sums_x, products, squares, fourth
         add_lanes(fourths, f)
 
 
-@njit(error_model="numpy")
+@part()
 def run_normalize(x, y, n, hi, a, b, past, ahead):  # type: ignore[no-untyped-def]
     """n elements of y = a (x - hi) + b in float64; stored past the caches if `past`. y may be x.
 
@@ -118,7 +119,7 @@ def run_normalize(x, y, n, hi, a, b, past, ahead):  # type: ignore[no-untyped-de
         save_part(y, i, n - i, fma(load_part(x, i, n - i, h) - h, a, b))
 
 
-@njit(error_model="numpy")
+@part()
 def run_normalize_single(x, y, n, h, a, al, b, bl, past, ahead):  # type: ignore[no-untyped-def]
     """The same in float32 with a and b as pairs: y = (a d + b) + (al d + bl), d = x - h. Off by 1 eps at most."""
     h, a, al, b, bl = spread(h), spread(a), spread(al), spread(b), spread(bl)
@@ -143,7 +144,7 @@ def run_normalize_single(x, y, n, h, a, al, b, bl, past, ahead):  # type: ignore
         save_part(y, i, n - i, fma(d, a, b) + fma(d, al, bl))
 
 
-@njit(error_model="numpy")
+@part()
 def run_gradient(dy, x, dx, n, ghi, hi, a, b, c, past, ahead_dy, ahead_x):  # type: ignore[no-untyped-def]
     """n elements of dx = a (dy - ghi) + (b (x - hi) + c) in float64. dx may be dy or x."""
     gh, h, a, b, c = spread(ghi), spread(hi), spread(a), spread(b), spread(c)
@@ -169,7 +170,7 @@ def run_gradient(dy, x, dx, n, ghi, hi, a, b, c, past, ahead_dy, ahead_x):  # ty
         save_part(dx, i, n - i, fma(g, a, fma(d, b, c)))
 
 
-@njit(error_model="numpy")
+@part()
 def run_stream(x, y, n, like):  # type: ignore[no-untyped-def]
     """Copy n elements past the caches; `like` sets the lanes."""
     i = min(n, before_line(y))
@@ -182,13 +183,13 @@ def run_stream(x, y, n, like):  # type: ignore[no-untyped-def]
         save_part(y, i, n - i, load_part(x, i, n - i, like))
 
 
-@njit(error_model="numpy")
+@part()
 def not_negative(m2):  # type: ignore[no-untyped-def]
     """M2 without the rounding that can take it below 0; NaN stays."""
     return 0.0 if m2 < 0.0 else m2
 
 
-@njit(error_model="numpy")
+@part()
 def settle(hi, lo):  # type: ignore[no-untyped-def]
     """The pair hi + lo with |lo| at most half an ulp of hi. An infinite or NaN hi keeps lo = 0."""
     total = hi + lo
@@ -225,14 +226,14 @@ def merge_comoments(n, hi, lo, t, p, nb, hib, lob, tb, pb):  # type: ignore[no-u
     return total, moved, rest, t + step * (nb / total), p + pb + delta * step * (n * nb / total)
 
 
-@njit(error_model="numpy")
+@part()
 def _run(array):  # type: ignore[no-untyped-def]
     if array.size > 1 and array.strides[0] != array.itemsize:
         raise ValueError("fastbn's block functions take contiguous arrays; pass a copy")
     return pointer(array, 0)
 
 
-@njit(error_model="numpy")
+@part()
 def _sums(run, n, pivot):  # type: ignore[no-untyped-def]
     lanes = np.zeros(2 * LANES)
     s, q = pointer(lanes, 0), pointer(lanes, 8 * LANES)

@@ -8,8 +8,7 @@ columns before a block, and columns are added up to channels after it.
 A tile is some neighbouring channels, a block some rows of it.
 """
 
-from numba import njit
-
+from .compile import part
 from .lanes import (
     LANES,
     before_line,
@@ -33,20 +32,20 @@ from .rows import EXACT, PAST
 ROWS = 16  # whose sums stay in registers; no more are added in float32 (see `blocks.CHAIN`)
 
 
-@njit(error_model="numpy")
+@part()
 def _rows(shape, plan):  # type: ignore[no-untyped-def]
     """How many rows there are, before they are folded."""
     return shape[0] if plan[5] > 1 else shape[0] * shape[2]
 
 
-@njit(error_model="numpy")
+@part()
 def _borders(k, shape, plan):  # type: ignore[no-untyped-def]
     """Block k of a tile: folded rows r0 to r1."""
     rows = (_rows(shape, plan) + plan[6] - 1) // plan[6]
     return k * plan[4], min((k + 1) * plan[4], rows)
 
 
-@njit(error_model="numpy")
+@part()
 def columns_count(k, shape, plan, few):  # type: ignore[no-untyped-def]
     """Values of a channel in block k, or in its first `few` rows."""
     r0, r1 = _borders(k, shape, plan)
@@ -54,7 +53,7 @@ def columns_count(k, shape, plan, few):  # type: ignore[no-untyped-def]
     return (min(r1 * plan[6], _rows(shape, plan)) - r0 * plan[6]) * plan[5]
 
 
-@njit(error_model="numpy")
+@part()
 def _row(a, r, c0, plan):  # type: ignore[no-untyped-def]
     """Folded row r of a tile: a pointer, bytes to the next row, and how many rows those bytes hold for."""
     r *= plan[6]
@@ -70,13 +69,13 @@ def _row(a, r, c0, plan):  # type: ignore[no-untyped-def]
     return pointer(a, place + c0 * a.strides[1]), step * plan[6], (left + plan[6] - 1) // plan[6]
 
 
-@njit(error_model="numpy")
+@part()
 def _width(r, shape, channels, plan):  # type: ignore[no-untyped-def]
     """Columns of folded row r: fewer in the last one."""
     return min(plan[6], _rows(shape, plan) - r * plan[6]) * channels * plan[5]
 
 
-@njit(error_model="numpy")
+@part()
 def spread_column(values, columns, plan):  # type: ignore[no-untyped-def]
     """columns (fold G period,) <- values (G,) by channel."""
     period, j, n, like = plan[5], 0, values.size, spread(values[0])
@@ -93,14 +92,14 @@ def spread_column(values, columns, plan):  # type: ignore[no-untyped-def]
                 j += 1
 
 
-@njit(error_model="numpy")
+@part()
 def spread_columns(values, columns, plan):  # type: ignore[no-untyped-def]
     """columns (M, W) <- values (M, G) by channel."""
     for i in range(values.shape[0]):
         spread_column(values[i], columns[i], plan)
 
 
-@njit(error_model="numpy")
+@part()
 def gather_columns(sums, totals, plan):  # type: ignore[no-untyped-def]
     """totals (M, G) <- the columns in the rows of sums, added up to channels, and these <- 0."""
     period, n, zero = plan[5], totals.shape[1], spread(0.0)
@@ -123,13 +122,13 @@ def gather_columns(sums, totals, plan):  # type: ignore[no-untyped-def]
                     j += 1
 
 
-@njit(error_model="numpy")
+@part()
 def _add(sums, j, lanes):  # type: ignore[no-untyped-def]
     total = wide(lanes)
     save(sums, j, load(sums, j, total) + total)
 
 
-@njit(error_model="numpy")
+@part()
 def _add_deviations(x, step, rows, n, near, s, q):  # type: ignore[no-untyped-def]
     """Columns s, q (W,) float64 += sums over some rows of n columns, in lanes of the type of near (W,)."""
     like = spread(near[0])
@@ -154,7 +153,7 @@ def _add_deviations(x, step, rows, n, near, s, q):  # type: ignore[no-untyped-de
         _add(q, j, b)
 
 
-@njit(error_model="numpy")
+@part()
 def columns_deviations(x, k, c0, channels, near, sums, plan, few):  # type: ignore[no-untyped-def]
     """Columns of sums (2, W) += x - pivot and its square, for the channels from c0 on; near (1, W) has the pivots.
 
@@ -173,7 +172,7 @@ def columns_deviations(x, k, c0, channels, near, sums, plan, few):  # type: igno
         r += rows
 
 
-@njit(error_model="numpy")
+@part()
 def _add_products(dy, x, step_dy, step_x, rows, n, near_dy, near_x, sums):  # type: ignore[no-untyped-def]
     like, line = spread(near_dy[0]), sums.strides[0]
     near_dy, near_x = pointer(near_dy, 0), pointer(near_x, 0)
@@ -206,7 +205,7 @@ def _add_products(dy, x, step_dy, step_x, rows, n, near_dy, near_x, sums):  # ty
         _add(f, j, v)
 
 
-@njit(error_model="numpy")
+@part()
 def columns_products(dy, x, k, c0, channels, near, sums, plan):  # type: ignore[no-untyped-def]
     """Columns of sums (5, W) += g = dy - pivot, d = x - hi, g d, g^2 and d^4; near (2, W) has pivots and his."""
     keep_whole()
@@ -222,7 +221,7 @@ def columns_products(dy, x, k, c0, channels, near, sums, plan):  # type: ignore[
         r += rows
 
 
-@njit(error_model="numpy")
+@part()
 def _normalized(v, j, doubles, singles, mode):  # type: ignore[no-untyped-def]
     """Lanes of y for lanes v of x from column j on."""
     like = spread(0.0)
@@ -238,7 +237,7 @@ def _normalized(v, j, doubles, singles, mode):  # type: ignore[no-untyped-def]
     return where_nonzero(wide(load(singles[5], j, v)), double, wide(single))
 
 
-@njit(error_model="numpy")
+@part()
 def _normalize_row(x, y, n, like, doubles, singles, mode, past, ahead):  # type: ignore[no-untyped-def]
     j = 0
     if past:
@@ -257,7 +256,7 @@ def _normalize_row(x, y, n, like, doubles, singles, mode, past, ahead):  # type:
         save_part(y, j, n - j, _normalized(load_part(x, j, n - j, like), j, doubles, singles, mode))
 
 
-@njit(error_model="numpy")
+@part()
 def columns_normalize(x, y, k, c0, channels, doubles, singles, rare, plan):  # type: ignore[no-untyped-def]
     """y of block k of the channels from c0 on; doubles (3, W + 16) and singles (6, W + 16) by column."""
     keep_whole()
@@ -280,7 +279,7 @@ def columns_normalize(x, y, k, c0, channels, doubles, singles, rare, plan):  # t
         r0 += rows
 
 
-@njit(error_model="numpy")
+@part()
 def _five(numbers):  # type: ignore[no-untyped-def]
     """Pointers to the first five rows."""
     s = numbers.strides[0]
@@ -288,7 +287,7 @@ def _five(numbers):  # type: ignore[no-untyped-def]
     return first, shifted(first, s), shifted(first, 2 * s), shifted(first, 3 * s), shifted(first, 4 * s)
 
 
-@njit(error_model="numpy")
+@part()
 def _slope(g, d, j, doubles, used, rare):  # type: ignore[no-untyped-def]
     """Lanes of dx for lanes g of dy and d of x from column j on."""
     e, f = g - load(used[0], j, g), d - load(used[1], j, d)
@@ -301,7 +300,7 @@ def _slope(g, d, j, doubles, used, rare):  # type: ignore[no-untyped-def]
     return where_nonzero(wide(load(used[5], j, g)), w, v)
 
 
-@njit(error_model="numpy")
+@part()
 def _gradient_row(dy, x, dx, n, like, doubles, used, rare, past, ahead_dy, ahead_x):  # type: ignore[no-untyped-def]
     j = 0
     if past:
@@ -322,7 +321,7 @@ def _gradient_row(dy, x, dx, n, like, doubles, used, rare, past, ahead_dy, ahead
         save_part(dx, j, n - j, v)
 
 
-@njit(error_model="numpy")
+@part()
 def columns_gradient(dy, x, dx, k, c0, channels, doubles, used, rare, plan):  # type: ignore[no-untyped-def]
     """dx of block k of the channels from c0 on; doubles (5, W + 16) and used (5 or 6, W + 16) by column."""
     keep_whole()

@@ -55,6 +55,11 @@ def compiled(function: Callable[..., Any]) -> Any:
     return _compiled(function, {"nogil": True, "error_model": "numpy"})
 
 
+def part(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """`@part()`: njit for what compiled code alone calls, without the entries for calls from Python and C."""
+    return numba.njit(**{"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True, **options})
+
+
 def cache_folder() -> str | None:
     """The folder that compiled kernels are kept in, or None where every process compiles its own."""
     cache = getattr(_compiled(_nothing, {}), "_cache", None)

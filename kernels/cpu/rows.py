@@ -7,9 +7,8 @@ What has no unit stride, or runs of fewer elements than a vector, is gathered: a
 scratch run, and results are scattered from one.
 """
 
-from numba import njit
-
 from .blocks import run_deviations, run_gradient, run_normalize, run_normalize_single, run_products, run_stream
+from .compile import part
 from .lanes import LANES, keep_whole, load, narrowest, nothing, pointer, save, shifted, spread, total
 
 PAST, GATHER, EXACT = 1, 2, 4  # flags of a plan: store past the caches; gather; all in float64
@@ -20,7 +19,7 @@ SHORT = 512
 BUFFER = 4096
 
 
-@njit(error_model="numpy")
+@part()
 def _borders(k, shape, plan):  # type: ignore[no-untyped-def]
     """Block k of a tile: outer o0 to o1, and in each of its runs n elements from i0 on."""
     runs, segments, length = plan[4], plan[5], plan[6]
@@ -29,19 +28,19 @@ def _borders(k, shape, plan):  # type: ignore[no-untyped-def]
     return o, min(o + runs, shape[0]), i, min(length, shape[2] - i)
 
 
-@njit(error_model="numpy")
+@part()
 def rows_count(k, shape, plan, few):  # type: ignore[no-untyped-def]
     """Values of a channel in block k, or in its first runs of `few` values at least."""
     o0, o1, _, n = _borders(k, shape, plan)
     return min(o1 - o0, (few + n - 1) // n) * n
 
 
-@njit(error_model="numpy")
+@part()
 def _at(a, o, c, i):  # type: ignore[no-untyped-def]
     return pointer(a, o * a.strides[0] + c * a.strides[1] + i * a.strides[2])
 
 
-@njit(error_model="numpy")
+@part()
 def _gathered(a, c, o0, o1, i0, n, scratch):  # type: ignore[no-untyped-def]
     k = 0
     for o in range(o0, o1):
@@ -51,7 +50,7 @@ def _gathered(a, c, o0, o1, i0, n, scratch):  # type: ignore[no-untyped-def]
     return pointer(scratch, 0)
 
 
-@njit(error_model="numpy")
+@part()
 def _scatter(scratch, a, c, o0, o1, i0, n):  # type: ignore[no-untyped-def]
     k = 0
     for o in range(o0, o1):
@@ -60,12 +59,12 @@ def _scatter(scratch, a, c, o0, o1, i0, n):  # type: ignore[no-untyped-def]
             k += 1
 
 
-@njit(error_model="numpy")
+@part()
 def _lanes(sums, i, c):  # type: ignore[no-untyped-def]
     return pointer(sums, i * sums.strides[0] + 8 * LANES * c)
 
 
-@njit(error_model="numpy")
+@part()
 def add_up(sums, s):  # type: ignore[no-untyped-def]
     """s (M, G) <- the sums of lanes in the rows of sums, and these <- 0."""
     like = spread(0.0)
@@ -76,7 +75,7 @@ def add_up(sums, s):  # type: ignore[no-untyped-def]
             save(lanes, 0, nothing(like))
 
 
-@njit(error_model="numpy")
+@part()
 def rows_deviations(x, k, c0, pivot, sums, plan, scratch, few):  # type: ignore[no-untyped-def]
     """Lanes of sums (2, 16 G) += x - pivot and its square, for the channels from c0 on; pivot (G,) sets the type.
 
@@ -95,7 +94,7 @@ def rows_deviations(x, k, c0, pivot, sums, plan, scratch, few):  # type: ignore[
             run_deviations(_at(x, o, c0 + c, i0), n, pivot[c], _lanes(sums, 0, c), _lanes(sums, 1, c))
 
 
-@njit(error_model="numpy")
+@part()
 def rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch):  # type: ignore[no-untyped-def]
     """Lanes of sums (5, 16 G) += g = dy - pivot, d = x - hi, g d, g^2 and d^4."""
     keep_whole()
@@ -113,12 +112,12 @@ def rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch):  # type: ignore
             run_products(run_dy, run_x, count, pivot[c], hi[c], *lanes)
 
 
-@njit(error_model="numpy")
+@part()
 def _is_short(y, n):  # type: ignore[no-untyped-def]
     return n < SHORT and n == y.shape[2] and y.strides[1] == n * y.itemsize
 
 
-@njit(error_model="numpy")
+@part()
 def _normalize_run(x, y, n, c, doubles, singles, past, ahead):  # type: ignore[no-untyped-def]
     if singles[5, c] != 0:
         run_normalize(x, y, n, doubles[0, c], doubles[1, c], doubles[2, c], past, ahead)
@@ -127,7 +126,7 @@ def _normalize_run(x, y, n, c, doubles, singles, past, ahead):  # type: ignore[n
         run_normalize_single(x, y, n, h, a, al, b, bl, past, ahead)
 
 
-@njit(error_model="numpy")
+@part()
 def rows_normalize(x, y, k, c0, ca, doubles, singles, plan, scratch):  # type: ignore[no-untyped-def]
     """y of block k of the channels from c0 on, backwards; those from ca on are fetched, forwards, if >= 0."""
     keep_whole()
@@ -157,7 +156,7 @@ def rows_normalize(x, y, k, c0, ca, doubles, singles, plan, scratch):  # type: i
                 place, held = shifted(place, held * y.itemsize), 0
 
 
-@njit(error_model="numpy")
+@part()
 def _gradient_run(dy, x, dx, n, c, doubles, used, rare, past, ahead_dy, ahead_x):  # type: ignore[no-untyped-def]
     if rare and used[5, c] != 0:
         ghi, hi, a, b, rest = doubles[0, c], doubles[1, c], doubles[2, c], doubles[3, c], doubles[4, c]
@@ -167,7 +166,7 @@ def _gradient_run(dy, x, dx, n, c, doubles, used, rare, past, ahead_dy, ahead_x)
         run_gradient(dy, x, dx, n, g, h, a1, b1, rest1, past, ahead_dy, ahead_x)
 
 
-@njit(error_model="numpy")
+@part()
 def rows_gradient(dy, x, dx, k, c0, ca, doubles, used, rare, plan, scratch):  # type: ignore[no-untyped-def]
     """dx of block k of the channels from c0 on, backwards; those from ca on are fetched, forwards, if >= 0."""
     keep_whole()

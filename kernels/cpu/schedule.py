@@ -17,7 +17,7 @@ channels of few values (nothing averages the last additions out) go that way at 
 import math
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from .blocks import merge_comoments, merge_moments, not_negative, settle
 from .columns import (
@@ -30,7 +30,7 @@ from .columns import (
     spread_column,
     spread_columns,
 )
-from .compile import Kernel, compiled
+from .compile import Kernel, compiled, part
 from .lanes import LANES, borrowed, call, fence, finest, hold, keep_whole, narrowest
 from .rows import (
     BUFFER,
@@ -54,13 +54,13 @@ ALL = 1 << 62
 # 5 segments of a run, 6 elements of a segment; of columns: 4 rows of a block, 5 period, 6 fold; 7 flags.
 
 
-@njit(error_model="numpy")
+@part()
 def _width(channels, plan):  # type: ignore[no-untyped-def]
     """Columns or lanes of a tile; a vector may be loaded from any of them on."""
     return channels * (plan[5] * plan[6] if plan[0] else LANES) + LANES
 
 
-@njit(error_model="numpy")
+@part()
 def _memory(x, plan, stage, like, depth, wide, narrow):  # type: ignore[no-untyped-def]
     """All that a work item needs: `borrowed` says why nothing below it may own an array. It hands on views of rows.
 
@@ -76,17 +76,17 @@ def _memory(x, plan, stage, like, depth, wide, narrow):  # type: ignore[no-untyp
     return numbers, sums, np.zeros((wide, columns)), singles, like_columns, np.empty((3, scratch), x.dtype)
 
 
-@njit(error_model="numpy", inline="always")
+@part(inline="always")
 def _lent(m):  # type: ignore[no-untyped-def]
     return borrowed(m[0]), borrowed(m[1]), borrowed(m[2]), borrowed(m[3]), borrowed(m[4]), borrowed(m[5])
 
 
-@njit(error_model="numpy", inline="always")
+@part(inline="always")
 def _count(k, shape, plan, few):  # type: ignore[no-untyped-def]
     return float(columns_count(k, shape, plan, few) if plan[0] else rows_count(k, shape, plan, few))
 
 
-@njit(error_model="numpy", inline="always")
+@part(inline="always")
 def _deviations(x, k, c0, pivot, sums, near, scratch, plan, few):  # type: ignore[no-untyped-def]
     """sums (2, W) += x - pivot and its square, for block k of the channels from c0 on, or `few` values of it."""
     if plan[0]:
@@ -95,7 +95,7 @@ def _deviations(x, k, c0, pivot, sums, near, scratch, plan, few):  # type: ignor
         rows_deviations(x, k, c0, pivot, sums, plan, scratch, few)
 
 
-@njit(error_model="numpy", inline="always")
+@part(inline="always")
 def _products(dy, x, k, c0, pivot, hi, sums, near, scratch, plan):  # type: ignore[no-untyped-def]
     """sums (5, W) += g = dy - pivot, d = x - hi, g d, g^2 and d^4."""
     if plan[0]:
@@ -104,7 +104,7 @@ def _products(dy, x, k, c0, pivot, hi, sums, near, scratch, plan):  # type: igno
         rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch)
 
 
-@njit(error_model="numpy", inline="always")
+@part(inline="always")
 def _by_channel(sums, totals, plan):  # type: ignore[no-untyped-def]
     """totals (M, G) <- sums (M, W), and these <- 0."""
     if plan[0]:
@@ -113,7 +113,7 @@ def _by_channel(sums, totals, plan):  # type: ignore[no-untyped-def]
         add_up(sums, totals)
 
 
-@njit(error_model="numpy")
+@part()
 def _mean(x, k, c0, pivot, totals, sums, near, scratch, plan, few):  # type: ignore[no-untyped-def]
     """pivot (G,) and near (1, W) <- about the means of block k, or of `few` values of it: in the type of pivot."""
     pivot[:] = 0
@@ -127,13 +127,13 @@ def _mean(x, k, c0, pivot, totals, sums, near, scratch, plan, few):  # type: ign
         spread_column(pivot, near[0], plan)
 
 
-@njit(error_model="numpy")
+@part()
 def _near_enough(s, q, n):  # type: ignore[no-untyped-def]
     """That the pivot of s and q is at most a standard deviation off, and that no square was too small or large."""
     return (q - s * s / n >= 0.5 * q and 1e-30 * n < q < 1e30 * n) or (q == 0.0 and s == 0.0)
 
 
-@njit(error_model="numpy", inline="always")
+@part(inline="always")
 def _forward_sum(p, c0, x, part, plan, memory):  # type: ignore[no-untyped-def]
     """part (P, 4, C) of piece p of a tile: count, hi, lo, M2."""
     k0, k1 = p * plan[3], min((p + 1) * plan[3], plan[2])
@@ -176,7 +176,7 @@ def _forward_sum(p, c0, x, part, plan, memory):  # type: ignore[no-untyped-def]
                 part[p, 2, c0 + c], part[p, 3, c0 + c] = merged[1, c], merged[2, c]
 
 
-@njit(error_model="numpy", inline="always")
+@part(inline="always")
 def _forward_finish(c, stats, part, eps):  # type: ignore[no-untyped-def]
     """No pieces (P = 0) keep the mean and the variance that stats holds."""
     n = hi = lo = m2 = 0.0
@@ -188,7 +188,7 @@ def _forward_finish(c, stats, part, eps):  # type: ignore[no-untyped-def]
     stats[3, c] = 1.0 / math.sqrt(stats[2, c] + eps)
 
 
-@njit(error_model="numpy")
+@part()
 def _forward_coefficients(c0, stats, affine, numbers, singles, exact):  # type: ignore[no-untyped-def]
     """By channel. numbers (3, G): hi, a, b for y = a (x - hi) + b. singles (6, G): h, a, al, b, bl in float32 for
     y = (a d + b) + (al d + bl), d = x - h; and 1 where they won't do. Returns whether there is such a channel.
@@ -220,7 +220,7 @@ def _forward_coefficients(c0, stats, affine, numbers, singles, exact):  # type: 
     return rare
 
 
-@njit(error_model="numpy", inline="always")
+@part(inline="always")
 def _forward_map(p0, p1, c0, ca, x, y, stats, affine, summed, plan, memory):  # type: ignore[no-untyped-def]
     """Pieces p0 to p1 of a tile, backwards if they were summed: what was read last is in cache.
 
@@ -267,7 +267,7 @@ def forward_item(k, items, x, y, stats, affine, eps, part, plan, stage):  # type
     hold(owned)
 
 
-@njit(error_model="numpy")
+@part()
 def _share(k, items, shape, plan, stage):  # type: ignore[no-untyped-def]
     """Item k's share of the pieces of all tiles, from first to last, and the number of pieces of a tile.
 
@@ -287,7 +287,7 @@ def forward_kernel(items, item, x, y, stats, affine, eps, part, plan, stage):  #
         call(item, (np.int64(k), items, x, y, stats, affine, eps, part, plan, stage))
 
 
-@njit(error_model="numpy", inline="always")
+@part(inline="always")
 def _backward_sum(p, c0, dy, x, stats, part, plan, memory):  # type: ignore[no-untyped-def]
     """part (P, 5, C) of piece p of a tile: count, mean of dy as hi and lo, mean of x - hi, co-moment."""
     k0, k1 = p * plan[3], min((p + 1) * plan[3], plan[2])
@@ -339,7 +339,7 @@ def _backward_sum(p, c0, dy, x, stats, part, plan, memory):  # type: ignore[no-u
                 part[p, 3, c0 + c], part[p, 4, c0 + c] = merged[2, c], merged[3, c]
 
 
-@njit(error_model="numpy", inline="always")
+@part(inline="always")
 def _backward_finish(c, grads, part):  # type: ignore[no-untyped-def]
     n = hi = lo = t = m = 0.0
     for p in range(part.shape[0]):
@@ -351,7 +351,7 @@ def _backward_finish(c, grads, part):  # type: ignore[no-untyped-def]
     grads[3, c] = t
 
 
-@njit(error_model="numpy")
+@part()
 def _backward_coefficients(c0, stats, affine, grads, numbers, singles):  # type: ignore[no-untyped-def]
     """By channel, numbers (5, G) and singles (6, G): ghi, hi, a, b, c for dx = a (dy - ghi) + (b (x - hi) + c).
 
@@ -374,7 +374,7 @@ def _backward_coefficients(c0, stats, affine, grads, numbers, singles):  # type:
     return rare
 
 
-@njit(error_model="numpy", inline="always")
+@part(inline="always")
 def _backward_map(p0, p1, c0, ca, dy, x, dx, stats, affine, grads, plan, memory):  # type: ignore[no-untyped-def]
     """Pieces p0 to p1 of a tile, backwards; the channels from ca on are fetched meanwhile, if it is >= 0.
 
