@@ -163,12 +163,12 @@ def _by_columns(
     outer, channels, inner = shape
     rows = outer if period > 1 else outer * inner
     fold, width = 1, channels * period
-    columns = sizes.columns // max(1, len(strides) - 1)
+    folded = sizes.columns // max(1, len(strides) - 1)  # coefficients of a gradient are twice as large
     gapless = all((s[0] if period > 1 or inner == 1 else s[2]) == width * itemsize for s in strides)
     level = period > 1 or inner == 1 or outer == 1 or all(s[0] == inner * s[2] for s in strides)
-    if gapless and level and 2 * width <= columns:
-        fold = max(1, min(columns // width, rows // 16))
-    tile, fits = max(1, columns // period), sizes.slab // (rows * period * itemsize)
+    if gapless and level and 2 * width <= folded:
+        fold = max(1, min(folded // width, rows // 16))
+    tile, fits = max(1, sizes.columns // period), sizes.slab // (rows * period * itemsize)
     if fold > 1:
         tile = channels
     elif stages & SUM and fits * period * itemsize >= sizes.line // 8:  # a tile is mapped while in L2

@@ -77,7 +77,7 @@ def _width(r, shape, channels, plan):  # type: ignore[no-untyped-def]
 
 @part()
 def spread_column(values, columns, plan):  # type: ignore[no-untyped-def]
-    """columns (fold G period,) <- values (G,) by channel."""
+    """columns (fold G period + 16,) <- values (G,) by channel, and from the start again."""
     period, j, n, like = plan[5], 0, values.size, spread(values[0])
     for _ in range(plan[6]):
         if period == 1:
@@ -90,6 +90,8 @@ def spread_column(values, columns, plan):  # type: ignore[no-untyped-def]
             for _ in range(period):
                 columns[j] = values[c]
                 j += 1
+    for i in range(LANES):
+        columns[j + i] = columns[i]
 
 
 @part()
@@ -238,22 +240,26 @@ def _normalized(v, j, doubles, singles, mode):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _normalize_row(x, y, n, like, doubles, singles, mode, past, ahead):  # type: ignore[no-untyped-def]
-    j = 0
+def _normalize_run(x, y, n, width, like, doubles, singles, mode, past, ahead):  # type: ignore[no-untyped-def]
+    """n elements from column 0 on, of rows of `width` columns without a gap."""
+    i = 0
     if past:
-        j = min(n, before_line(y))
-    if j > 0:
-        save_part(y, 0, j, _normalized(load_part(x, 0, j, like), 0, doubles, singles, mode))
-    while j + LANES <= n:
-        fetch(ahead, j)
-        v = _normalized(load(x, j, like), j, doubles, singles, mode)
-        if past:
-            stream(y, j, v)
-        else:
-            save(y, j, v)
-        j += LANES
-    if j < n:
-        save_part(y, j, n - j, _normalized(load_part(x, j, n - j, like), j, doubles, singles, mode))
+        i = min(n, before_line(y))
+    if i > 0:
+        save_part(y, 0, i, _normalized(load_part(x, 0, i, like), 0, doubles, singles, mode))
+    j = i % width
+    while i + LANES <= n:
+        for _ in range(min((width - j + LANES - 1) // LANES, (n - i) // LANES)):
+            fetch(ahead, i)
+            v = _normalized(load(x, i, like), j, doubles, singles, mode)
+            if past:
+                stream(y, i, v)
+            else:
+                save(y, i, v)
+            i, j = i + LANES, j + LANES
+        j %= width
+    if i < n:
+        save_part(y, i, n - i, _normalized(load_part(x, i, n - i, like), j, doubles, singles, mode))
 
 
 @part()
@@ -267,16 +273,15 @@ def columns_normalize(x, y, k, c0, channels, doubles, singles, rare, plan):  # t
     u = doubles.strides[0]
     d = pointer(doubles, 0), pointer(doubles, u), pointer(doubles, 2 * u)
     f = (*_five(singles), pointer(singles, 5 * singles.strides[0]))
-    reach = 1 + 1024 // (channels * plan[5] * plan[6])  # rows that are fetched ahead
+    width = channels * plan[5] * plan[6]
+    reach = 1 + 1024 // width  # rows that are fetched ahead
     while r0 < r1:
-        band_x, sx, left = _row(x, r0, c0, plan)
-        band_y, sy, _ = _row(y, r0, c0, plan)
-        rows = min(left, r1 - r0)
-        for i in range(rows):
-            n, run = _width(r0 + i, x.shape, channels, plan), shifted(band_x, i * sx)
-            ahead = shifted(run, reach * sx)
-            _normalize_row(run, shifted(band_y, i * sy), n, like, d, f, mode, past, ahead)
+        run, sx, left = _row(x, r0, c0, plan)
+        target, sy, _ = _row(y, r0, c0, plan)
+        rows = min(left, r1 - r0) if sx == sy == width * x.itemsize else 1
         r0 += rows
+        n = (rows - 1) * width + _width(r0 - 1, x.shape, channels, plan)
+        _normalize_run(run, target, n, width, like, d, f, mode, past, shifted(run, reach * sx))
 
 
 @part()
@@ -301,24 +306,28 @@ def _slope(g, d, j, doubles, used, rare):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _gradient_row(dy, x, dx, n, like, doubles, used, rare, past, ahead_dy, ahead_x):  # type: ignore[no-untyped-def]
-    j = 0
+def _gradient_run(dy, x, dx, n, width, like, doubles, used, rare, past, ahead_dy, ahead_x):  # type: ignore[no-untyped-def]
+    """n elements from column 0 on, of rows of `width` columns without a gap."""
+    i = 0
     if past:
-        j = min(n, before_line(dx))
-    if j > 0:
-        save_part(dx, 0, j, _slope(load_part(dy, 0, j, like), load_part(x, 0, j, like), 0, doubles, used, rare))
-    while j + LANES <= n:
-        fetch(ahead_dy, j)
-        fetch(ahead_x, j)
-        v = _slope(load(dy, j, like), load(x, j, like), j, doubles, used, rare)
-        if past:
-            stream(dx, j, v)
-        else:
-            save(dx, j, v)
-        j += LANES
-    if j < n:
-        v = _slope(load_part(dy, j, n - j, like), load_part(x, j, n - j, like), j, doubles, used, rare)
-        save_part(dx, j, n - j, v)
+        i = min(n, before_line(dx))
+    if i > 0:
+        save_part(dx, 0, i, _slope(load_part(dy, 0, i, like), load_part(x, 0, i, like), 0, doubles, used, rare))
+    j = i % width
+    while i + LANES <= n:
+        for _ in range(min((width - j + LANES - 1) // LANES, (n - i) // LANES)):
+            fetch(ahead_dy, i)
+            fetch(ahead_x, i)
+            v = _slope(load(dy, i, like), load(x, i, like), j, doubles, used, rare)
+            if past:
+                stream(dx, i, v)
+            else:
+                save(dx, i, v)
+            i, j = i + LANES, j + LANES
+        j %= width
+    if i < n:
+        v = _slope(load_part(dy, i, n - i, like), load_part(x, i, n - i, like), j, doubles, used, rare)
+        save_part(dx, i, n - i, v)
 
 
 @part()
@@ -328,16 +337,14 @@ def columns_gradient(dy, x, dx, k, c0, channels, doubles, used, rare, plan):  # 
     r0, r1 = _borders(k, x.shape, plan)
     like = spread(used[0, 0])
     d, f = _five(doubles), (*_five(used), pointer(used, (used.shape[0] - 1) * used.strides[0]))
-    past, reach = plan[7] & PAST != 0, 1 + 1024 // (channels * plan[5] * plan[6])
+    past, width = plan[7] & PAST != 0, channels * plan[5] * plan[6]
+    reach = 1 + 1024 // width
     while r0 < r1:
-        band_dy, step_dy, left = _row(dy, r0, c0, plan)
-        band_x, step_x, _ = _row(x, r0, c0, plan)
-        band_dx, step_dx, _ = _row(dx, r0, c0, plan)
-        rows = min(left, r1 - r0)
-        for i in range(rows):
-            n = _width(r0 + i, x.shape, channels, plan)
-            run_dy, run_x = shifted(band_dy, i * step_dy), shifted(band_x, i * step_x)
-            ahead_dy, ahead_x = shifted(run_dy, reach * step_dy), shifted(run_x, reach * step_x)
-            target = shifted(band_dx, i * step_dx)
-            _gradient_row(run_dy, run_x, target, n, like, d, f, rare, past, ahead_dy, ahead_x)
+        run_dy, step_dy, left = _row(dy, r0, c0, plan)
+        run_x, step_x, _ = _row(x, r0, c0, plan)
+        target, step_dx, _ = _row(dx, r0, c0, plan)
+        rows = min(left, r1 - r0) if step_dy == step_x == step_dx == width * x.itemsize else 1
         r0 += rows
+        n = (rows - 1) * width + _width(r0 - 1, x.shape, channels, plan)
+        ahead_dy, ahead_x = shifted(run_dy, reach * step_dy), shifted(run_x, reach * step_x)
+        _gradient_run(run_dy, run_x, target, n, width, like, d, f, rare, past, ahead_dy, ahead_x)
