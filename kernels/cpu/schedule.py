@@ -386,8 +386,9 @@ def _backward_map(p0, p1, c0, ca, dy, x, dx, stats, affine, grads, plan, memory)
     rare = _backward_coefficients(c0, stats, affine, grads, numbers, singles) and finest(x, False, True)
     used, spread_used = finest(x, numbers, singles), finest(x, spread_numbers, spread_singles)
     if plan[0]:
-        spread_columns(numbers, spread_numbers, plan)
         spread_columns(used, spread_used, plan)
+        if rare:
+            spread_columns(numbers, spread_numbers, plan)
     k0, k1 = p0 * plan[3], min(p1 * plan[3], plan[2])
     for k in range(k1 - 1, k0 - 1, -1):
         if plan[0]:
