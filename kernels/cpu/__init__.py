@@ -29,7 +29,7 @@ from .blocks import (
     merge_moments,
 )
 from .lanes import LANES
-from .rows import EXACT, GATHER, PAST
+from .rows import AHEAD, EXACT, GATHER, PAST
 from .schedule import FINISH, MAP, SUM, backward_item, backward_kernel, forward_item, forward_kernel
 
 __all__ = [
@@ -57,6 +57,7 @@ class Sizes:
     height: int = 64  # rows of a block of columns: as many are added in a lane
     few: int = 256  # values of a channel below which all is done in float64
     serial: int = 131072  # arrays of fewer elements run on one thread, which takes 40 us: a region costs 2 to 120
+    ahead: int = 1_000_000  # bytes of a tile above which the next one isn't fetched: both don't fit into L2 (2 MB)
     past: int = 30_000_000  # bytes of all arrays above which stores go past the caches: they are slower below
 
 
@@ -120,9 +121,7 @@ def _plan(
     # Memory decides: across the channels where they are next to each other, else along the inner axis.
     across = channels > 1 and all(s[1] == itemsize and (inner == 1 or s[2] != itemsize) for s in strides)
     short = 1 < inner < LANES and all(s[2] == itemsize and s[1] == inner * itemsize for s in strides)
-    # Runs of a few lines pass the caches by way of a buffer: 14×14, 51 MB in all, took 1.7 copies so, 1.4 through them.
-    limit = sizes.past if across or short or inner * itemsize >= sizes.line else 2 * sizes.past
-    flags |= PAST if size * itemsize * len(strides) > limit else 0
+    flags |= PAST if size * itemsize * len(strides) > sizes.past else 0
     if across or short:
         return _by_columns(shape, strides, itemsize, flags, inner if short else 1, stages, sizes)
     return _by_rows(shape, strides, itemsize, flags, stages, sizes)
@@ -147,6 +146,7 @@ def _by_rows(
         if flags & GATHER:
             tile = max(tile, 16)  # whose elements share lines
         tile = min(tile, _ceil(channels, 16))
+        flags |= AHEAD if reads * tile * outer * inner * itemsize <= sizes.ahead else 0
     else:  # a map alone goes in the order of memory
         length, runs = min(inner, 16 * sizes.block), 1
         tile = channels if outer >= 16 else _ceil(channels, 16)

@@ -120,31 +120,6 @@ def run_normalize(x, y, n, hi, a, b, past, ahead):  # type: ignore[no-untyped-de
 
 
 @part()
-def run_normalize_single(x, y, n, h, a, al, b, bl, past, ahead):  # type: ignore[no-untyped-def]
-    """The same in float32 with a and b as pairs: y = (a d + b) + (al d + bl), d = x - h. Off by 1 eps at most."""
-    h, a, al, b, bl = spread(h), spread(a), spread(al), spread(b), spread(bl)
-    i = 0
-    if past:
-        i = min(n, before_line(y))
-    if i > 0:  # a masked store of nothing still held up the stores behind it: 0.22 against 0.09 ns an element
-        d = load_part(x, 0, i, h) - h
-        save_part(y, 0, i, fma(d, a, b) + fma(d, al, bl))
-    while i + LANES <= n:
-        fetch(ahead, i)
-        d = load(x, i, h) - h
-        v = fma(d, a, b) + fma(d, al, bl)
-        if past:
-            stream(y, i, v)
-        else:
-            save(y, i, v)
-        i += LANES
-    if i < n:
-        fetch(ahead, i)
-        d = load_part(x, i, n - i, h) - h
-        save_part(y, i, n - i, fma(d, a, b) + fma(d, al, bl))
-
-
-@part()
 def run_gradient(dy, x, dx, n, ghi, hi, a, b, c, past, ahead_dy, ahead_x):  # type: ignore[no-untyped-def]
     """n elements of dx = a (dy - ghi) + (b (x - hi) + c) in float64. dx may be dy or x."""
     gh, h, a, b, c = spread(ghi), spread(hi), spread(a), spread(b), spread(c)
@@ -168,19 +143,6 @@ def run_gradient(dy, x, dx, n, ghi, hi, a, b, c, past, ahead_dy, ahead_x):  # ty
         fetch(ahead_x, i)
         g, d = load_part(dy, i, n - i, gh) - gh, load_part(x, i, n - i, h) - h
         save_part(dx, i, n - i, fma(g, a, fma(d, b, c)))
-
-
-@part()
-def run_stream(x, y, n, like):  # type: ignore[no-untyped-def]
-    """Copy n elements past the caches; `like` sets the lanes."""
-    i = min(n, before_line(y))
-    if i > 0:
-        save_part(y, 0, i, load_part(x, 0, i, like))
-    while i + LANES <= n:
-        stream(y, i, load(x, i, like))
-        i += LANES
-    if i < n:
-        save_part(y, i, n - i, load_part(x, i, n - i, like))
 
 
 @part()

@@ -149,6 +149,16 @@ def where_nonzero(_typing: Any, flags: Any, a: Any, b: Any) -> Any:
     return a(flags, a, a), codegen
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def joined(_typing: Any, n: Any, a: Any, b: Any) -> Any:
+    """The first n lanes of a, and those of b behind them."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.select(_lanes_below(builder, args[0]), args[1], args[2])
+
+    return a(types.intp, a, a), codegen
+
+
 # Element formats.
 
 

@@ -33,10 +33,9 @@ from .columns import (
 from .compile import Kernel, compiled, part
 from .lanes import LANES, borrowed, call, fence, finest, hold, keep_whole, narrowest
 from .rows import (
-    BUFFER,
+    AHEAD,
     EXACT,
     GATHER,
-    PAST,
     add_up,
     rows_count,
     rows_deviations,
@@ -70,7 +69,7 @@ def _memory(x, plan, stage, like, depth, wide, narrow):  # type: ignore[no-untyp
     """
     g = min(plan[1], x.shape[1])
     w = _width(g, plan)
-    scratch = 0 if plan[0] else plan[4] * plan[6] if plan[7] & GATHER else BUFFER if plan[7] & PAST else 0
+    scratch = plan[4] * plan[6] if plan[7] & GATHER else 0
     numbers, sums, columns = np.empty((10, g)), np.zeros((depth, w if stage & SUM else 0)), w if plan[0] else 0
     singles, like_columns = np.full((8, g), like), np.full((narrow, columns), like)
     return numbers, sums, np.zeros((wide, columns)), singles, like_columns, np.empty((3, scratch), x.dtype)
@@ -189,9 +188,10 @@ def _forward_finish(c, stats, part, eps):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _forward_coefficients(c0, stats, affine, numbers, singles, exact):  # type: ignore[no-untyped-def]
+def _forward_coefficients(c0, stats, affine, numbers, singles, exact, double):  # type: ignore[no-untyped-def]
     """By channel. numbers (3, G): hi, a, b for y = a (x - hi) + b. singles (6, G): h, a, al, b, bl in float32 for
-    y = (a d + b) + (al d + bl), d = x - h; and 1 where they won't do. Returns whether there is such a channel.
+    y = (a d + b) + (al d + bl), d = x - h; and 1 where they won't do. Returns whether there is such a channel. Float64
+    data (`double`) has its own numbers there; other data in which all is `exact` has none that will do.
 
     A mean within 1000 standard deviations goes to b: d = x is exact then, and so is x - h with h near x otherwise.
     a is rounded towards 0: an infinite x then makes two infinite terms of one sign.
@@ -202,7 +202,9 @@ def _forward_coefficients(c0, stats, affine, numbers, singles, exact):  # type: 
         a = affine[0, c0 + c] * invstd
         numbers[0, c], numbers[1, c], numbers[2, c] = hi, a, beta - a * lo
         if exact:
-            singles[5, c] = 1.0
+            singles[0, c], singles[1, c], singles[2, c] = hi, a, a * 2.0**-60
+            singles[3, c], singles[4, c], singles[5, c] = beta - a * lo, 0.0, not double
+            rare |= not double
             continue
         singles[0, c] = 0.0 if abs(hi * invstd) <= 1024.0 else hi
         b = beta - a * ((hi - singles[0, c]) + lo)
@@ -230,7 +232,7 @@ def _forward_map(p0, p1, c0, ca, x, y, stats, affine, summed, plan, memory):  # 
     all_numbers, _, spread_numbers, all_singles, spread_singles, scratch = memory
     numbers, singles = all_numbers[:3, :g], all_singles[2:, :g]
     exact = plan[7] & EXACT != 0
-    rare = _forward_coefficients(c0, stats, affine, numbers, singles, exact)
+    rare = _forward_coefficients(c0, stats, affine, numbers, singles, exact, x.itemsize == 8)
     if plan[0]:
         spread_columns(numbers, spread_numbers, plan)
         if not exact:
@@ -241,7 +243,7 @@ def _forward_map(p0, p1, c0, ca, x, y, stats, affine, summed, plan, memory):  # 
         if plan[0]:
             columns_normalize(x, y, k, c0, g, spread_numbers, spread_singles, rare, plan)
         else:
-            rows_normalize(x, y, k, c0, ca, numbers, singles, plan, scratch)
+            rows_normalize(x, y, k, c0, ca, numbers, singles, rare, plan, scratch)
 
 
 @compiled
@@ -261,7 +263,7 @@ def forward_item(k, items, x, y, stats, affine, eps, part, plan, stage):  # type
             for c in range(c0, min(c0 + plan[1], x.shape[1])):
                 _forward_finish(c, stats, part, eps)
         if stage & MAP:
-            ahead = c0 + plan[1] if (t + 1) * pieces < last and stage & SUM else -1
+            ahead = c0 + plan[1] if (t + 1) * pieces < last and plan[7] & AHEAD else -1
             _forward_map(p0, p1, c0, ahead, x, y, stats, affine, part.shape[0] > 0, plan, memory)
     fence()
     hold(owned)
@@ -415,7 +417,7 @@ def backward_item(k, items, dy, x, dx, stats, affine, grads, part, plan, stage):
             for c in range(c0, min(c0 + plan[1], x.shape[1])):
                 _backward_finish(c, grads, part)
         if stage & MAP:
-            ahead = c0 + plan[1] if (t + 1) * pieces < last and stage & SUM else -1
+            ahead = c0 + plan[1] if (t + 1) * pieces < last and plan[7] & AHEAD else -1
             _backward_map(p0, p1, c0, ahead, dy, x, dx, stats, affine, grads, plan, memory)
     fence()
     hold(owned)
