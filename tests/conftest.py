@@ -19,7 +19,8 @@ def tiny(monkeypatch):
     """Blocks, pieces and tiles so small that a small array has many of each, and always runs on all threads."""
     from fastbn.kernels import cpu
 
-    monkeypatch.setattr(cpu, "SIZES", cpu.Sizes(block=20, piece=3, slab=400, line=64, columns=16, height=4, serial=0))
+    sizes = cpu.Sizes(block=20, piece=3, slab=400, line=64, columns=16, height=4, serial=0, asleep=0)
+    monkeypatch.setattr(cpu, "SIZES", sizes)
 
 
 @pytest.fixture

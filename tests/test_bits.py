@@ -29,7 +29,8 @@ def results(x, axis, rng):
     return digest(y, *saved.moments.exact(), *fastbn.backward(dy, saved))
 
 out = {}
-sizes = {"real": cpu.SIZES, "tiny": cpu.Sizes(block=50, piece=3, slab=400, line=64, columns=16, height=4, serial=0)}
+tiny = cpu.Sizes(block=50, piece=3, slab=400, line=64, columns=16, height=4, serial=0, asleep=0)
+sizes = {"real": cpu.SIZES, "tiny": tiny}
 for name, size in sizes.items():
     cpu.SIZES = size
     n = 20 if name == "real" else 1
@@ -75,6 +76,39 @@ def test_same_bits_for_any_number_of_threads(tmp_path):
     assert compiled
     assert set(tmp_path.rglob("*.kernel")) == compiled
     assert {name: digests[0] for name, digests in many.items()} == {name: digests[0] for name, digests in again.items()}
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(
+    ("shape", "order"),
+    [((8, 60, 31), (0, 1, 2)), ((5, 2, 700), (0, 1, 2)), ((300, 70), (0, 1)), ((301, 3), (1, 0))],
+    ids=["tiles of rows", "pieces of rows", "columns", "transposed"],
+)
+@pytest.mark.parametrize("order_of_items", [[0], [3], [2, 0, 1, 3], [3, 3, 0]], ids=str)
+def test_items_do_what_others_leave(shape, order, order_of_items, rng, monkeypatch):
+    """Threads that come late, or not at all: the others do their share, once, and the bits are the same."""
+    from fastbn.kernels import cpu
+
+    import fastbn
+
+    def some_items(twins, items, *args):
+        assert items == min(4, items)
+        for k in order_of_items:
+            twins._one(k % items, items, *args)
+
+    x, dy = np.ascontiguousarray(rng.normal(3, 2, (2, *shape)).astype(np.float32).transpose(0, *(1 + i for i in order)))
+    x, dy = x.transpose(np.argsort(order)), dy.transpose(np.argsort(order))
+    gamma, beta = rng.normal(size=(2, shape[1])).astype(np.float32)
+    results = []
+    for late in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu.threads, "threads", lambda: 4)
+            if late:
+                patch.setattr(cpu.threads, "run", lambda twins, items, *args, **_: some_items(twins, items, *args))
+            y, saved = fastbn.forward(x, gamma, beta)
+            results.append([y, *saved.moments.exact(), *fastbn.backward(dy, saved)])
+    for first, second in zip(*results, strict=True):
+        np.testing.assert_array_equal(first, second)
 
 
 @pytest.mark.usefixtures("tiny")

@@ -101,7 +101,9 @@ def test_threads_and_forks(layer, first, tmp_path):
         timeout=500,
         check=False,
     )
-    assert process.stdout == "fine\n", process.stderr
+    # Under tbb the C library under Numba says now and then, at a fork, that it could not join its threads.
+    printed = [line for line in process.stdout.splitlines() if line and "Unable to join threads" not in line]
+    assert printed == ["fine"], process.stderr
     assert process.returncode == 0
     # Numba says this of every fork from a thread under tbb, whatever the child does.
     said = [line for line in process.stderr.splitlines() if "Attempted to fork from a non-main thread" not in line]

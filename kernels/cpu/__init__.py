@@ -57,6 +57,7 @@ class Sizes:
     height: int = 64  # rows of a block of columns: as many are added in a lane
     few: int = 256  # values of a channel below which all is done in float64
     serial: int = 131072  # arrays of fewer elements run on one thread, which takes 40 us: a region costs 2 to 120
+    asleep: int = 1_500_000  # the same where threads sleep between regions: a woken one brings nothing until then
     ahead: int = 1_000_000  # bytes of a tile above which the next one isn't fetched: both don't fit into L2 (2 MB)
     past: int = 30_000_000  # bytes of all arrays above which stores go past the caches: they are slower below
 
@@ -188,20 +189,24 @@ def _carry_out(kernel: Any, arrays: tuple[np.ndarray, ...], numbers: tuple[Any, 
     plan = _plan(x.shape, strides, x.itemsize, stages, SIZES)
     part = np.empty((plan.pieces if stages & SUM else 0, depth, x.shape[1]))
     twins = _twins(kernel, x.dtype)
-    args = (*arrays, *numbers, part, plan.numbers)
-    count = threads.threads() if x.size >= SIZES.serial else 1
+    count = 1 if x.size < (SIZES.asleep if threads.SLEEPY else SIZES.serial) else threads.threads()
+
+    def run(items: int, stages: int) -> None:
+        args = (*arrays, *numbers, part, np.zeros(items, np.int64), plan.numbers, stages)
+        threads.run(twins, items, *args, parallel=items > 1)
+
     # Tile by tile, all stages of each; where tiles are too few for the threads, stage by stage, piece by piece.
     if count == 1:
-        threads.run(twins, 1, *args, stages, parallel=False)
+        run(1, stages)
     elif plan.tiles >= 4 * count or (plan.tiles >= count and plan.tiles % count == 0) or plan.pieces == 1:
-        threads.run(twins, min(count, plan.tiles), *args, stages, parallel=True)
+        run(min(count, plan.tiles), stages)
     else:
         items = min(count, plan.tiles * plan.pieces)
         if stages & SUM:
-            threads.run(twins, items, *args, SUM, parallel=True)
-        threads.run(twins, 1, *args, FINISH, parallel=False)
+            run(items, SUM)
+        run(1, FINISH)
         if stages & MAP:
-            threads.run(twins, items, *args, MAP, parallel=True)
+            run(items, MAP)
 
 
 class _Twins:
@@ -255,8 +260,9 @@ def _twins(kernel: Any, dtype: np.dtype[Any]) -> _Twins:
     element = numba.from_dtype(dtype)
     given, written = (numba.types.Array(element, 3, "A", readonly=readonly) for readonly in (True, False))
     numbers, part = numba.types.Array(real, 2, "C"), numba.types.Array(real, 3, "C")
+    claims = numba.types.Array(integer, 1, "C")
     item, arrays = {
         forward_kernel: (forward_item, (given, written, numbers, numbers, real, part)),
         backward_kernel: (backward_item, (given, given, written, numbers, numbers, numbers, part)),
     }[kernel]
-    return _Twins(item, kernel, (*arrays, numba.types.UniTuple(integer, 8), integer))
+    return _Twins(item, kernel, (*arrays, claims, numba.types.UniTuple(integer, 8), integer))

@@ -466,3 +466,14 @@ def call(_typing: Any, address: Any, arguments: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(address, arguments), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def claim(_typing: Any, counts: Any, i: Any) -> Any:
+    """`counts[i]`, which goes up by one: no two threads get the same."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.atomic_rmw("add", builder.gep(data, [args[1]]), ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(counts, types.intp), codegen

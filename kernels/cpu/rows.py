@@ -22,6 +22,7 @@ from .lanes import (
     pointer,
     save,
     save_part,
+    shifted,
     spread,
     stream,
     total,
@@ -215,7 +216,8 @@ def rows_normalize(x, y, k, c0, ca, doubles, singles, rare, plan, scratch):  # t
         return
     for o in range(o1 - 1, o0 - 1, -1):  # what was read last is in cache
         for c in range(0, g, g if whole else 1):
-            ahead = run = _at(x, o, c0 + c, i0)
+            run = _at(x, o, c0 + c, i0)
+            ahead = shifted(run, 4096)
             if ca >= 0:
                 ahead = _at(x, min(oa + o1 - 1 - o, x.shape[0] - 1), min(ca + c, x.shape[1] - 1), ia)
             if whole:

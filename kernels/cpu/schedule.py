@@ -3,9 +3,9 @@
 An array is cut into tiles of channels, a tile into pieces, a piece into blocks. All borders depend on the shape alone
 and all merging is in order, so one thread or many give the same bits. What a block is, `rows` and `columns` know.
 
-With the FINISH stage, a work item is a span of tiles that go through all stages one after the other: a tile is mapped
-while its data is still in cache, and meanwhile the next one is fetched, so that memory reads and writes at once.
-Without it, an item is a span of pieces: that is how few tiles feed many threads.
+With the FINISH stage, a unit of work is a span of tiles that go through all stages one after the other: a tile is
+mapped while its data is still in cache, and meanwhile the next one is fetched, so that memory reads and writes at once.
+Without it, a unit is a span of pieces: that is how few tiles feed many threads.
 
 **Sums** of float32 and half data are taken in float32 lanes around a pivot, the mean of the piece's first values: small
 deviations, whatever the mean. The piece's channel is summed again in float64, with a pivot of its own for every block,
@@ -31,7 +31,7 @@ from .columns import (
     spread_columns,
 )
 from .compile import Kernel, compiled, part
-from .lanes import LANES, borrowed, call, fence, finest, hold, keep_whole, narrowest
+from .lanes import LANES, borrowed, call, claim, fence, finest, hold, keep_whole, narrowest
 from .rows import (
     AHEAD,
     EXACT,
@@ -46,7 +46,11 @@ from .rows import (
 
 SUM, FINISH, MAP = 1, 2, 4
 
-FEW = 1024, 16  # values of a channel, or rows of columns, whose mean is the pivot of a piece
+# Units of an item's share. Threads claim them one by one, at last those of others: one that wakes late, or on another
+# thread's processor, finds its share done. With fixed shares, two threads that had slept took as long as one.
+UNITS = 8
+
+FEW = 1024, 16  # values of a channel (or an eighth of them), or rows of columns, whose mean is the pivot of a piece
 ALL = 1 << 62
 
 # A plan: 0 by columns?, 1 channels of a tile, 2 blocks, 3 blocks of a piece; then of rows: 4 runs of a block,
@@ -127,6 +131,11 @@ def _mean(x, k, c0, pivot, totals, sums, near, scratch, plan, few):  # type: ign
 
 
 @part()
+def _few(shape, plan):  # type: ignore[no-untyped-def]
+    return FEW[1] if plan[0] else min(FEW[0], max(64, shape[0] * shape[2] // 8))
+
+
+@part()
 def _near_enough(s, q, n):  # type: ignore[no-untyped-def]
     """That the pivot of s and q is at most a standard deviation off, and that no square was too small or large."""
     return (q - s * s / n >= 0.5 * q and 1e-30 * n < q < 1e30 * n) or (q == 0.0 and s == 0.0)
@@ -141,7 +150,7 @@ def _forward_sum(p, c0, x, part, plan, memory):  # type: ignore[no-untyped-def]
     totals, sums, pivot = numbers[5:7, :g], all_sums[:2, : _width(g, plan)], singles[0, :g]
     again = plan[7] & EXACT != 0
     if not again:
-        _mean(x, k0, c0, pivot, totals, sums, near, scratch, plan, FEW[plan[0]])
+        _mean(x, k0, c0, pivot, totals, sums, near, scratch, plan, _few(x.shape, plan))
         n = 0.0
         for k in range(k0, k1):
             _deviations(x, k, c0, pivot, sums, near, scratch, plan, ALL)
@@ -247,46 +256,63 @@ def _forward_map(p0, p1, c0, ca, x, y, stats, affine, summed, plan, memory):  # 
 
 
 @compiled
-def forward_item(k, items, x, y, stats, affine, eps, part, plan, stage):  # type: ignore[no-untyped-def]
+def forward_item(k, items, x, y, stats, affine, eps, part, claims, plan, stage):  # type: ignore[no-untyped-def]
     """x, y (O, C, I), stats (4, C), affine (2, C), part (P, 4, C); y is not touched without the MAP stage."""
     keep_whole()
     x, y, stats, affine, part = borrowed(x), borrowed(y), borrowed(stats), borrowed(affine), borrowed(part)
+    claims = borrowed(claims)
     owned = _memory(x, plan, stage, narrowest(x), 2, 3, 6)
     memory = _lent(owned)
-    first, last, pieces = _share(k, items, x.shape, plan, stage)
-    for t in range(first // pieces, (last + pieces - 1) // pieces):
-        p0, p1, c0 = max(0, first - t * pieces), min(pieces, last - t * pieces), t * plan[1]
-        if stage & SUM:
-            for p in range(p0, p1):
-                _forward_sum(p, c0, x, part, plan, memory)
-        if stage & FINISH:
-            for c in range(c0, min(c0 + plan[1], x.shape[1])):
-                _forward_finish(c, stats, part, eps)
-        if stage & MAP:
-            ahead = c0 + plan[1] if (t + 1) * pieces < last and plan[7] & AHEAD else -1
-            _forward_map(p0, p1, c0, ahead, x, y, stats, affine, part.shape[0] > 0, plan, memory)
+    u = _claimed(k, items, claims)
+    while u >= 0:
+        first, last, stop, pieces = _borders(u, items, x.shape, plan, stage)
+        for t in range(first // pieces, (last + pieces - 1) // pieces):
+            p0, p1, c0 = max(0, first - t * pieces), min(pieces, last - t * pieces), t * plan[1]
+            if stage & SUM:
+                for p in range(p0, p1):
+                    _forward_sum(p, c0, x, part, plan, memory)
+            if stage & FINISH:
+                for c in range(c0, min(c0 + plan[1], x.shape[1])):
+                    _forward_finish(c, stats, part, eps)
+            if stage & MAP:
+                ahead = c0 + plan[1] if (t + 1) * pieces < stop and plan[7] & AHEAD else -1
+                _forward_map(p0, p1, c0, ahead, x, y, stats, affine, part.shape[0] > 0, plan, memory)
+        u = _claimed(k, items, claims)
     fence()
     hold(owned)
 
 
 @part()
-def _share(k, items, shape, plan, stage):  # type: ignore[no-untyped-def]
-    """Item k's share of the pieces of all tiles, from first to last, and the number of pieces of a tile.
+def _claimed(k, items, claims):  # type: ignore[no-untyped-def]
+    """The next unit of item k's own share that nobody has claimed, else one of another's; -1 if there is none."""
+    units = UNITS if items > 1 else 1
+    for i in range(items):
+        share = (k + i) % items
+        u = claim(claims, share)
+        if u < units:
+            return share * units + u
+    return -1
+
+
+@part()
+def _borders(u, items, shape, plan, stage):  # type: ignore[no-untyped-def]
+    """Unit u: the pieces of all tiles from first to last, where its share stops, and the number of pieces of a tile.
 
     With the FINISH stage it has whole tiles.
     """
+    units = UNITS if items > 1 else 1
     pieces = (plan[2] + plan[3] - 1) // plan[3]
     tiles = (shape[1] + plan[1] - 1) // plan[1]
-    if stage & FINISH:
-        return tiles * k // items * pieces, tiles * (k + 1) // items * pieces, pieces
-    return tiles * pieces * k // items, tiles * pieces * (k + 1) // items, pieces
+    step, work = (pieces, tiles) if stage & FINISH else (1, tiles * pieces)
+    first, last, stop = work * u // (items * units), work * (u + 1) // (items * units), work * (u // units + 1) // items
+    return first * step, last * step, stop * step, pieces
 
 
 @Kernel
-def forward_kernel(items, item, x, y, stats, affine, eps, part, plan, stage):  # type: ignore[no-untyped-def]
+def forward_kernel(items, item, x, y, stats, affine, eps, part, claims, plan, stage):  # type: ignore[no-untyped-def]
     """`forward_item`, whose address is `item`, for all items."""
     for k in prange(items):
-        call(item, (np.int64(k), items, x, y, stats, affine, eps, part, plan, stage))
+        call(item, (np.int64(k), items, x, y, stats, affine, eps, part, claims, plan, stage))
 
 
 @part(inline="always")
@@ -298,7 +324,7 @@ def _backward_sum(p, c0, dy, x, stats, part, plan, memory):  # type: ignore[no-u
     totals, sums, pivot, hi = numbers[5:, :g], all_sums[:, : _width(g, plan)], singles[0, :g], singles[1, :g]
     again = plan[7] & EXACT != 0
     if not again:
-        _mean(dy, k0, c0, pivot, totals[:2], sums[:2], near, scratch, plan, FEW[plan[0]])
+        _mean(dy, k0, c0, pivot, totals[:2], sums[:2], near, scratch, plan, _few(x.shape, plan))
         for c in range(g):
             hi[c] = stats[0, c0 + c]
         if plan[0]:
@@ -400,31 +426,34 @@ def _backward_map(p0, p1, c0, ca, dy, x, dx, stats, affine, grads, plan, memory)
 
 
 @compiled
-def backward_item(k, items, dy, x, dx, stats, affine, grads, part, plan, stage):  # type: ignore[no-untyped-def]
+def backward_item(k, items, dy, x, dx, stats, affine, grads, part, claims, plan, stage):  # type: ignore[no-untyped-def]
     """dy, x, dx (O, C, I), stats (4, C), affine (2, C), grads (4, C), part (P, 5, C)."""
     keep_whole()
-    dy, x, dx, part = borrowed(dy), borrowed(x), borrowed(dx), borrowed(part)
+    dy, x, dx, part, claims = borrowed(dy), borrowed(x), borrowed(dx), borrowed(part), borrowed(claims)
     stats, affine, grads = borrowed(stats), borrowed(affine), borrowed(grads)
     owned = _memory(x, plan, stage, narrowest(x), 5, 5, 6)
     memory = _lent(owned)
-    first, last, pieces = _share(k, items, x.shape, plan, stage)
-    for t in range(first // pieces, (last + pieces - 1) // pieces):
-        p0, p1, c0 = max(0, first - t * pieces), min(pieces, last - t * pieces), t * plan[1]
-        if stage & SUM:
-            for p in range(p0, p1):
-                _backward_sum(p, c0, dy, x, stats, part, plan, memory)
-        if stage & FINISH:
-            for c in range(c0, min(c0 + plan[1], x.shape[1])):
-                _backward_finish(c, grads, part)
-        if stage & MAP:
-            ahead = c0 + plan[1] if (t + 1) * pieces < last and plan[7] & AHEAD else -1
-            _backward_map(p0, p1, c0, ahead, dy, x, dx, stats, affine, grads, plan, memory)
+    u = _claimed(k, items, claims)
+    while u >= 0:
+        first, last, stop, pieces = _borders(u, items, x.shape, plan, stage)
+        for t in range(first // pieces, (last + pieces - 1) // pieces):
+            p0, p1, c0 = max(0, first - t * pieces), min(pieces, last - t * pieces), t * plan[1]
+            if stage & SUM:
+                for p in range(p0, p1):
+                    _backward_sum(p, c0, dy, x, stats, part, plan, memory)
+            if stage & FINISH:
+                for c in range(c0, min(c0 + plan[1], x.shape[1])):
+                    _backward_finish(c, grads, part)
+            if stage & MAP:
+                ahead = c0 + plan[1] if (t + 1) * pieces < stop and plan[7] & AHEAD else -1
+                _backward_map(p0, p1, c0, ahead, dy, x, dx, stats, affine, grads, plan, memory)
+        u = _claimed(k, items, claims)
     fence()
     hold(owned)
 
 
 @Kernel
-def backward_kernel(items, item, dy, x, dx, stats, affine, grads, part, plan, stage):  # type: ignore[no-untyped-def]
+def backward_kernel(items, item, dy, x, dx, stats, affine, grads, part, claims, plan, stage):  # type: ignore[no-untyped-def]
     """`backward_item`, whose address is `item`, for all items."""
     for k in prange(items):
-        call(item, (np.int64(k), items, dy, x, dx, stats, affine, grads, part, plan, stage))
+        call(item, (np.int64(k), items, dy, x, dx, stats, affine, grads, part, claims, plan, stage))

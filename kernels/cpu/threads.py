@@ -2,8 +2,9 @@
 
 Numba's threading layers, each tried: `omp` takes several Python threads at once, but ends a forked child that
 enters a region after its parent had started it. `workqueue` survives forks and aborts the process when two
-threads enter at once. `tbb` survives both but for one: 3 of 60 children hung that were forked while another
-thread was inside. The twins give the same bits, so where there is doubt nothing but time is lost.
+threads enter at once. `tbb` takes several threads, and 3 of 60 children hung that were forked while another one was
+inside; of some other forks it says itself, now and then, that threads in the child may be broken. So children of `omp`
+and `tbb` stay serial. The twins give the same bits: nothing but time is lost.
 
 Numba's settings are the user's and stay untouched. Under `workqueue`, regions that the user's own code enters
 from another thread can't be seen from here.
@@ -24,9 +25,12 @@ _compiling: Any = threading.RLock()
 with contextlib.suppress(ImportError):  # Numba's own name for it may change
     from numba.core.compiler_lock import global_compiler_lock as _compiling
 
+# OpenMP read it when it started. Waking a thread takes 100 us, and then it is often on the processor of the one
+# that woke it, until the system moves it some milliseconds later.
+SLEEPY = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
+
 _serial_only = False  # for good, in this process and its forked children
 _one_at_a_time = True  # until the layer is known to take several threads
-_alone = False  # at the last fork, no other Python thread was there
 
 # A lock: whose token is in it is inside. `setdefault` is atomic, and the owner can be asked for at any time,
 # so a Ctrl-C between taking the lock and noting that it was taken can't leave it shut. Nobody waits for it.
@@ -105,15 +109,12 @@ def _start() -> None:
 
 def _before_fork() -> None:
     # A child forked while another thread compiles would wait for ever to compile, so the fork waits instead.
-    global _alone
     _compiling.acquire()
-    _alone = threading.active_count() == 1
 
 
 def _after_fork_in_child() -> None:
     global _serial_only
-    layer = threading_layer()
-    _serial_only |= layer == "omp" or (layer == "tbb" and not _alone) or bool(_inside)
+    _serial_only |= threading_layer() in ("omp", "tbb") or bool(_inside)
     _inside.clear()
     _compiling.release()
 
