@@ -16,6 +16,7 @@ import numpy as np
 from numpy.exceptions import AxisError, TooHardError
 
 Axis = int | Sequence[int]
+FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 
 
 def describe(value: Any) -> str:
@@ -115,7 +116,7 @@ def check_channels(function: str, name: str, value: Any, shape: tuple[int, ...])
 
 
 def check_real(function: str, name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """As `check_channels`, in the dtype that came and not copied: for callers that assign it to float64."""
+    """As `check_channels`, not copied where kernels can read it: a contiguous float32 or float64 array."""
     array: np.ndarray = value
     if type(value) is not np.ndarray:
         if isinstance(value, np.ma.MaskedArray):
@@ -131,24 +132,31 @@ def check_real(function: str, name: str, value: Any, shape: tuple[int, ...]) -> 
             f"{function}: {name} has shape {array.shape}; expected {shape}, one value for each channel of x. "
             "Is axis the channel axis?"
         )
+    dtype = array.dtype
+    if (dtype is not FLOAT32 and dtype is not FLOAT64) or not array.flags.c_contiguous:
+        return np.ascontiguousarray(array, np.float64).reshape(-1)
     return array if array.ndim == 1 else array.reshape(-1)
 
 
 def check_variances(function: str, value: Any, shape: tuple[int, ...], name: str = "var") -> np.ndarray:
     """As `check_channels`, with no value below 0."""
-    array = check_channels(function, name, value, shape)
+    return _check_sign(function, name, check_channels(function, name, value, shape))
+
+
+def _check_sign(function: str, name: str, array: np.ndarray) -> np.ndarray:
     if np.count_nonzero(array < 0):  # .any() takes 1 µs
         raise ValueError(f"{function}: {name} has a negative value ({np.nanmin(array):.6g}); expected 0 or more")
     return array
 
 
 def check_frozen(function: str, frozen: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance in float64, from a pair of them or from RunningStats."""
+    """Mean and variance as by `check_real`, from a pair of them or from RunningStats."""
     if hasattr(frozen, "exact"):
         frozen = frozen.exact()
     if not isinstance(frozen, (tuple, list)) or len(frozen) != 2:
         raise TypeError(f"{function}: frozen is {describe(frozen)}; expected a pair (mean, var), or RunningStats")
-    return check_channels(function, "mean", frozen[0], shape), check_variances(function, frozen[1], shape)
+    mean = check_real(function, "mean", frozen[0], shape)
+    return mean, _check_sign(function, "var", check_real(function, "var", frozen[1], shape))
 
 
 def check_shape(function: str, channels: Any) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Batch normalization on arrays: forward, backward, infer, moments. Here is all that makes it batch norm.
 
 A call checks its arguments, sees its arrays as (outer, channels, inner), and hands them to the kernels
-together with C-sized arrays of float64; what comes back is arithmetic on C numbers.
+together with C-sized arrays: parameters, gradients, and a table (6, C) of what was found, from which moments are made.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from .arguments import (
+    FLOAT32,
+    FLOAT64,
     Axis,
     check_array,
     check_axis,
@@ -24,11 +26,9 @@ from .arguments import (
     native,
     same_memory,
 )
-from .dispatch import Kernels, kernels
-from .layout import Channels, Views, channels_of, empty
+from .dispatch import Given, Kernels, kernels
+from .layout import Views, channels_of, empty
 from .moments import Moments
-
-FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 
 
 class OneValueWarning(UserWarning):
@@ -53,32 +53,28 @@ class Saved:
     Saved(float32 x of shape (4, 2), channel axes (1,), frozen=False)
     """
 
-    __slots__ = ("_affine", "_axes", "_eps", "_shape", "_stats", "_strides", "_x", "dtype", "frozen")
+    __slots__ = ("_axes", "_shape", "_strides", "_table", "_x", "dtype", "frozen")
 
     def __init__(
         self,
         walked: np.ndarray | None,
         x: np.ndarray,
         axes: tuple[int, ...],
-        stats: np.ndarray,
-        affine: np.ndarray,
-        eps: float,
+        table: np.ndarray,
         frozen: bool,
     ) -> None:
         self._x = walked  # x, or the copy of it that the kernels could walk; None if overwritten
         self._shape = x.shape
         self._strides = x.strides
         self._axes = axes
-        self._stats = stats  # (4, C): mean hi, mean lo, var, 1 / sqrt(var + eps)
-        self._affine = affine  # (2, C): gamma, beta
-        self._eps = eps
+        self._table = table  # (6, C): mean hi, mean lo, var, 1 / sqrt(var + eps), gamma, beta
         self.dtype = x.dtype
         self.frozen = frozen
 
     @property
     def moments(self) -> Moments | None:
         """Moments of x (None if frozen), made when asked for: that takes as long as normalizing a small array."""
-        return None if self.frozen else _moments(self._shape, self._axes, self._stats, self.dtype)
+        return None if self.frozen else _moments(self._shape, self._axes, self._table, self.dtype)
 
     def __repr__(self) -> str:
         return f"Saved({self.dtype} x of shape {self._shape}, channel axes {self._axes}, frozen={self.frozen})"
@@ -216,31 +212,12 @@ def backward(
         apart["dgamma"] = check_out(where, "out (dgamma)", given_dgamma, channels.shape, numbers, {}, apart)
     if need_dbeta and given_dbeta is not None:
         check_out(where, "out (dbeta)", given_dbeta, channels.shape, numbers, {}, apart)
-
-    grads = np.zeros((4, channels.number))
-    if dy.size and (need_dgamma or need_dbeta or not frozen):
-        # Sums and dx in one go; frozen statistics need no sums for dx, so these go first, and dx by the forward map.
-        _run_backward(dy, dy if x is None else x, None if frozen else dx, saved, grads)
-    if dx is not None and frozen and dy.size:
-        stats, affine = saved._stats.copy(), saved._affine.copy()
-        stats[:2] = 0.0
-        affine[1] = 0.0
-        _run_forward(dy, dx, saved._axes, stats, affine, saved._eps, True)
+    dgamma = _flat(given_dgamma, channels.number, numbers) if need_dgamma else None
+    dbeta = _flat(given_dbeta, channels.number, numbers) if need_dbeta else None
+    _run_backward(dy, dy if x is None else x, dx, saved, dgamma, dbeta)
     if given_dx is not None and dx is not None and x is not None and same_memory(dx, x):
         saved._x = None
-
-    dgamma = dbeta = None
-    with np.errstate(all="ignore"):
-        sums = channels.values * grads
-        sum_dy = sums[0] + sums[1]
-        if need_dgamma:
-            covariance = sums[2]
-            if frozen:  # the given mean is not x's own
-                covariance = covariance + sum_dy * (grads[3] - saved._stats[1])
-            dgamma = _stored(covariance * saved._stats[3], given_dgamma, channels.shape, numbers)
-        if need_dbeta:
-            dbeta = _stored(sum_dy, given_dbeta, channels.shape, numbers)
-    return dx, dgamma, dbeta
+    return dx, _shaped(dgamma, given_dgamma, channels.shape), _shaped(dbeta, given_dbeta, channels.shape)
 
 
 def infer(
@@ -279,9 +256,9 @@ def moments(x: np.ndarray, *, axis: Axis = 1) -> Moments:
     check_array(where, "x", x)
     axes = check_axis(where, x, axis)
     channels = channels_of(x.shape, axes)
-    stats = np.zeros((4, channels.number))
-    _run_forward(x, None, axes, stats, _affine(where, None, None, channels), 1.0, False)
-    return _moments(x.shape, axes, stats, x.dtype)
+    table = np.empty((6, channels.number))
+    _run_forward(x, None, axes, table, (None, None, None, None), 1.0)
+    return _moments(x.shape, axes, table, x.dtype)
 
 
 def _forward(
@@ -291,24 +268,17 @@ def _forward(
     axes = check_axis(where, x, axis)
     eps = check_eps(where, eps)
     channels = channels_of(x.shape, axes)
-    affine = _affine(where, gamma, beta, channels)
-    stats = np.zeros((4, channels.number))
-    if frozen is not None:
-        stats[0], stats[2] = check_frozen(where, frozen, channels.shape)
+    gamma = None if gamma is None else check_real(where, "gamma", gamma, channels.shape)
+    beta = None if beta is None else check_real(where, "beta", beta, channels.shape)
+    mean, var = (None, None) if frozen is None else check_frozen(where, frozen, channels.shape)
     y = np.empty_like(x, subok=False) if out is None else check_out(where, "out", out, x.shape, x.dtype, {"x": x}, {})
     if frozen is None and channels.values == 1:
         _warn_of_one_value(x, axis)
-    kept: np.ndarray | None = _run_forward(x, y, axes, stats, affine, eps, frozen is not None)
+    table = np.empty((6, channels.number))
+    kept: np.ndarray | None = _run_forward(x, y, axes, table, (gamma, beta, mean, var), eps)
     if out is not None and same_memory(x, out):
         kept = None
-    return y, Saved(kept, x, axes, stats, affine, eps, frozen is not None)
-
-
-def _affine(where: str, gamma: Any, beta: Any, channels: Channels) -> np.ndarray:
-    affine = np.empty((2, channels.number))
-    affine[0] = 1.0 if gamma is None else check_real(where, "gamma", gamma, channels.shape)
-    affine[1] = 0.0 if beta is None else check_real(where, "beta", beta, channels.shape)
-    return affine
+    return y, Saved(kept, x, axes, table, frozen is not None)
 
 
 def _warn_of_one_value(x: np.ndarray, axis: Axis) -> None:
@@ -324,10 +294,10 @@ def _warn_of_one_value(x: np.ndarray, axis: Axis) -> None:
     )
 
 
-def _moments(shape: tuple[int, ...], axes: tuple[int, ...], stats: np.ndarray, dtype: np.dtype[Any]) -> Moments:
+def _moments(shape: tuple[int, ...], axes: tuple[int, ...], table: np.ndarray, dtype: np.dtype[Any]) -> Moments:
     channels = channels_of(shape, axes)
     with np.errstate(all="ignore"):
-        mean, m2 = stats[0] + stats[1], channels.values * stats[2]
+        mean, m2 = table[0] + table[1], channels.values * table[2]
     return Moments.found(channels.values, mean.reshape(channels.shape), m2.reshape(channels.shape), _number_type(dtype))
 
 
@@ -350,12 +320,21 @@ def _three(where: str, out: Any) -> tuple[Any, Any, Any]:
     return out[0], out[1], out[2]
 
 
-def _stored(values: np.ndarray, given: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """`values` (C,) rounded to `dtype`, in the array given for them or in a new one."""
-    values = values.reshape(shape)
+def _flat(given: np.ndarray | None, number: int, dtype: np.dtype[Any]) -> np.ndarray:
+    """(C,) for kernels to write to: the array given for it, or a new one."""
+    if given is None or not given.flags.c_contiguous:
+        return np.empty(number, dtype)
+    return given.reshape(-1)
+
+
+def _shaped(values: np.ndarray | None, given: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray | None:
+    """`values` (C,) in the channels' shape and in the array given for them, if there is one."""
+    if values is None:
+        return None
     if given is None:
-        return values.astype(dtype)
-    given[...] = values
+        return values if len(shape) == 1 else values.reshape(shape)
+    if not given.flags.c_contiguous:
+        given[...] = values.reshape(shape)
     return given
 
 
@@ -368,30 +347,37 @@ def _elements(views: list[np.ndarray | None], backend: Kernels) -> list[Any]:
 
 
 def _run_forward(
-    x: np.ndarray,
-    y: np.ndarray | None,
-    axes: tuple[int, ...],
-    stats: np.ndarray,
-    affine: np.ndarray,
-    eps: float,
-    frozen: bool,
+    x: np.ndarray, y: np.ndarray | None, axes: tuple[int, ...], table: np.ndarray, given: Given, eps: float
 ) -> np.ndarray:
-    """Fills y and stats; returns x as the kernels walked it, which `backward` will walk again."""
+    """Fills y and table; returns x as the kernels walked it, which `backward` will walk again."""
     if x.size == 0:
-        stats[3] = 1.0 / np.sqrt(stats[2] + eps)
+        table[...] = 0.0
         return x
     backend = kernels()
     views = Views(axes, [x], [y])
-    given, written = _elements(views.views, backend)
-    backend.forward(given, written, stats, affine, eps, frozen)
+    read, written = _elements(views.views, backend)
+    backend.forward(read, written, table, given, eps)
     views.finish()
     walked: np.ndarray = views.inputs[0]
     return walked
 
 
-def _run_backward(dy: np.ndarray, x: np.ndarray, dx: np.ndarray | None, saved: Saved, grads: np.ndarray) -> None:
+def _run_backward(
+    dy: np.ndarray,
+    x: np.ndarray,
+    dx: np.ndarray | None,
+    saved: Saved,
+    dgamma: np.ndarray | None,
+    dbeta: np.ndarray | None,
+) -> None:
+    """Fills dx, dgamma and dbeta, those that are wanted."""
+    if dy.size == 0:
+        for sums in (dgamma, dbeta):
+            if sums is not None:
+                sums[...] = 0.0
+        return
     backend = kernels()
     views = Views(saved._axes, [x, dy], [dx])  # x first: results take its memory layout
-    given_x, given_dy, written = _elements(views.views, backend)
-    backend.backward(given_dy, given_x, written, saved._stats, saved._affine, grads)
+    read_x, read_dy, written = _elements(views.views, backend)
+    backend.backward(read_dy, read_x, written, saved._table, dgamma, dbeta, saved.frozen)
     views.finish()

@@ -14,29 +14,25 @@ BACKENDS = ("auto", "cpu", "cupy", "numba-cuda", "reference")
 _NUMPY_KERNELS = {"auto": "cpu", "cpu": "cpu", "reference": "reference"}
 
 
+Given = tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None, np.ndarray | None]  # gamma, beta, mean, var
+
+
 class Kernels(Protocol):
     """The contract in `fastbn.kernels`, as types."""
 
     def element_view(self, dtype: np.dtype[Any]) -> np.dtype[Any] | None: ...
 
-    def forward(
-        self,
-        x: np.ndarray,
-        y: np.ndarray | None,
-        stats: np.ndarray,
-        affine: np.ndarray,
-        eps: float,
-        frozen: bool,
-    ) -> None: ...
+    def forward(self, x: np.ndarray, y: np.ndarray | None, table: np.ndarray, given: Given, eps: float) -> None: ...
 
     def backward(
         self,
         dy: np.ndarray,
         x: np.ndarray,
         dx: np.ndarray | None,
-        stats: np.ndarray,
-        affine: np.ndarray,
-        grads: np.ndarray,
+        table: np.ndarray,
+        dgamma: np.ndarray | None,
+        dbeta: np.ndarray | None,
+        frozen: bool,
     ) -> None: ...
 
 
