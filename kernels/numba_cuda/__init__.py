@@ -49,8 +49,8 @@ from .blocks import (
     merge_moments,
     normalize,
 )
-from .kernels import BETA, FROZEN, GAMMA, backward_finish, forward_finish, kernels
-from .plan import Sizes, plan
+from .kernels import BETA, FROZEN, GAMMA, backward_finish, forward_finish, kernels_of
+from .plan import Sizes, plan_of
 from .target import cuda
 
 __all__ = [
@@ -89,7 +89,7 @@ def forward(x: Any, y: Any, table: Any, given: tuple[Any, Any, Any, Any], eps: f
     gamma, beta, mean, _ = given
     flags = GAMMA * (gamma is not None) | BETA * (beta is not None) | FROZEN * (mean is not None)
     cut, places, flats = _planned([x] if y is None else [x, y])
-    stream, run = stream_of(x, y, table), kernels(x.dtype.name)
+    stream, run = stream_of(x, y, table), kernels_of(x.dtype.name)
     with on(x):
         work = _workspace(x, stream, 4 * cut.pieces * x.shape[1])
         part = _cube(work, 0, (4, cut.pieces, x.shape[1]))
@@ -107,7 +107,7 @@ def forward(x: Any, y: Any, table: Any, given: tuple[Any, Any, Any, Any], eps: f
 def backward(dy: Any, x: Any, dx: Any, table: Any, dgamma: Any, dbeta: Any, frozen: bool) -> None:
     flags = GAMMA * (dgamma is not None) | BETA * (dbeta is not None) | FROZEN * frozen
     cut, places, flats = _planned([x, dy] if dx is None else [x, dy, dx])
-    stream, run, channels = stream_of(dy, x, dx, table), kernels(x.dtype.name), x.shape[1]
+    stream, run, channels = stream_of(dy, x, dx, table), kernels_of(x.dtype.name), x.shape[1]
     read = (flats[1], places[1], flats[0], places[0])
     with on(x):
         work = _workspace(x, stream, (5 * cut.pieces + 4) * channels)
@@ -129,7 +129,7 @@ def backward(dy: Any, x: Any, dx: Any, table: Any, dgamma: Any, dbeta: Any, froz
 
 def _planned(arrays: list[Any]) -> Any:
     x = arrays[0]
-    cut = plan(tuple(x.shape), x.dtype.itemsize, tuple(tuple(a.strides) for a in arrays), SIZES)
+    cut = plan_of(tuple(x.shape), x.dtype.itemsize, tuple(tuple(a.strides) for a in arrays), SIZES)
     return cut, cut.places, [flat(a) for a in arrays]
 
 

@@ -117,7 +117,7 @@ class Kernels(NamedTuple):
 
 
 @functools.cache
-def kernels(name: str) -> Kernels:
+def kernels_of(name: str) -> Kernels:
     """The kernels for elements of a dtype. `real` is what they are computed in, but for sums and C numbers."""
     real: Any = np.float64 if name == "float64" else np.float32
     load = {"float64": load_double, "int16": load_bfloat}.get(name, load_single)

@@ -44,12 +44,12 @@ def power_above(n: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(shape: tuple[int, ...], itemsize: int, strides: tuple[tuple[int, ...], ...], sizes: Sizes) -> Plan:
+def plan_of(shape: tuple[int, ...], itemsize: int, strides: tuple[tuple[int, ...], ...], sizes: Sizes) -> Plan:
     """`strides`: of each array, in bytes; the first one's decide how threads lie.
 
-    >>> plan((8, 3, 16), 4, ((192, 64, 4),), Sizes()).cut  # 128 values of each channel, by 32 threads
+    >>> plan_of((8, 3, 16), 4, ((192, 64, 4),), Sizes()).cut  # 128 values of each channel, by 32 threads
     (3, 16, 0, 128, 256, 1, 1)
-    >>> plan((128, 3, 1), 4, ((12, 4, 4),), Sizes()).cut  # channels last: four lanes, sixteen rows
+    >>> plan_of((128, 3, 1), 4, ((12, 4, 4),), Sizes()).cut  # channels last: four lanes, sixteen rows
     (3, 128, 16, 128, 128, 1, 4)
     """
     outer, channels, inner = shape
