@@ -224,6 +224,7 @@ class Double:
 
     def occupancyMaxActiveBlocksPerMultiprocessor(self, kernel: int, threads: int, shared: int) -> int:
         assert self._kernels[kernel].device == self.current
+        assert threads % 32 == 0
         return min(self.resident, self.devices[self.current]["sharedMemPerMultiprocessor"] // (shared + 1024))
 
     def launchKernel(

@@ -91,7 +91,7 @@ class Truth:
         self.x = self._within(rng, offset)
         self.dy = self._within(rng, 0.5)
         x, dy = numbers(shape.view(self.x)), numbers(shape.view(self.dy))
-        C = x.shape[1]
+        C = int(x.shape[1])
         number: Any = np.float64 if dtype == "float64" else np.float32
         self.given = rng.uniform(0.5, 1.5, C).astype(number), rng.normal(size=C).astype(number)
         self.frozen = rng.normal(size=C).astype(number), rng.uniform(0.5, 2.0, C).astype(number)

@@ -130,8 +130,8 @@ def _run(
     if ready is None:
         _check(arrays, table, given, sums)
         if len({a.dtype for a in given if a is not None}) == 2:
-            given = tuple(None if a is None else a.astype(np.float64) for a in given)  # type: ignore[assignment]
-            return _run(arrays, table, given, sums, eps, backward, frozen)
+            gamma, beta, mean, var = (a if a is None else _wide(a) for a in given)
+            return _run(arrays, table, (gamma, beta, mean, var), sums, eps, backward, frozen)
         if len(_ready) >= _MOST_READY:
             _ready.clear()
         ready = _ready[key] = _prepare(arrays, given, number, backward, frozen)
@@ -164,6 +164,10 @@ def _copy(a: Any) -> Any:
     new = cupy.empty(a.shape, a.dtype)
     cupy.copyto(new, a)
     return new
+
+
+def _wide(a: Any) -> Any:
+    return a.astype(np.float64)
 
 
 def _check(arrays: tuple[Any, ...], table: Any, given: tuple[Any, ...], sums: tuple[Any, ...]) -> None:
