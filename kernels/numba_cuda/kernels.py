@@ -81,7 +81,11 @@ def first_value(block, cut):  # type: ignore[no-untyped-def]
     j = piece * share + row
     o = j // inner
     c = tile * lanes + (t - row * lanes)
-    end = min(values, (piece + 1) * share) if c < channels else 0
+    end = (piece + 1) * share
+    if end > values:  # Numba's own CUDA target has no `min`
+        end = values
+    if c >= channels:
+        end = 0
     return c, piece, j, o, j - o * inner, end, cuda.blockDim.x // lanes
 
 
