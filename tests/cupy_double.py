@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 import threading
 from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
 from cupy.cuda import driver, runtime
+from emulator import LAYOUTS, WAYS
 from fastbn.kernels.cuda import launch as cuda
 from fastbn.kernels.cuda import plan as planner
 
@@ -28,6 +30,7 @@ HOPPER = {
     "major": 9,
     "minor": 0,
 }
+TYPES = ["float", "f16", "bf16", "double"]  # by their numbers in instances.cpp
 WALL = 64  # bytes of canaries on both sides of an allocation
 
 
@@ -294,4 +297,20 @@ class _Module:
         return self.kernel
 
 
-__all__ = ["HOPPER", "Double", "Refused", "Started"]
+def emulation(library: ctypes.CDLL) -> Any:
+    """Carries a launch out, by the argument's own bytes; arrays may be touched, and nothing else."""
+
+    def emulate(launch: Started, arrays: list[tuple[int, int]]) -> None:
+        kind, width, backward, layout, way = re.findall(r"[\w]+(?=[,>])", launch.expression)
+        instance = (TYPES.index(kind), int(width), backward == "true", LAYOUTS.index(layout), WAYS.index(way))
+        # Windows are read whole, within their 16 bytes: allocations are of 256.
+        flat = [number for start, size in arrays for number in (start, -(-size // 16) * 16)]
+        pairs = (ctypes.c_uint64 * len(flat))(*flat), len(arrays)
+        at_once = 0 if launch.cooperative else launch.cluster
+        failed = library.fastbn_launch(
+            (ctypes.c_int * 5)(*instance), launch.argument, launch.grid, launch.threads, launch.shared, launch.cluster,
+            at_once, 2, *pairs, *pairs,
+        )  # fmt: skip
+        assert failed == b"", f"{launch.expression}: {failed.decode()}"
+
+    return emulate
