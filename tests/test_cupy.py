@@ -131,6 +131,16 @@ def test_frozen_backward_without_sums_reads_only_dy(gpu, rng):
     assert gpu.started[1].way != "APPLY"
 
 
+def test_frozen_and_training_are_told_apart(gpu, rng):
+    """On the same arrays."""
+    dy, dx, table = arrays(gpu, rng)
+    dbeta = cupy.empty(6, np.float32)
+    for frozen in (False, True):
+        cuda.backward(dy, dy, dx, table, None, dbeta, frozen)
+    flags = [planner.TAIL.unpack(s.argument[planner.HEAD.size :])[-1] for s in gpu.started]
+    assert flags == [0, 1]
+
+
 def test_forced_ways(gpu, rng):
     x, y, table = arrays(gpu, rng, (8, 6, 4096))
     found = {}
@@ -162,7 +172,7 @@ def test_stable_plans_are_those_of_the_default_device(gpu, rng):
 # ---- falling back
 
 
-def test_a_cooperative_grid_that_does_not_fit_is_split(gpu, rng):
+def test_a_cooperative_grid_that_does_not_fit_is_split(gpu, rng, caplog):
     """CuPy's own launch would make it smaller, with a warning, and the kernel would wait for ever."""
     x, y, table = arrays(gpu, rng, (8, 6, 4096))
     gpu.resident = 0
@@ -170,6 +180,7 @@ def test_a_cooperative_grid_that_does_not_fit_is_split(gpu, rng):
         warnings.simplefilter("error")
         cuda.forward(x, y, table, NONE, EPS)
     assert [s.way for s in gpu.started] == ["STATS", "APPLY"]
+    assert caplog.text == "", "asked first, not refused"
 
 
 def test_a_refused_cluster_is_split_from_then_on(gpu, rng, caplog):
@@ -349,9 +360,10 @@ def test_streams_and_threads_have_workspaces_of_their_own(gpu, rng):
 
 
 @pytest.mark.usefixtures("grid")
-def test_a_larger_workspace_replaces_a_small_one(gpu, rng, monkeypatch):
-    monkeypatch.setattr(cuda, "_SPACE", 16)
-    monkeypatch.setattr(cuda, "_WORDS", 1)
+@pytest.mark.parametrize("grows", ["_SPACE", "_WORDS"])
+def test_a_larger_workspace_replaces_a_small_one(gpu, rng, monkeypatch, grows):
+    """Whether it is the partial sums or the barriers that need more; the other has room enough."""
+    monkeypatch.setattr(cuda, grows, 1)
     small, large = arrays(gpu, rng, (8, 2, 4096)), arrays(gpu, rng, (8, 60, 4096))
     for call in (small, large, small):
         cuda.forward(*call, NONE, EPS)
@@ -359,9 +371,7 @@ def test_a_larger_workspace_replaces_a_small_one(gpu, rng, monkeypatch):
     assert first.workspace != second.workspace == third.workspace
     view = planner.View(large[0].shape, large[0].strides, large[1].strides, None, 4)
     plan = planner.plan(view, "f", False, cuda.device(0), way="GRID")
-    sizes = [size for _, size in gpu.allocated]
-    assert plan.workspace in sizes
-    assert 4 * plan.barriers in sizes
+    assert {"_SPACE": plan.workspace, "_WORDS": 4 * plan.barriers}[grows] in [size for _, size in gpu.allocated]
 
 
 @pytest.mark.usefixtures("grid")
@@ -601,7 +611,11 @@ LAYOUTS = {
     "channels last": ((60, 16), lambda a: a[:, :, None], "columns"),
     "rows of three": ((64, 3), lambda a: a[:, :, None], "folded rows"),
     "channel slice": ((4, 12, 64), lambda a: a[:, 3:8], "a gap between rows"),
-    "between vectors": ((4, 6, 70), lambda a: a[:, :, 3:68], "an address that no vector starts at"),
+    "between vectors": (
+        (4, 6, 72),
+        lambda a: a[:, :, 1:65],
+        "whole vectors apart, none at its border",
+    ),
     "transposed": ((5, 90), lambda a: a.T[:, :, None], "(C, N) in memory"),
     "every second": ((4, 5, 60), lambda a: a[:, :, ::2], "what no kernel walks: copied"),
     "one value": ((1, 8, 1), lambda a: a, "hardly anything"),
