@@ -199,7 +199,8 @@ FASTBN_DEVICE void group_barrier(u32 *word, int K, int rank) {
 // c = sum (dy - m) ((x - mean x) - e). For float64 data the mean is a pair m + lo; for the others lo is unused.
 template <class A, bool BACKWARD> struct Sum {
   static constexpr bool PAIR = sizeof(A) == 8;
-  double m = 0, lo = 0, e = 0, c = 0;
+  double m = 0, lo = 0, c = 0;
+  A e = 0;
 };
 
 // The same in memory, in whole 16 bytes; n lies elsewhere, because the channels of a tile share it.
@@ -225,11 +226,11 @@ template <class A, bool BACKWARD> FASTBN_DEVICE void merge(Sum<A, BACKWARD> &a, 
   const A f = k > 0 ? k / (n + k) : (A)0, w = n * f;
   double d = b.m - a.m;
   if (PAIR) d += b.lo - a.lo;
-  const double de = BACKWARD ? b.e - a.e : d;
+  const A de = b.e - a.e;
   if (PAIR) a.lo = fma(d, (double)f, a.lo);
   else a.m = fma(d, (double)f, a.m);
-  if (BACKWARD) a.e = fma(de, (double)f, a.e);
-  a.c += fma(d * de, (double)w, b.c);
+  if (BACKWARD) a.e = multiply_add(de, f, a.e);
+  a.c += fma(d * (BACKWARD ? (double)de : d), (double)w, b.c);
 }
 
 // Lane i takes in lane i + step, for step = 16 down to `last`: N sums of n elements each.
@@ -258,26 +259,29 @@ template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
   i64 first;        // of this thread: vector of the channel, or row of COLUMNS
   int n;            // vectors of this thread
   int across;       // COLUMNS: this thread's place in the tile's rows
-  i64 rows;         // COLUMNS: rows of this rank
 
   struct Place {
     i64 row, inner;  // inner: element of the run that lane 0 holds; negative in a window that begins before the run
     int begin, end;  // lanes that belong to the run
   };
 
+  // COLUMNS: rows of a rank.
+  FASTBN_DEVICE static i64 rows(const Params &p, int rank) {
+    const i64 left = p.M - rank * p.per;
+    return left < 0 ? 0 : left < p.per ? left : p.per;
+  }
   FASTBN_DEVICE Share(const Params &params, int item, int rank) : p(params) {
     const int t = threadIdx.x, threads = blockDim.x;
     const i64 begin = (i64)rank * p.per;
     if (LAYOUT == COLUMNS) {
       across = t % p.tx;
       const int down = t / p.tx;
-      const i64 column = ((i64)item * p.tx + across) * V, left = p.M - begin;
-      rows = left < 0 ? 0 : left < p.per ? left : p.per;
-      n = down < p.ty && down < rows && column < (i64)p.fold * p.C * p.S ? (int)((rows - down + p.ty - 1) / p.ty) : 0;
+      const i64 column = ((i64)item * p.tx + across) * V, left = rows(p, rank) - down;
+      n = down < p.ty && left > 0 && column < (i64)p.fold * p.C * p.S ? (int)((left + p.ty - 1) / p.ty) : 0;
       first = begin + down;
       x = (const T *)p.x + column, dy = (const T *)p.dy + column, y = (T *)p.y + column;
     } else {
-      across = 0, rows = 0;
+      across = 0;
       i64 left = p.M * p.vectors - begin;
       left = left < p.per ? left : p.per;
       n = left > t ? (int)((left - t + threads - 1) / threads) : 0;
@@ -314,13 +318,15 @@ template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
   FASTBN_DEVICE void read_dy(Vector<T, V> &d, const Place &q) const { load(d.raw, dy + q.row * p.dy_row + q.inner); }
   FASTBN_DEVICE void write(const Vector<T, V> &r, const Place &q) const {
     T *to = y + q.row * p.y_row + q.inner;
-    if (LAYOUT != WINDOWS || (q.begin == 0 && q.end == V)) return store(to, r.raw);
+    if (q.begin == 0 && q.end == V) return store(to, r.raw);
+    if constexpr (LAYOUT == WINDOWS) {
 #pragma unroll
-    for (int v = 0; v < V; v++) {
-      if (!has(q, v)) continue;
-      Vector<T, 1> one;
-      one.lane[0] = r.lane[v];
-      store(to + v, one.raw);
+      for (int v = 0; v < V; v++) {
+        if (!has(q, v)) continue;
+        Vector<T, 1> one;
+        one.lane[0] = r.lane[v];
+        store(to + v, one.raw);
+      }
     }
   }
   // The channel, within the item, of column c of the tile.
@@ -331,16 +337,17 @@ template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
   }
 };
 
-// Sums of the thread's vectors, computed in A by batches: forward of x, backward of dy and of (x - hi) - lo. N channels
-// at once, n elements of each. `keep(i, x, dy)` is called with every vector.
-template <class A, int BATCH, int N, class S, class T, int V, bool BACKWARD, int LAYOUT, class Keep>
-FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const S (&hi)[N], const S (&lo)[N],
-                          Sum<S, BACKWARD> (&sums)[N], S &n, Keep keep) {
+// Sums of the thread's vectors by batches: forward of x, backward of dy and of x - hi. N channels at once, n elements of
+// each. `keep(i, x, dy)` is called with every vector.
+template <int BATCH, int N, class A, class T, int V, bool BACKWARD, int LAYOUT, class Keep>
+FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const A (&hi)[N], Sum<A, BACKWARD> (&sums)[N], A &n,
+                          Keep keep) {
   constexpr int FULL = BATCH * V / N;  // elements of a channel in a full batch, a power of two
   A pivot[N], mean[N], other[N], product[N], have = 0;
 #pragma unroll
   for (int j = 0; j < N; j++) pivot[j] = mean[j] = other[j] = product[j] = 0;
 
+#pragma unroll 1
   for (int i = 0; i < share.n; i += BATCH) {
     Vector<T, V> a[BATCH], d[BATCH];
     typename Share<T, V, BACKWARD, LAYOUT>::Place place[BATCH];
@@ -360,7 +367,7 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const S (&
     for (int u = 0; u < BATCH; u++)
       if (i + u < share.n) keep(i + u, a[u], d[u]);
 
-    // each(f): f(j, first, second) for every element, j its channel: (x, unused), or (dy, x - mean x)
+    // f(j, first, second) for every element, j its channel: (x, unused), or (dy, x - hi)
     auto each = [&](auto f) {
 #pragma unroll
       for (int u = 0; u < BATCH; u++)
@@ -370,7 +377,7 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const S (&
             if (!share.has(place[u], v)) continue;
             const int j = N == 1 ? 0 : v;
             const A value = up(a[u].lane[v]);
-            if (BACKWARD) f(j, (A)up(d[u].lane[v]), (value - (A)hi[j]) - (A)lo[j]);
+            if (BACKWARD) f(j, up(d[u].lane[v]), value - hi[j]);
             else f(j, value, (A)0);
           }
         }
@@ -407,12 +414,42 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const S (&
     }
     have += b;
   }
-  n = (S)have;
+  n = have;
 #pragma unroll
   for (int j = 0; j < N; j++) {
-    sums[j].m = Sum<S, BACKWARD>::PAIR ? (double)pivot[j] : (double)pivot[j] + (double)mean[j];
-    sums[j].lo = Sum<S, BACKWARD>::PAIR ? (double)mean[j] : 0;
+    sums[j].m = Sum<A, BACKWARD>::PAIR ? (double)pivot[j] : (double)pivot[j] + (double)mean[j];
+    sums[j].lo = Sum<A, BACKWARD>::PAIR ? (double)mean[j] : 0;
     sums[j].e = other[j], sums[j].c = product[j];
+  }
+}
+
+// Forward once more, element by element in float64, a channel after the other: for squares beyond float32, of deviations
+// from 1e19 on (or a NaN's, which stay NaN).
+template <int N, class A, class T, int V, int LAYOUT>
+FASTBN_DEVICE void sum_up_beyond(const Share<T, V, false, LAYOUT> &share, Sum<A, false> (&sums)[N]) {
+#pragma unroll 1
+  for (int j = 0; j < N; j++) {
+    Sum<A, false> s, one;
+    A n = 0;
+#pragma unroll 1
+    for (int i = 0; i < share.n; i++) {
+      const auto q = share.at(i);
+      if (!share.any(q)) continue;
+      Vector<T, V> a;
+      share.read_x(a, q);
+#pragma unroll 1
+      for (int lane = N > 1 ? j : 0; lane < (N > 1 ? j + 1 : V); lane++) {
+        if (!share.has(q, lane)) continue;
+#pragma unroll
+        for (int v = 0; v < V; v++)
+          if (v == lane) one.m = up(a.lane[v]);
+        merge(s, n, one, (A)1);
+        n += 1;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++)
+      if (i == j) sums[i] = s;
   }
 }
 
@@ -454,7 +491,7 @@ FASTBN_DEVICE void conclude(const Params &p, i64 c, const Sum<A, true> &s, bool 
   k.glo = p.frozen ? (A)0 : (A)((s.m - (double)k.ghi) + s.lo);
   k.slope = p.frozen ? (A)0 : (A)(-invstd * (s.c / p.count));
   if (report) {
-    if (p.dgamma) ((A *)p.dgamma)[c] = (A)(invstd * fma(p.count * mean, s.e, s.c));
+    if (p.dgamma) ((A *)p.dgamma)[c] = (A)(invstd * fma(p.count * mean, (double)s.e, s.c));
     if (p.dbeta) ((A *)p.dbeta)[c] = (A)(p.count * mean);
   }
 }
@@ -471,18 +508,16 @@ template <class T, class A> FASTBN_DEVICE A map(const Coefficients<A, true> &k, 
 
 // ------------------------------------------------------------------------------------------------------- the kernel
 
-// 64 registers do for RUNS; windows, columns and float64 need up to 128. Two blocks a multiprocessor either way.
-template <class T, int LAYOUT> constexpr int most_threads() { return LAYOUT == RUNS && sizeof(T) < 8 ? 512 : 256; }
-
 template <class T, int V, bool BACKWARD, int LAYOUT, int WAY>
-__global__ void FASTBN_DIMS __launch_bounds__(most_threads<T, LAYOUT>(), 2) bn(const __grid_constant__ Params p) {
+__global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__ Params p) {
   typedef Number<T> A;
   typedef Vector<T, V> Vec;
   typedef Partial<A, BACKWARD> Part;
   typedef Coefficients<A, BACKWARD> Coef;
   constexpr int N = LAYOUT == COLUMNS ? V : 1;  // channels that a thread sees at once
-  // Vectors of each array in flight; plan.py's in_flight. Eight of a half type's columns would spill.
-  constexpr int BATCH = (LAYOUT == COLUMNS && sizeof(T) > 2 ? 8 : 4) / (BACKWARD ? 2 : 1);
+  // Vectors of each array in flight in the first pass (plan.py's `in_flight`) and in the second: what 128 registers hold.
+  constexpr int BATCH = (sizeof(T) == 8 || (LAYOUT == COLUMNS && sizeof(T) == 2) ? 4 : 8) / (BACKWARD ? 2 : 1);
+  constexpr int AGAIN = !BACKWARD && sizeof(T) < 8 ? 4 : BACKWARD && LAYOUT == COLUMNS && WAY != APPLY ? 1 : 2;
   const int t = threadIdx.x, threads = blockDim.x, lane = t & 31, warp = t >> 5, warps = threads >> 5;
   const int K = p.K, rank = blockIdx.x % K, group = blockIdx.x / K, groups = gridDim.x / K, G = p.G;
 
@@ -500,27 +535,34 @@ __global__ void FASTBN_DIMS __launch_bounds__(most_threads<T, LAYOUT>(), 2) bn(c
   const bool wants_x = !BACKWARD || !p.frozen;                                  // in the second pass
   const bool wants_sums = WAY != APPLY || !p.frozen || (BACKWARD && p.x);
 
-  u32 phase = 0;  // GRID: partials of a round are still read while the next round's are written
-  for (int item = group; item < p.items; item += groups, phase ^= 1) {
+  for (int item = group; item < p.items; item += groups) {
     const Share<T, V, BACKWARD, LAYOUT> share(p, item, rank);
     const int keep = share.n < p.keep ? share.n : p.keep;
 
     if (WAY != APPLY) {
       // ---- first pass: this thread's sums
-      A hi[N], lo[N];
-#pragma unroll
-      for (int j = 0; j < N; j++) {
-        const i64 c = (i64)item * G + share.channel(share.across * V + j);
-        const double mean = BACKWARD && share.n ? p.table[c] : 0, rest = BACKWARD && share.n ? p.table[p.C + c] : 0;
-        hi[j] = (A)mean, lo[j] = (A)((mean - (double)hi[j]) + rest);
-      }
+      // Backward sums x - hi; that its mean is lo's, too, counts once, behind the loop.
+      auto channel = [&](int j) { return (i64)item * G + share.channel(share.across * V + j); };
+      A hi[N], n;
       Sum<A, BACKWARD> sums[N];
-      A n;
-      sum_up<A, BATCH, N>(share, hi, lo, sums, n, [&](int i, const Vec &a, const Vec &d) {
+#pragma unroll
+      for (int j = 0; j < N; j++) hi[j] = BACKWARD && share.n ? (A)p.table[channel(j)] : (A)0;
+      sum_up<BATCH>(share, hi, sums, n, [&](int i, const Vec &a, const Vec &d) {
         if (WAY == STATS || i >= keep) return;
         if (wants_x) store_shared(kept_x + i * threads + t, a.raw);
         if (BACKWARD) store_shared(kept_dy + i * threads + t, d.raw);
       });
+      if constexpr (BACKWARD) {
+#pragma unroll
+        for (int j = 0; j < N; j++)
+          if (share.n) sums[j].e -= (A)((p.table[channel(j)] - (double)hi[j]) + p.table[p.C + channel(j)]);
+      }
+      if constexpr (!BACKWARD && sizeof(A) == 4) {
+        bool beyond = false;
+#pragma unroll
+        for (int j = 0; j < N; j++) beyond |= !(sums[j].c <= 3.4028235e38);
+        if (beyond) sum_up_beyond(share, sums);
+      }
 
       // ---- the block's: warps by shuffles, then rows in their order, then the columns of a channel
       const int last = LAYOUT == COLUMNS ? p.tx : 1;
@@ -553,22 +595,24 @@ __global__ void FASTBN_DIMS __launch_bounds__(most_threads<T, LAYOUT>(), 2) bn(c
         }
         __syncthreads();
         const int S = (int)p.S, width = p.C * S;
+        const i64 own_rows = share.rows(p, rank);
         for (int g = t; g < G; g += threads) {
           Sum<A, BACKWARD> s, other;
-          const A k = (A)share.rows;
+          const A k = (A)own_rows;
           for (int i = 0; i < p.fold * S; i++) {
             open(other, row_part[i / S * width + g * S + i % S]);
             merge(s, (A)i * k, other, k);
           }
           shut(part[g], s);
         }
-        if (t == 0) *part_count = (double)share.rows * p.fold * S;
+        if (t == 0) *part_count = (double)own_rows * p.fold * S;
       }
       __syncthreads();
     }
 
     // ---- all ranks: every block merges the same partials in the same order
-    const i64 slot = WAY == GRID ? (i64)phase * groups + group : item, slots = WAY == GRID ? 2 * groups : p.items;
+    // GRID: two sets of them, because those of a round are still read while the next round's are written.
+    const i64 slot = WAY == GRID ? item / groups % 2 * groups + group : item, slots = WAY == GRID ? 2 * groups : p.items;
     Part *partials = (Part *)p.partials + slot * G * K;
     double *counts = (double *)((Part *)p.partials + slots * G * K) + slot * K;
     if (WAY == STATS || WAY == GRID) {
@@ -614,36 +658,38 @@ __global__ void FASTBN_DIMS __launch_bounds__(most_threads<T, LAYOUT>(), 2) bn(c
         const int g = share.channel(share.across * V + j);
         k[j] = coefficients[g < G ? g : 0];
       }
-      auto emit = [&](const typename Share<T, V, BACKWARD, LAYOUT>::Place &q, const Vec &a, const Vec &d) {
+      auto emit = [&](int i, const Vec &a, const Vec &d) {
+        const auto q = share.at(i);
+        if (!share.any(q)) return;
         Vec r;
 #pragma unroll
         for (int v = 0; v < V; v++) down(r.lane[v], map(k[N == 1 ? 0 : v], a.lane[v], d.lane[v], wants_x));
         share.write(r, q);
       };
-      for (int i = share.n; i > keep; i -= BATCH) {
-        Vec a[BATCH], d[BATCH];
-        typename Share<T, V, BACKWARD, LAYOUT>::Place q[BATCH];
+#pragma unroll 1
+      for (int i = share.n; i > keep; i -= AGAIN) {
+        Vec a[AGAIN], d[AGAIN];
 #pragma unroll
-        for (int u = 0; u < BATCH; u++) {
+        for (int u = 0; u < AGAIN; u++) {
           if (i - 1 - u < keep) continue;
-          q[u] = share.at(i - 1 - u);
-          if (!share.any(q[u])) continue;
-          if (wants_x) share.read_x(a[u], q[u]);
-          if (BACKWARD) share.read_dy(d[u], q[u]);
+          const auto q = share.at(i - 1 - u);
+          if (!share.any(q)) continue;
+          if (wants_x) share.read_x(a[u], q);
+          if (BACKWARD) share.read_dy(d[u], q);
         }
 #pragma unroll
-        for (int u = 0; u < BATCH; u++)
-          if (i - 1 - u >= keep && share.any(q[u])) emit(q[u], a[u], d[u]);
+        for (int u = 0; u < AGAIN; u++)
+          if (i - 1 - u >= keep) emit(i - 1 - u, a[u], d[u]);
       }
-      if (WAY != APPLY)
+      if (WAY != APPLY) {
+#pragma unroll 1
         for (int i = 0; i < keep; i++) {
           Vec a, d;
-          const auto q = share.at(i);
-          if (!share.any(q)) continue;
           if (wants_x) load_shared(a.raw, kept_x + i * threads + t);
           if (BACKWARD) load_shared(d.raw, kept_dy + i * threads + t);
-          emit(q, a, d);
+          emit(i, a, d);
         }
+      }
     }
     if (WAY == CLUSTER) cluster_wait();  // its peers have read it: it may leave
   }

@@ -38,7 +38,8 @@ TYPES = {"f": "float", "d": "double", "e": "fastbn::f16", "E": "fastbn::bf16"}
 
 VECTOR = 16  # bytes: the widest access there is
 WARP = 32
-PER_SM = 2  # full blocks of a multiprocessor, by the launch bounds in bn.cu
+THREADS = 256  # of a block at most, and
+PER_SM = 2  # such blocks a multiprocessor, by the launch bounds in bn.cu: 128 registers a thread
 NARROW = 256  # bytes: shorter runs are walked as columns where they can be
 MOST_RANKS = 256  # of the split path
 
@@ -188,15 +189,10 @@ def _columns(
         if aligned and width % v == 0 and (M == 1 or not any(row % v for row in rows)):
             return Walk(COLUMNS, v, M, C, S, 1, strides)
         fold = v // math.gcd(width, v)
-        if aligned and M % fold == 0 and fold * width // v <= 256 and all(row == width for row in rows):
+        if aligned and M % fold == 0 and fold * width // v <= THREADS and all(row == width for row in rows):
             folded = {name: (row * fold, channel) for name, (row, channel) in strides.items()}
             return Walk(COLUMNS, v, M // fold, C, S, fold, folded)
     raise AssertionError("v = 1 divides everything")
-
-
-def most_threads(layout: str, letter: str) -> int:
-    """Of a block, by the launch bounds in bn.cu: 64 registers a thread suffice for RUNS alone, and not for float64."""
-    return 512 if layout == RUNS and letter != "d" else 256
 
 
 @dataclass(frozen=True)
@@ -334,7 +330,7 @@ def build(
 ) -> Plan:
     """The plan for a given way, ranks K, threads of a block, tile (bytes of columns); keep at most so many vectors."""
     size, number, partial = _size(letter), 8 if letter == "d" else 4, _partial(letter)
-    most, columns = most_threads(w.layout, letter), w.layout == COLUMNS
+    columns = w.layout == COLUMNS
     tx, ty, G, items, work = 1, 1, 1, w.C, w.M * w.vectors
     if columns:  # tiles of whole vectors and whole channels; folded rows are one tile
         unit = w.width if w.fold > 1 else math.lcm(w.V, w.S)
@@ -342,7 +338,7 @@ def build(
         tx, G, items, work = cols // w.V, w.C if w.fold > 1 else cols // w.S, _over(w.width, cols), w.M
     total = _vectors(w, tx)
     if threads is None:
-        threads = max(64, min(most, 1 << max(0, _over(_over(total, K), 2).bit_length() - 1)))
+        threads = max(64, min(THREADS, 1 << max(0, _over(_over(total, K), 2).bit_length() - 1)))
     if columns:
         threads = max(threads, _over(tx, WARP) * WARP)
         ty = threads // tx
@@ -356,7 +352,7 @@ def build(
         K = _over(work, per)  # no empty ranks where K is free
     streams = 2 if backward and not frozen else 1
     vector = threads * w.V * size * streams
-    crowd = PER_SM if way == GRID or threads == most else 1
+    crowd = PER_SM if way == GRID or threads == THREADS else 1
     room = max(0, min(device.smem_block, device.smem_sm // crowd - 1024) - fixed) // vector
     mine = _over(per, ty if columns else threads)  # vectors of the busiest thread
     want = 0 if way in (SPLIT, MAP) or "y" not in w.strides else mine
@@ -399,7 +395,7 @@ HALF_LINE = 0.9  # bandwidth of tiles under 128 bytes
 
 def in_flight(backward: bool, letter: str, layout: str) -> int:
     """Vectors of each array that a thread loads at once: bn.cu's BATCH."""
-    batch = 4 if layout != COLUMNS or letter in "eE" else 8
+    batch = 4 if letter == "d" or (layout == COLUMNS and letter in "eE") else 8
     return batch // 2 if backward else batch
 
 
@@ -412,8 +408,7 @@ def model(p: Plan, device: Device = HOPPER) -> tuple[float, float, float]:
     again = float(p.reread * vector * _kept(p))
     at_once = min(p.items, p.grid // p.K) if p.way == GRID else p.items  # items whose second read is still to come
     hot = min(again, L2_SHARE * device.l2 / at_once * p.items)
-    most = most_threads(w.layout, p.letter) * PER_SM
-    on_sm = max(1, min(device.smem_sm // (p.shared + 1024), most // p.threads, 32))
+    on_sm = max(1, min(device.smem_sm // (p.shared + 1024), THREADS * PER_SM // p.threads, 32))
     resident = min(p.grid, device.sms * on_sm)
     if p.way == CLUSTER and p.K >= 8:  # clusters stay inside a GPC
         resident = max(p.K, min(resident, device.sms // 8 * 8 * on_sm))
@@ -431,7 +426,6 @@ def model(p: Plan, device: Device = HOPPER) -> tuple[float, float, float]:
 
 def candidates(w: Walk, letter: str, backward: bool, device: Device, frozen: bool) -> Iterator[Plan]:
     """Every plan worth a thought."""
-    most = most_threads(w.layout, letter)
     tiles = (128, 64) if w.layout == COLUMNS and w.fold == 1 else (128,)
     for tile in tiles:
         one = build(w, letter, backward, device, frozen=frozen, tile=tile)
@@ -444,14 +438,14 @@ def candidates(w: Walk, letter: str, backward: bool, device: Device, frozen: boo
             ranks = {device.slots // one.items, device.slots // most_groups}
             ranks |= {device.slots // n for n in (1, 2, 4, 8)}
             for K in sorted({min(max(2, K), device.slots) for K in ranks}):
-                yield build(w, letter, backward, device, GRID, K, frozen=frozen, threads=most, tile=tile)
-    yield build(w, letter, backward, device, SPLIT, _ranks(w, letter, one, device), frozen=frozen, threads=most)
+                yield build(w, letter, backward, device, GRID, K, frozen=frozen, threads=THREADS, tile=tile)
+    yield build(w, letter, backward, device, SPLIT, _ranks(w, one, device), frozen=frozen, threads=THREADS)
 
 
-def _ranks(w: Walk, letter: str, one: Plan, device: Device) -> int:
+def _ranks(w: Walk, one: Plan, device: Device) -> int:
     """Ranks of the split path: two waves of blocks, eight vectors a thread or more."""
     fill = _over(2 * device.slots, one.items)
-    work = _over(_vectors(w, one.tx), 8 * most_threads(w.layout, letter))
+    work = _over(_vectors(w, one.tx), 8 * THREADS)
     return max(1, min(fill, work, MOST_RANKS))
 
 
@@ -474,8 +468,8 @@ def plan(
     w = walk(view)
     if frozen and (not backward or view.x is None):
         first = build(w, letter, backward, device, MAP, frozen=True)
-        K = _ranks(w, letter, first, device)
-        return build(w, letter, backward, device, MAP, K, frozen=True, threads=most_threads(w.layout, letter))
+        K = _ranks(w, first, device)
+        return build(w, letter, backward, device, MAP, K, frozen=True, threads=THREADS)
     if stable:
         return _as(_best(w, letter, backward, HOPPER, frozen, None), device, way)
     return _best(w, letter, backward, device, frozen, way)
