@@ -150,14 +150,16 @@ def tables(rows: Rows) -> list[tuple[str, list[str], list[list[str]]]]:
 
 def show(rows: Rows) -> None:
     for title, headings, lines in tables(rows):
+        print(f"\n{title}")
+        if not lines:
+            continue
         try:
-            rich: Any = importlib.import_module("rich.console")
-            table = importlib.import_module("rich.table").Table(*headings, title=title, title_justify="left")
+            console: Any = importlib.import_module("rich.console")
+            table = importlib.import_module("rich.table").Table(*headings)
             for line in lines:
                 table.add_row(*(cell.replace("[", "\\[") for cell in line))
-            rich.Console(width=None if sys.stdout.isatty() else 160).print(table)
+            console.Console(width=None if sys.stdout.isatty() else 160).print(table)
         except ImportError:
             widths = [max(len(line[i]) for line in [headings, *lines]) for i in range(len(headings))]
-            print(f"\n{title}")
             for line in [headings, *lines]:
                 print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
