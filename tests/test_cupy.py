@@ -20,6 +20,8 @@ from fastbn.kernels.cuda import compile as compiler
 from fastbn.kernels.cuda import launch as cuda
 from fastbn.kernels.cuda import plan as planner
 
+import fastbn
+
 NONE = (None, None, None, None)
 EPS = 1e-3
 
@@ -837,3 +839,70 @@ def test_threads_on_two_devices(emulated, rng):
             table = a.check_forward((a.gamma, a.beta, None, None))
             a.check_backward(False, table=table)
     assert [s.device for s in emulated.started] == [0, 0, 1, 1]
+
+
+# ---- the public functions
+
+PUBLIC = {
+    "channels first": lambda a: a,
+    "channels last": lambda a: np.ascontiguousarray(a.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2),
+    "a channel slice": lambda a: np.concatenate([a, a, a], 1)[:, 3:7],
+    "cropped": lambda a: np.pad(a, ((0, 0), (0, 0), (1, 2), (2, 1)))[:, :, 1:-2, 2:-1],
+    "every second": lambda a: np.repeat(a, 2, 3)[:, :, :, ::2],
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("layout", PUBLIC)
+def test_public_functions_on_cupy_arrays(emulated, rng, layout, dtype):
+    """As on NumPy arrays: y, dx, dgamma, dbeta, frozen y; types and memory layouts."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    number = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    x, dy = (PUBLIC[layout]((rng.normal(size=(3, 4, 4, 8)) + 3).astype(number)) for _ in range(2))
+    gamma, beta, mean = rng.normal(size=(3, 4)).astype(np.float32)
+    var = rng.uniform(0.5, 2, 4).astype(np.float32)
+    with fastbn.set_backend("reference"):
+        y, saved = fastbn.forward(x, gamma, beta)
+        expected = [y, *fastbn.backward(dy, saved), fastbn.infer(x, mean, var, gamma, beta)]
+    x, dy = emulated.array(x, x), emulated.array(dy, dy)
+    gamma, beta, mean, var = (emulated.array(a) for a in (gamma, beta, mean, var))
+    y, saved = fastbn.forward(x, gamma, beta)
+    got = [y, *fastbn.backward(dy, saved), fastbn.infer(x, mean, var, gamma, beta)]
+    eps = float(ml_dtypes.finfo(number).eps)
+    for a, b in zip(got, expected, strict=True):
+        assert type(a) is cupy.ndarray
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        # Two results of one rounding each, on either side of the truth; float32 and float64 round a few times more.
+        # A gradient of gamma or beta is the sum of 96 values.
+        scale = np.maximum(1, np.abs(b.astype(np.float64))) * (96 if b.ndim == 1 else 1)
+        off = np.abs(emulated.host(a).astype(np.float64) - b.astype(np.float64)) / scale
+        most = 1.01 * eps if b.dtype.itemsize == 2 else 16 * float(ml_dtypes.finfo(b.dtype).eps)
+        assert off.max() <= most
+    order = np.argsort([-s for s in x.strides], kind="stable").tolist()
+    assert np.argsort([-s for s in y.strides], kind="stable").tolist() == order
+
+
+def test_public_functions_write_where_they_are_told(emulated, rng):
+    x = emulated.array(rng.normal(size=(4, 6, 50)).astype(np.float32))
+    dy = emulated.array(rng.normal(size=x.shape).astype(np.float32))
+    expected, saved = fastbn.forward(x)
+    dx = fastbn.backward(dy, saved)[0]
+    out = cupy.empty_like(x)
+    y, saved = fastbn.forward(x, out=out)
+    assert y is out
+    assert emulated.host(out).tobytes() == emulated.host(expected).tobytes()
+    assert fastbn.backward(dy, saved, out=dy)[0] is dy
+    assert emulated.host(dy).tobytes() == emulated.host(dx).tobytes()
+    assert fastbn.forward(x, out=x)[0] is x
+    assert emulated.host(x).tobytes() == emulated.host(expected).tobytes()
+
+
+def test_public_functions_run_on_the_arrays_device(emulated, rng):
+    with cupy.cuda.Device(1):
+        x = emulated.array(rng.normal(size=(4, 6, 50)).astype(np.float32))
+    emulated.stream = 4
+    y, saved = fastbn.forward(x)
+    fastbn.backward(x, saved)
+    assert y.data.device_id == 1
+    assert {(s.device, s.stream) for s in emulated.started} == {(1, 1004)}
+    assert emulated.current == 0

@@ -431,7 +431,8 @@ def test_profile(tmp_path, monkeypatch):
     import json, sys
     after = lambda name: sys.argv[sys.argv.index(name) + 1]
     open(after("--log-file"), "w").write({CSV!r})
-    row = {{"stage": "once", "case": "x forward", "launches": 2, "plan": "SPLIT", "model_bytes": 1200, "floor_bytes": 1000}}
+    row = {{"stage": "once", "case": "x forward", "launches": 2, "plan": "SPLIT", "model_bytes": 1200}}
+    row["floor_bytes"] = 1000
     open(after("--out"), "w").write(json.dumps(row))
     """
     path = script(tmp_path, "ncu", text)
