@@ -55,7 +55,7 @@ struct Params {                    // packed by plan.py; 8-byte fields first, so
   const void *gamma, *beta;        // (C,) or null; float64 if `wide`, else float32, as are
   const void *mean, *var;          // (C,) given statistics, forward with `frozen`
   void *dgamma, *dbeta;            // (C,) of the number type, or null
-  void *partials;                  // (slots, G, K) Partial, then (slots, K) float64 counts
+  void *partials;                  // (slots, G, K) Partial, then (slots, K) counts
   u32 *barriers;                   // GRID: a word a group, zero before first use
   double eps;
   u64 wide;
@@ -180,6 +180,21 @@ FASTBN_DEVICE void cluster_arrive() { emulator::cluster_arrive(); }
 FASTBN_DEVICE void cluster_wait() { emulator::cluster_wait(); }
 #endif
 
+// A whole P from there, 16 bytes by 16.
+template <class P> union Bytes {
+  P value;
+  Raw<16> raw[sizeof(P) / 16];
+  FASTBN_DEVICE Bytes() {}
+};
+template <class P> FASTBN_DEVICE void fetch(Bytes<P> &to, const P *from) {
+#pragma unroll
+  for (int i = 0; i < (int)(sizeof(P) / 16); i++) load_fresh(to.raw[i], (const Raw<16> *)from + i);
+}
+template <class P> FASTBN_DEVICE void fetch_peer(Bytes<P> &to, const P *from, int rank) {
+#pragma unroll
+  for (int i = 0; i < (int)(sizeof(P) / 16); i++) load_peer(to.raw[i], (const Raw<16> *)from + i, rank);
+}
+
 // The K blocks of a group meet; all of them must be resident (cooperative launch). Rank 0 adds what makes the K arrivals
 // flip the word's top bit and leave the rest as it was, so nothing is reset between rounds or launches.
 FASTBN_DEVICE void group_barrier(u32 *word, int K, int rank) {
@@ -207,6 +222,8 @@ template <class A, bool BACKWARD> struct Sum {
 template <class A, bool BACKWARD> struct __align__(16) Partial { double m, lo, e, c; };
 template <> struct __align__(16) Partial<float, false> { double m, c; };
 template <> struct __align__(16) Partial<float, true> { double m; float e, c; };
+
+struct __align__(16) Count { double n, unused; };  // the same n for all channels of a block
 
 template <class A, bool B> FASTBN_DEVICE void shut(Partial<A, B> &p, const Sum<A, B> &s) {
   p.m = s.m; p.lo = s.lo; p.e = s.e; p.c = s.c;
@@ -515,9 +532,12 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
   typedef Partial<A, BACKWARD> Part;
   typedef Coefficients<A, BACKWARD> Coef;
   constexpr int N = LAYOUT == COLUMNS ? V : 1;  // channels that a thread sees at once
-  // Vectors of each array in flight in the first pass (plan.py's `in_flight`) and in the second: what 128 registers hold.
-  constexpr int BATCH = (sizeof(T) == 8 || (LAYOUT == COLUMNS && sizeof(T) == 2) ? 4 : 8) / (BACKWARD ? 2 : 1);
-  constexpr int AGAIN = !BACKWARD && sizeof(T) < 8 ? 4 : BACKWARD && LAYOUT == COLUMNS && WAY != APPLY ? 1 : 2;
+  // What is in flight, as much as 128 registers hold: vectors of each array in the first pass and in the second, and other
+  // ranks' sums; plan.py's `in_flight` and `sums_in_flight`.
+  constexpr bool TIGHT = LAYOUT == COLUMNS, WIDE = sizeof(T) == 8;
+  constexpr int BATCH = (WIDE || (TIGHT && sizeof(T) == 2) ? 4 : 8) / (BACKWARD ? 2 : 1);
+  constexpr int AGAIN = TIGHT && WAY != APPLY && (BACKWARD || WIDE) ? 1 : BACKWARD || WIDE ? 2 : 4;
+  constexpr int RANKS = WAY == CLUSTER || WIDE ? 1 : TIGHT ? 2 : 4;
   const int t = threadIdx.x, threads = blockDim.x, lane = t & 31, warp = t >> 5, warps = threads >> 5;
   const int K = p.K, rank = blockIdx.x % K, group = blockIdx.x / K, groups = gridDim.x / K, G = p.G;
 
@@ -527,12 +547,12 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
   const bool by_warp = LAYOUT != COLUMNS || 32 % p.tx == 0;
   const int rows = by_warp ? warps : p.ty, columns = LAYOUT == COLUMNS ? p.tx * V : 1;
   Part *part = (Part *)shared;
-  double *part_count = (double *)(part + G);
-  Coef *coefficients = (Coef *)(part_count + 2);
+  Count *part_count = (Count *)(part + G);
+  Coef *coefficients = (Coef *)(part_count + 1);
   A *row_count = (A *)(coefficients + G);
   Part *row_part = (Part *)((unsigned char *)row_count + (rows * sizeof(A) + 15) / 16 * 16);
   Vec *kept_dy = (Vec *)(row_part + rows * columns), *kept_x = BACKWARD ? kept_dy + (i64)p.keep * threads : kept_dy;
-  const bool wants_x = !BACKWARD || !p.frozen;                                  // in the second pass
+  const bool wants_x = !BACKWARD || !p.frozen;  // in the second pass
   const bool wants_sums = WAY != APPLY || !p.frozen || (BACKWARD && p.x);
 
   for (int item = group; item < p.items; item += groups) {
@@ -580,13 +600,15 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
           A k = lane < warps ? row_count[lane] : (A)0;
           if (lane < warps) open(s[0], row_part[lane]);
           merge_lanes(s, k, 1);
-          if (lane == 0) shut(part[0], s[0]), *part_count = k;
+          if (lane == 0) shut(part[0], s[0]), part_count->n = k;
         }
       } else {
+#pragma unroll 1
         for (int c = t; c < columns; c += threads) {
           Sum<A, BACKWARD> s, other;
           open(s, row_part[c]);
           A k = row_count[0];
+#pragma unroll 1
           for (int r = 1; r < rows; k += row_count[r], r++) {
             open(other, row_part[r * columns + c]);
             merge(s, k, other, row_count[r]);
@@ -596,16 +618,18 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
         __syncthreads();
         const int S = (int)p.S, width = p.C * S;
         const i64 own_rows = share.rows(p, rank);
+#pragma unroll 1
         for (int g = t; g < G; g += threads) {
           Sum<A, BACKWARD> s, other;
           const A k = (A)own_rows;
+#pragma unroll 1
           for (int i = 0; i < p.fold * S; i++) {
             open(other, row_part[i / S * width + g * S + i % S]);
             merge(s, (A)i * k, other, k);
           }
           shut(part[g], s);
         }
-        if (t == 0) *part_count = (double)own_rows * p.fold * S;
+        if (t == 0) part_count->n = (double)own_rows * p.fold * S;
       }
       __syncthreads();
     }
@@ -614,33 +638,44 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
     // GRID: two sets of them, because those of a round are still read while the next round's are written.
     const i64 slot = WAY == GRID ? item / groups % 2 * groups + group : item, slots = WAY == GRID ? 2 * groups : p.items;
     Part *partials = (Part *)p.partials + slot * G * K;
-    double *counts = (double *)((Part *)p.partials + slots * G * K) + slot * K;
+    A *counts = (A *)((Part *)p.partials + slots * G * K) + slot * K;
     if (WAY == STATS || WAY == GRID) {
       for (int g = t; g < G; g += threads) partials[(i64)g * K + rank] = part[g];
-      if (t == 0) counts[rank] = *part_count;
+      if (t == 0) counts[rank] = (A)part_count->n;
     }
     if (WAY == STATS) continue;
     if (WAY == CLUSTER) { cluster_arrive(); cluster_wait(); }
     if (WAY == GRID) group_barrier(p.barriers + group, K, rank);
+#pragma unroll 1
     for (int g = warp; g < G; g += warps) {
       Sum<A, BACKWARD> s[1];
       if (WAY == BLOCK) open(s[0], part[g]);
       else if (wants_sums) {
         A n = 0;
-        for (int r = lane; r < K; r += 32) {
-          Sum<A, BACKWARD> other;
-          union { Part part; Raw<16> raw[sizeof(Part) / 16]; } from;
-          union { double count[2]; Raw<16> raw; } of;
-          A k;
+#pragma unroll 1
+        for (int r = lane; r < K; r += 32 * RANKS) {
+          Bytes<Part> from[RANKS];
+          A k[RANKS];
 #pragma unroll
-          for (int i = 0; i < (int)sizeof(Part) / 16; i++)
-            if (WAY == CLUSTER) load_peer(from.raw[i], (const Raw<16> *)(part + g) + i, r);
-            else load_fresh(from.raw[i], (const Raw<16> *)(partials + (i64)g * K + r) + i);
-          if (WAY == CLUSTER) load_peer(of.raw, part_count, r), k = (A)of.count[0];
-          else k = (A)*(const volatile double *)(counts + r);
-          open(other, from.part);
-          merge(s[0], n, other, k);
-          n += k;
+          for (int u = 0; u < RANKS; u++) {
+            if (u > 0 && r + 32 * u >= K) continue;
+            if (WAY == CLUSTER) {
+              Bytes<Count> of;
+              fetch_peer(from[u], part + g, r), fetch_peer(of, part_count, r);
+              k[u] = (A)of.value.n;
+            } else {
+              fetch(from[u], partials + (i64)g * K + r + 32 * u);
+              k[u] = ((const volatile A *)counts)[r + 32 * u];
+            }
+          }
+#pragma unroll
+          for (int u = 0; u < RANKS; u++) {
+            if (u > 0 && r + 32 * u >= K) continue;
+            Sum<A, BACKWARD> other;
+            open(other, from[u].value);
+            merge(s[0], n, other, k[u]);
+            n += k[u];
+          }
         }
         merge_lanes(s, n, 1);
       }

@@ -297,7 +297,7 @@ def _partial(letter: str) -> int:
 
 
 def _workspace(letter: str, G: int, K: int, slots: int) -> int:
-    """Partial sums (slots, G, K), then counts (slots, K) float64."""
+    """Partial sums (slots, G, K), then counts (slots, K)."""
     return slots * K * (G * _partial(letter) + 8)
 
 
@@ -386,6 +386,7 @@ def build(
 # What the model believes of a Hopper GPU: modelled, not measured.
 START = {BLOCK: 2.5, CLUSTER: 3.0, GRID: 4.0, SPLIT: 5.0, MAP: 2.5}  # microseconds until the first load, and after
 BARRIER = 1.5  # microseconds of a barrier over the grid
+FETCH = 0.6  # microseconds until other blocks' sums are there and merged
 LATENCY = 0.9  # microseconds of a load from device memory under load
 BANDWIDTH = 4.3e6 / 132  # bytes a microsecond and multiprocessor, device memory
 L2_BANDWIDTH = 5.5e6 / 132  # the same from L2
@@ -397,6 +398,11 @@ def in_flight(backward: bool, letter: str, layout: str) -> int:
     """Vectors of each array that a thread loads at once: bn.cu's BATCH."""
     batch = 4 if letter == "d" or (layout == COLUMNS and letter in "eE") else 8
     return batch // 2 if backward else batch
+
+
+def sums_in_flight(letter: str, layout: str) -> int:
+    """Other ranks' sums that a thread loads at once: bn.cu's RANKS."""
+    return 1 if letter == "d" else 2 if layout == COLUMNS else 4
 
 
 def model(p: Plan, device: Device = HOPPER) -> tuple[float, float, float]:
@@ -419,6 +425,9 @@ def model(p: Plan, device: Device = HOPPER) -> tuple[float, float, float]:
     tail = p.grid / resident
     waste = math.ceil(tail) / tail if tail < 8 and p.way != GRID else 1.0
     time = START[p.way] + (floor + again - hot) / bandwidth * (waste + 1) / 2 + hot / (device.sms * L2_BANDWIDTH)
+    if p.way in (GRID, SPLIT):  # a warp merges its channels one after another
+        loads = WARP * sums_in_flight(p.letter, w.layout)
+        time += FETCH * _over(p.G, _over(p.threads, WARP)) * _over(p.K, loads)
     if p.way == GRID:  # other groups work while one waits, if there are others
         time += BARRIER * (_over(p.items, p.grid // p.K) if p.grid // p.K < 2 else 1)
     return time, floor + again - hot, floor
@@ -439,7 +448,8 @@ def candidates(w: Walk, letter: str, backward: bool, device: Device, frozen: boo
             ranks |= {device.slots // n for n in (1, 2, 4, 8)}
             for K in sorted({min(max(2, K), device.slots) for K in ranks}):
                 yield build(w, letter, backward, device, GRID, K, frozen=frozen, threads=THREADS, tile=tile)
-    yield build(w, letter, backward, device, SPLIT, _ranks(w, one, device), frozen=frozen, threads=THREADS)
+    for K in sorted({max(1, _ranks(w, one, device) // n) for n in (1, 2, 4)}):
+        yield build(w, letter, backward, device, SPLIT, K, frozen=frozen, threads=THREADS)
 
 
 def _ranks(w: Walk, one: Plan, device: Device) -> int:
