@@ -212,6 +212,9 @@ class _CuPy(OnDevice):
         value = self._make(sizes, x.type, x.device)
         return self.locate(value if sizes == x.shape else value.transpose(places))
 
+    def assign(self, target: Span, source: Span) -> None:
+        sys.modules["cupy"].copyto(target.value, source.value)
+
     def stream(self, _arrays: list[Span]) -> None:
         return None
 

@@ -143,6 +143,9 @@ def fake_cupy(state: State) -> Any:
         state.transfers.append("from")
         return values.on_host.copy()
 
+    def copyto(target: Any, source: Any) -> None:
+        target[...] = source
+
     cuda = types.SimpleNamespace(
         runtime=types.SimpleNamespace(getDevice=lambda: state.device, getDeviceCount=lambda: 2),
         Device=lambda number: state.current(device=number),
@@ -152,7 +155,12 @@ def fake_cupy(state: State) -> Any:
         MemoryPointer=lambda memory, _offset: memory,
     )
     return types.SimpleNamespace(
-        ndarray=ndarray, cuda=cuda, array=array, asnumpy=asnumpy, empty=lambda shape, dtype: ndarray(shape, dtype)
+        ndarray=ndarray,
+        cuda=cuda,
+        array=array,
+        asnumpy=asnumpy,
+        copyto=copyto,
+        empty=lambda shape, dtype: ndarray(shape, dtype),
     )
 
 

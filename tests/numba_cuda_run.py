@@ -318,6 +318,22 @@ def copies() -> list[tuple[np.ndarray, np.ndarray]]:
     return found
 
 
+def refusals() -> list[str]:
+    """The errors of arrays that the kernels can't read: 2 bytes off; with a stride of 6 bytes."""
+    from fastbn.kernels import numba_cuda
+
+    memory = numba_cuda.put(np.zeros(64, np.float32))
+    table = numba_cuda.put(np.zeros((6, 2)))
+    found = []
+    for strides, offset in (((8, 4, 4), 2), ((12, 6, 4), 0)):
+        try:
+            x = numba_cuda.view(memory, (3, 2, 1), strides, offset)
+            numba_cuda.forward(x, None, table, (None,) * 4, 1e-5)
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
 def main(path: str) -> None:
     sys.setswitchinterval(1e-4)  # the simulator's threads wait for each other by polling: a third of the time
     warnings.simplefilter("ignore")  # NumPy's, of NaN and overflow in a simulated kernel
@@ -330,6 +346,7 @@ def main(path: str) -> None:
     results["again"] = [run(case) for case in CASES[:12:4]]
     results["user"] = users_kernel()
     results["copies"] = copies()
+    results["refusals"] = refusals()
     with open(path, "wb") as file:
         pickle.dump(results, file)
 

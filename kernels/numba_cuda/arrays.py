@@ -70,6 +70,8 @@ def view(
 def flat(a: Any) -> Any:
     """All memory from the lowest element to the highest, as one contiguous array."""
     low, high = bounds(a)
+    if low % a.dtype.itemsize:
+        raise ValueError(f"an array of {a.dtype} at address {low:#x}: expected a multiple of {a.dtype.itemsize}")
     return _array_at(low, ((high - low) // a.dtype.itemsize,), None, a.dtype, a)
 
 
