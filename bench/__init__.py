@@ -10,6 +10,7 @@ startup   seconds of fresh processes
 bars      what `--check` requires, in bars.toml
 report    tables, JSON, the README's table
 plots     PNG files
+gpu_check a command of its own: what only a GPU can tell; gpu has its stages
 
 rich, matplotlib and the libraries are imported only when the command runs.
 """

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.exceptions import AxisError, TooHardError
 
+from .arrays import FLOAT32, FLOAT64, NUMBA, Span, on_device
+
 Axis = int | Sequence[int]
 
 
@@ -22,17 +24,24 @@ def describe(value: Any) -> str:
     """`float32 array of shape (2, 3)`, or the type and value of what is no array."""
     if isinstance(value, np.ndarray):
         return f"{value.dtype} array of shape {value.shape}"
+    if isinstance(value, Span):
+        return str(value)
+    if (family := on_device(value)) is not None:
+        return str(family.locate(value))
     text = " ".join(repr(value).split())
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-def check_array(function: str, name: str, value: Any) -> np.ndarray:
-    """`value`, if it is a NumPy array of a floating type that is normalized, else TypeError."""
+def check_array(function: str, name: str, value: Any) -> Any:
+    """`value`, if it is an array of a floating type that is normalized, else TypeError; one on a GPU as a Span."""
     if type(value) is not np.ndarray:
+        if (family := on_device(value)) is not None:
+            return _check_span(function, name, family.locate(value))
         if not isinstance(value, np.ndarray):
             raise TypeError(
                 f"{function}: {name} is a {type(value).__module__}.{type(value).__qualname__}; expected a NumPy "
-                "array. Convert it: np.asarray(...) for lists, np.from_dlpack(...) for tensors in main memory"
+                "array, a CuPy array, a PyTorch CUDA tensor or a Numba device array. Convert it: np.asarray(...) for "
+                "lists, np.from_dlpack(...) for tensors in main memory, cupy.asarray(...) for arrays on a GPU"
             )
         if isinstance(value, np.ma.MaskedArray):
             raise TypeError(
@@ -55,6 +64,44 @@ def check_array(function: str, name: str, value: Any) -> np.ndarray:
     )
 
 
+def _check_span(function: str, name: str, span: Span) -> Span:
+    if (reason := span.family.refusal(span.value, name)) is not None:
+        raise TypeError(f"{function}: {name} is a {span}, and {reason}")
+    if span.dtype is None:
+        raise TypeError(
+            f"{function}: {name} is a {span}; expected float16, bfloat16, float32 or float64 elements. Convert it"
+        )
+    return span
+
+
+def check_place(function: str, name: str, value: Any, x: Any) -> Any:
+    """`value`, located, if it is an array of x's library on x's device: nothing is copied to another place unasked."""
+    if type(value) is np.ndarray and not isinstance(x, Span):  # nearly every call
+        return value
+    family = on_device(value)
+    if not isinstance(x, Span):
+        if family is not None:
+            raise TypeError(
+                f"{function}: {name} is a {describe(value)}; expected an array in main memory, like the rest, and "
+                "nothing is copied there unasked. Copy it, or all others to the GPU"
+            )
+        return value
+    if family is not x.family:
+        place = " in main memory" if isinstance(value, np.ndarray) else ""
+        hint = ", or make RunningStats and BatchNorm with like=x" if name in ("gamma", "beta", "mean", "var") else ""
+        raise TypeError(
+            f"{function}: {name} is a {describe(value)}{place}; expected a {x.family.kind} on device {x.device}, like "
+            f"the rest, and nothing is copied there unasked. Pass {x.family.convert.format(name)}{hint}"
+        )
+    span = family.locate(value)
+    if span.device != x.device:
+        raise ValueError(
+            f"{function}: {name} is a {span}; expected one on device {x.device}, like the rest, and nothing is copied "
+            "there unasked. Copy it"
+        )
+    return span
+
+
 @functools.lru_cache(maxsize=64)
 def _is_normalized(dtype: np.dtype[Any]) -> bool:
     """In either byte order. Cached, as comparing a dtype with a type takes 0.1 µs, and asking for its name 1 µs."""
@@ -67,7 +114,7 @@ def native(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return dtype if dtype.isnative else dtype.newbyteorder("=")
 
 
-def check_axis(function: str, x: np.ndarray, axis: Axis) -> tuple[int, ...]:
+def check_axis(function: str, x: Any, axis: Axis) -> tuple[int, ...]:
     """The channel axes, ascending and from 0."""
     if type(axis) is int and -x.ndim <= axis < x.ndim > 1:  # nearly every call
         return (axis % x.ndim,)
@@ -109,17 +156,28 @@ def check_eps(function: str, eps: Any) -> float:
     raise ValueError(f"{function}: eps is {describe(eps)}; expected a finite number above 0, such as 1e-5")
 
 
-def check_channels(function: str, name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """A parameter with one real number for each channel, as float64 of shape (C,)."""
-    return check_real(function, name, value, shape).astype(np.float64)
+def check_channels(function: str, name: str, value: Any, shape: tuple[int, ...], beside: Any = None) -> Any:
+    """A parameter with one real number for each channel, as a new float64 array (C,) of the library of `beside`."""
+    if (family := on_device(beside)) is None:
+        return check_real(function, name, value, shape).astype(np.float64)
+    if family is NUMBA:
+        raise TypeError(
+            f"{function}: {name} is a {describe(value)}, which can't be computed with; expected NumPy or CuPy arrays "
+            f"or PyTorch tensors. Pass {name}.copy_to_host()"
+        )
+    _check_parameter(function, name, value, shape, family.locate(beside))
+    return family.rounded(value, FLOAT64).reshape(-1)
 
 
-def check_real(function: str, name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """As `check_channels`, in the dtype that came and not copied: for callers that assign it to float64."""
+def check_real(function: str, name: str, value: Any, shape: tuple[int, ...], x: Any = None) -> Any:
+    """As `check_channels`, not copied where kernels can read it: a contiguous float32 or float64 array beside x."""
     array: np.ndarray = value
+    if isinstance(x, Span):
+        return _check_parameter(function, name, value, shape, x)
     if type(value) is not np.ndarray:
         if isinstance(value, np.ma.MaskedArray):
             raise TypeError(f"{function}: {name} is a masked array; expected a plain array. Pass {name}.filled(value)")
+        check_place(function, name, value, x)
         try:
             array = np.asarray(value)
         except ValueError:
@@ -127,28 +185,58 @@ def check_real(function: str, name: str, value: Any, shape: tuple[int, ...]) -> 
     if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
         raise TypeError(f"{function}: {name} is a {describe(array)}; expected real numbers")
     if array.shape != shape:
-        raise ValueError(
-            f"{function}: {name} has shape {array.shape}; expected {shape}, one value for each channel of x. "
-            "Is axis the channel axis?"
-        )
+        raise ValueError(_wrong_channels(function, name, array.shape, shape))
+    dtype = array.dtype
+    if (dtype is not FLOAT32 and dtype is not FLOAT64) or not array.flags.c_contiguous:
+        return np.ascontiguousarray(array, np.float64).reshape(-1)
     return array if array.ndim == 1 else array.reshape(-1)
 
 
-def check_variances(function: str, value: Any, shape: tuple[int, ...], name: str = "var") -> np.ndarray:
-    """As `check_channels`, with no value below 0."""
-    array = check_channels(function, name, value, shape)
-    if np.count_nonzero(array < 0):  # .any() takes 1 µs
+def _wrong_channels(function: str, name: str, came: tuple[int, ...], shape: tuple[int, ...]) -> str:
+    return (
+        f"{function}: {name} has shape {came}; expected {shape}, one value for each channel of x. "
+        "Is axis the channel axis?"
+    )
+
+
+def _check_parameter(function: str, name: str, value: Any, shape: tuple[int, ...], x: Span) -> Span:
+    """A GPU's (C,): one that came in another type or with gaps is converted by its own library."""
+    span = _check_span(function, name, check_place(function, name, value, x))
+    if span.shape != shape:
+        raise ValueError(_wrong_channels(function, name, span.shape, shape))
+    if span.dtype.char not in "fd" or not span.dense:
+        if x.family is NUMBA:
+            raise TypeError(
+                f"{function}: {name} is a {span} with strides {span.strides}; expected a contiguous array of "
+                "float32 or float64, as Numba device arrays can't be converted where they are"
+            )
+        span = x.family.locate(x.family.rounded(value, FLOAT64))
+        if not span.dense:
+            new = x.family.new(shape, FLOAT64, x.device)
+            x.family.assign(new, span)
+            span = new
+    return span.flat()
+
+
+def check_variances(function: str, value: Any, shape: tuple[int, ...], name: str = "var", beside: Any = None) -> Any:
+    """As `check_channels`, with no value below 0; on a GPU that isn't looked at."""
+    return _check_sign(function, name, check_channels(function, name, value, shape, beside))
+
+
+def _check_sign(function: str, name: str, array: Any) -> Any:
+    if isinstance(array, np.ndarray) and np.count_nonzero(array < 0):  # .any() takes 1 µs; a GPU would be waited for
         raise ValueError(f"{function}: {name} has a negative value ({np.nanmin(array):.6g}); expected 0 or more")
     return array
 
 
-def check_frozen(function: str, frozen: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance in float64, from a pair of them or from RunningStats."""
+def check_frozen(function: str, frozen: Any, shape: tuple[int, ...], x: Any = None) -> tuple[Any, Any]:
+    """Mean and variance as by `check_real`, from a pair of them or from RunningStats."""
     if hasattr(frozen, "exact"):
-        frozen = frozen.exact()
+        frozen = frozen.exact(copy=False)
     if not isinstance(frozen, (tuple, list)) or len(frozen) != 2:
         raise TypeError(f"{function}: frozen is {describe(frozen)}; expected a pair (mean, var), or RunningStats")
-    return check_channels(function, "mean", frozen[0], shape), check_variances(function, frozen[1], shape)
+    mean = check_real(function, "mean", frozen[0], shape, x)
+    return mean, _check_sign(function, "var", check_real(function, "var", frozen[1], shape, x))
 
 
 def check_shape(function: str, channels: Any) -> tuple[int, ...]:
@@ -165,17 +253,20 @@ def check_out(
     out: Any,
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
-    may_be: dict[str, np.ndarray | None],
-    apart_from: dict[str, np.ndarray | None],
-) -> np.ndarray:
-    """`out`, if a result of this shape and dtype can be written there without spoiling the arrays named."""
+    x: Any,
+    may_be: dict[str, Any],
+    apart_from: dict[str, Any],
+) -> Any:
+    """`out`, if a result of this shape and dtype can be written there, beside x, without spoiling the arrays named."""
+    check_place(function, name, out, x)
     target = check_array(function, name, out)
     if target.shape != shape or target.dtype != dtype:
+        kind = x.type if isinstance(x, Span) and x.dtype == dtype else dtype
         raise ValueError(
-            f"{function}: {name} is a {describe(target)}; expected {dtype} of shape {shape}. "
-            f"Make it with np.empty({shape}, {dtype.name!r})"
+            f"{function}: {name} is a {describe(target)}; expected {kind} of shape {shape}. "
+            + ("Make it of that type" if isinstance(x, Span) else f"Make it with np.empty({shape}, {dtype.name!r})")
         )
-    if not target.flags.writeable:
+    if not isinstance(target, Span) and not target.flags.writeable:
         raise ValueError(f"{function}: {name} is read-only; expected an array to write to. Pass a copy of it")
     if overlaps_itself(target):
         raise ValueError(
@@ -194,18 +285,24 @@ def check_out(
     return target
 
 
-def same_memory(a: np.ndarray, b: np.ndarray) -> bool:
+def same_memory(a: Any, b: Any) -> bool:
     """True where element by element a is b."""
     if a is b:
         return True
+    if isinstance(a, Span):
+        return a.address == b.address and a.shape == b.shape and _same_strides(a, b)
     if not np.may_share_memory(a, b) or a.shape != b.shape:  # most arrays don't, and that takes 0.2 µs to see
         return False
-    if any(s != t for s, t, n in zip(a.strides, b.strides, a.shape, strict=True) if n > 1):
-        return False
-    return bool(a.ctypes.data == b.ctypes.data)  # last, as an address takes 1 µs to get
+    return _same_strides(a, b) and bool(a.ctypes.data == b.ctypes.data)  # last, as an address takes 1 µs to get
 
 
-def overlap(a: np.ndarray, b: np.ndarray) -> bool:
+def _same_strides(a: Any, b: Any) -> bool:
+    return not any(s != t for s, t, n in zip(a.strides, b.strides, a.shape, strict=True) if n > 1)
+
+
+def overlap(a: Any, b: Any) -> bool:
+    if isinstance(a, Span):
+        a, b = a.addresses(), b.addresses()
     if not np.may_share_memory(a, b):
         return False
     try:
@@ -214,11 +311,11 @@ def overlap(a: np.ndarray, b: np.ndarray) -> bool:
         return True
 
 
-def overlaps_itself(a: np.ndarray) -> bool:
+def overlaps_itself(a: Any) -> bool:
     """True where two elements of `a` may share memory."""
-    if a.flags.c_contiguous or a.size == 0:
+    if (a.dense if isinstance(a, Span) else a.flags.c_contiguous) or a.size == 0:
         return False
-    span = a.itemsize
+    span = a.dtype.itemsize
     for stride, size in sorted((abs(s), n) for s, n in zip(a.strides, a.shape, strict=True) if n > 1):
         if stride < span:
             return True

@@ -1,14 +1,14 @@
 """Batch normalization on arrays: forward, backward, infer, moments. Here is all that makes it batch norm.
 
 A call checks its arguments, sees its arrays as (outer, channels, inner), and hands them to the kernels
-together with C-sized arrays of float64; what comes back is arithmetic on C numbers.
+together with C-sized arrays: parameters, gradients, and a table (6, C) of what was found, from which moments are made.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,16 +19,18 @@ from .arguments import (
     check_eps,
     check_frozen,
     check_out,
+    check_place,
     check_real,
     describe,
     native,
     same_memory,
 )
+from .arrays import FLOAT32, FLOAT64, Span, family_of
 from .dispatch import Kernels, kernels
-from .layout import Channels, Views, channels_of, empty
+from .layout import Views, channels_of, empty
 from .moments import Moments
 
-FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+Array = TypeVar("Array")  # a NumPy or CuPy array, a PyTorch CUDA tensor, a Numba device array
 
 
 class OneValueWarning(UserWarning):
@@ -53,47 +55,39 @@ class Saved:
     Saved(float32 x of shape (4, 2), channel axes (1,), frozen=False)
     """
 
-    __slots__ = ("_affine", "_axes", "_eps", "_shape", "_stats", "_strides", "_x", "dtype", "frozen")
+    __slots__ = ("_axes", "_like", "_shape", "_strides", "_table", "_x", "dtype", "frozen")
 
-    def __init__(
-        self,
-        walked: np.ndarray | None,
-        x: np.ndarray,
-        axes: tuple[int, ...],
-        stats: np.ndarray,
-        affine: np.ndarray,
-        eps: float,
-        frozen: bool,
-    ) -> None:
+    def __init__(self, walked: Any, x: Any, axes: tuple[int, ...], table: Any, frozen: bool) -> None:
         self._x = walked  # x, or the copy of it that the kernels could walk; None if overwritten
+        self._like = None  # the Span of x, without its memory
+        self.dtype = x.dtype
+        if isinstance(x, Span):
+            self._like, self.dtype = x.without_memory(), x.type
         self._shape = x.shape
         self._strides = x.strides
         self._axes = axes
-        self._stats = stats  # (4, C): mean hi, mean lo, var, 1 / sqrt(var + eps)
-        self._affine = affine  # (2, C): gamma, beta
-        self._eps = eps
-        self.dtype = x.dtype
+        self._table = table  # (6, C): mean hi, mean lo, var, 1 / sqrt(var + eps), gamma, beta
         self.frozen = frozen
 
     @property
     def moments(self) -> Moments | None:
         """Moments of x (None if frozen), made when asked for: that takes as long as normalizing a small array."""
-        return None if self.frozen else _moments(self._shape, self._axes, self._stats, self.dtype)
+        return None if self.frozen else _moments(self._shape, self._axes, self._table, self.dtype.itemsize)
 
     def __repr__(self) -> str:
         return f"Saved({self.dtype} x of shape {self._shape}, channel axes {self._axes}, frozen={self.frozen})"
 
 
 def forward(
-    x: np.ndarray,
+    x: Array,
     gamma: Any = None,
     beta: Any = None,
     *,
     axis: Axis = 1,
     eps: float = 1e-5,
     frozen: Any = None,
-    out: np.ndarray | None = None,
-) -> tuple[np.ndarray, Saved]:
+    out: Array | None = None,
+) -> tuple[Array, Saved]:
     """Normalize each channel by its own mean and variance (training), or by given ones (evaluation).
 
     ``y = gamma (x - mean) / sqrt(var + eps) + beta``, with mean and biased variance over all axes but `axis`
@@ -144,12 +138,12 @@ def forward(
 
 
 def backward(
-    dy: np.ndarray,
+    dy: Array,
     saved: Saved,
     *,
     need: tuple[bool, bool, bool] = (True, True, True),
     out: Any = None,
-) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
+) -> tuple[Array | None, Array | None, Array | None]:
     """The gradients of a loss with respect to x, gamma and beta, from that with respect to y.
 
     With xhat = (x - mean) / std and std = sqrt(var + eps), over all values of a channel (Ioffe & Szegedy 2015,
@@ -188,9 +182,14 @@ def backward(
     where = "fastbn.backward"
     if not isinstance(saved, Saved):
         raise TypeError(f"{where}: saved is {describe(saved)}; expected the second result of fastbn.forward")
-    check_array(where, "dy", dy)
-    if dy.shape != saved._shape or (dy.dtype != saved.dtype and native(dy.dtype) != native(saved.dtype)):
-        advice = "Is it for another forward pass?" if dy.shape != saved._shape else "Convert it: dy.astype(y.dtype)"
+    like = saved._like
+    given_dy = check_array(where, "dy", dy)
+    check_place(where, "dy", dy, like)
+    dtype = saved.dtype if like is None else like.dtype
+    if given_dy.shape != saved._shape or (given_dy.dtype != dtype and native(given_dy.dtype) != native(dtype)):
+        advice = (
+            "Is it for another forward pass?" if given_dy.shape != saved._shape else "Convert it: dy.astype(y.dtype)"
+        )
         raise ValueError(
             f"{where}: dy is a {describe(dy)}; expected {saved.dtype} of shape {saved._shape}, like y. {advice}"
         )
@@ -204,47 +203,31 @@ def backward(
             "Give forward an `out` of its own, or backward need=(False, False, True)"
         )
     channels = channels_of(saved._shape, saved._axes)
-    numbers = _number_type(saved.dtype)
+    numbers = _number_type(dtype.itemsize)
     dx = None
     if need_dx:
         if given_dx is not None:
-            dx = check_out(where, "out (dx)", given_dx, saved._shape, saved.dtype, {"dy": dy, "x": x}, {})
+            dx = check_out(where, "out (dx)", given_dx, saved._shape, dtype, given_dy, {"dy": given_dy, "x": x}, {})
         else:
-            dx = empty(saved._shape, saved._strides, saved.dtype)
-    apart = {"dy": dy, "x": x, "dx": dx}
+            dx = empty(saved._shape, saved._strides, dtype) if like is None else like.family.like(like, like.strides)
+    apart = {"dy": given_dy, "x": x, "dx": dx}
     if need_dgamma and given_dgamma is not None:
-        apart["dgamma"] = check_out(where, "out (dgamma)", given_dgamma, channels.shape, numbers, {}, apart)
+        given_dgamma = check_out(where, "out (dgamma)", given_dgamma, channels.shape, numbers, given_dy, {}, apart)
+        apart["dgamma"] = given_dgamma
     if need_dbeta and given_dbeta is not None:
-        check_out(where, "out (dbeta)", given_dbeta, channels.shape, numbers, {}, apart)
-
-    grads = np.zeros((4, channels.number))
-    if dy.size and (need_dgamma or need_dbeta or not frozen):
-        # Sums and dx in one go; frozen statistics need no sums for dx, so these go first, and dx by the forward map.
-        _run_backward(dy, dy if x is None else x, None if frozen else dx, saved, grads)
-    if dx is not None and frozen and dy.size:
-        stats, affine = saved._stats.copy(), saved._affine.copy()
-        stats[:2] = 0.0
-        affine[1] = 0.0
-        _run_forward(dy, dx, saved._axes, stats, affine, saved._eps, True)
+        given_dbeta = check_out(where, "out (dbeta)", given_dbeta, channels.shape, numbers, given_dy, {}, apart)
+    dgamma = _flat(given_dgamma, channels.number, numbers, like) if need_dgamma else None
+    dbeta = _flat(given_dbeta, channels.number, numbers, like) if need_dbeta else None
+    _run_backward(where, given_dy, given_dy if x is None else x, dx, saved, dgamma, dbeta)
     if given_dx is not None and dx is not None and x is not None and same_memory(dx, x):
         saved._x = None
-
-    dgamma = dbeta = None
-    with np.errstate(all="ignore"):
-        sums = channels.values * grads
-        sum_dy = sums[0] + sums[1]
-        if need_dgamma:
-            covariance = sums[2]
-            if frozen:  # the given mean is not x's own
-                covariance = covariance + sum_dy * (grads[3] - saved._stats[1])
-            dgamma = _stored(covariance * saved._stats[3], given_dgamma, channels.shape, numbers)
-        if need_dbeta:
-            dbeta = _stored(sum_dy, given_dbeta, channels.shape, numbers)
-    return dx, dgamma, dbeta
+    dgamma = _shaped(dgamma, given_dgamma, channels.shape)
+    dbeta = _shaped(dbeta, given_dbeta, channels.shape)
+    return (dx, dgamma, dbeta) if like is None else (_own(dx), _own(dgamma), _own(dbeta))
 
 
 def infer(
-    x: np.ndarray,
+    x: Array,
     mean: Any,
     var: Any,
     gamma: Any = None,
@@ -252,8 +235,8 @@ def infer(
     *,
     axis: Axis = 1,
     eps: float = 1e-5,
-    out: np.ndarray | None = None,
-) -> np.ndarray:
+    out: Array | None = None,
+) -> Array:
     """Normalize by given statistics, keeping nothing: ``y = gamma (x - mean) / sqrt(var + eps) + beta``.
 
     `mean` and `var` are arrays of the channels' shape; a variance below 0 is a ValueError. All else, errors
@@ -263,10 +246,11 @@ def infer(
     >>> fastbn.infer(np.float32([[7, 1], [5, 1]]), mean=[5, 0], var=[4, 1], eps=1e-8).tolist()
     [[1.0, 1.0], [0.0, 1.0]]
     """
-    return _forward("fastbn.infer", x, gamma, beta, axis, eps, (mean, var), out)[0]
+    y: Array = _forward("fastbn.infer", x, gamma, beta, axis, eps, (mean, var), out)[0]
+    return y
 
 
-def moments(x: np.ndarray, *, axis: Axis = 1) -> Moments:
+def moments(x: Any, *, axis: Axis = 1) -> Moments:
     """Count, mean and M2 of each channel over all other axes, by blocks (Chan, Golub & LeVeque 1983).
 
     `x` and `axis` are as in `forward`, and so are the errors. An empty x gives a count of 0.
@@ -276,42 +260,47 @@ def moments(x: np.ndarray, *, axis: Axis = 1) -> Moments:
     Moments(count=2, mean=[2, 10], var=[1, 0])
     """
     where = "fastbn.moments"
-    check_array(where, "x", x)
+    x = check_array(where, "x", x)
     axes = check_axis(where, x, axis)
-    channels = channels_of(x.shape, axes)
-    stats = np.zeros((4, channels.number))
-    _run_forward(x, None, axes, stats, _affine(where, None, None, channels), 1.0, False)
-    return _moments(x.shape, axes, stats, x.dtype)
+    table = _new((6, channels_of(x.shape, axes).number), FLOAT64, x)
+    _run_forward(where, x, None, axes, table, (None, None, None, None), 1.0)
+    return _moments(x.shape, axes, table, x.dtype.itemsize)
 
 
 def _forward(
-    where: str, x: np.ndarray, gamma: Any, beta: Any, axis: Axis, eps: float, frozen: Any, out: np.ndarray | None
-) -> tuple[np.ndarray, Saved]:
-    check_array(where, "x", x)
+    where: str, x: Any, gamma: Any, beta: Any, axis: Axis, eps: float, frozen: Any, out: Any
+) -> tuple[Any, Saved]:
+    x = check_array(where, "x", x)
     axes = check_axis(where, x, axis)
     eps = check_eps(where, eps)
     channels = channels_of(x.shape, axes)
-    affine = _affine(where, gamma, beta, channels)
-    stats = np.zeros((4, channels.number))
-    if frozen is not None:
-        stats[0], stats[2] = check_frozen(where, frozen, channels.shape)
-    y = np.empty_like(x, subok=False) if out is None else check_out(where, "out", out, x.shape, x.dtype, {"x": x}, {})
+    gamma = None if gamma is None else check_real(where, "gamma", gamma, channels.shape, x)
+    beta = None if beta is None else check_real(where, "beta", beta, channels.shape, x)
+    mean, var = (None, None) if frozen is None else check_frozen(where, frozen, channels.shape, x)
+    if out is not None:
+        y = check_out(where, "out", out, x.shape, x.dtype, x, {"x": x}, {})
+    else:
+        y = x.family.like(x, x.strides) if isinstance(x, Span) else np.empty_like(x, subok=False)
     if frozen is None and channels.values == 1:
         _warn_of_one_value(x, axis)
-    kept: np.ndarray | None = _run_forward(x, y, axes, stats, affine, eps, frozen is not None)
-    if out is not None and same_memory(x, out):
+    table = _new((6, channels.number), FLOAT64, x)
+    kept = _run_forward(where, x, y, axes, table, (gamma, beta, mean, var), eps)
+    if out is not None and same_memory(x, y):
         kept = None
-    return y, Saved(kept, x, axes, stats, affine, eps, frozen is not None)
+    return _own(y), Saved(kept, x, axes, table, frozen is not None)
 
 
-def _affine(where: str, gamma: Any, beta: Any, channels: Channels) -> np.ndarray:
-    affine = np.empty((2, channels.number))
-    affine[0] = 1.0 if gamma is None else check_real(where, "gamma", gamma, channels.shape)
-    affine[1] = 0.0 if beta is None else check_real(where, "beta", beta, channels.shape)
-    return affine
+def _new(shape: tuple[int, ...], dtype: np.dtype[Any], x: Any) -> Any:
+    """A contiguous array beside x."""
+    return x.family.new(shape, dtype, x.device) if isinstance(x, Span) else np.empty(shape, dtype)
 
 
-def _warn_of_one_value(x: np.ndarray, axis: Axis) -> None:
+def _own(a: Any) -> Any:
+    """The caller's own kind of array."""
+    return a.value if isinstance(a, Span) else a
+
+
+def _warn_of_one_value(x: Any, axis: Axis) -> None:
     """Before anything is written, as the warning may be an error; named after the caller's line."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("fastbn."):
@@ -324,16 +313,18 @@ def _warn_of_one_value(x: np.ndarray, axis: Axis) -> None:
     )
 
 
-def _moments(shape: tuple[int, ...], axes: tuple[int, ...], stats: np.ndarray, dtype: np.dtype[Any]) -> Moments:
+def _moments(shape: tuple[int, ...], axes: tuple[int, ...], table: Any, itemsize: int) -> Moments:
     channels = channels_of(shape, axes)
+    numbers = family_of(table).values(table)
     with np.errstate(all="ignore"):
-        mean, m2 = stats[0] + stats[1], channels.values * stats[2]
-    return Moments.found(channels.values, mean.reshape(channels.shape), m2.reshape(channels.shape), _number_type(dtype))
+        mean, m2 = numbers[0] + numbers[1], channels.values * numbers[2]
+    mean, m2 = mean.reshape(channels.shape), m2.reshape(channels.shape)
+    return Moments.found(channels.values, mean, m2, _number_type(itemsize))
 
 
-def _number_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
+def _number_type(itemsize: int) -> np.dtype[Any]:
     """Of statistics and gradients: float64 for float64 data, float32 for all others, which are smaller."""
-    return FLOAT64 if dtype.itemsize == 8 else FLOAT32
+    return FLOAT64 if itemsize == 8 else FLOAT32
 
 
 def _need(where: str, need: Any) -> tuple[bool, bool, bool]:
@@ -350,48 +341,60 @@ def _three(where: str, out: Any) -> tuple[Any, Any, Any]:
     return out[0], out[1], out[2]
 
 
-def _stored(values: np.ndarray, given: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """`values` (C,) rounded to `dtype`, in the array given for them or in a new one."""
-    values = values.reshape(shape)
+def _flat(given: Any, number: int, dtype: np.dtype[Any], like: Span | None) -> Any:
+    """(C,) for kernels to write to: the array given for it, or a new one."""
+    if given is None or not _dense(given):
+        return np.empty(number, dtype) if like is None else _new((number,), dtype, like)
+    return given.reshape(-1) if like is None else given.flat()
+
+
+def _shaped(values: Any, given: Any, shape: tuple[int, ...]) -> Any:
+    """`values` (C,) in the channels' shape and in the array given for them, if there is one."""
+    if values is None or (given is None and len(shape) == 1):
+        return values
+    if given is not None and _dense(given):
+        return given
+    found = values.family.locate(values.value.reshape(shape)) if isinstance(values, Span) else values.reshape(shape)
     if given is None:
-        return values.astype(dtype)
-    given[...] = values
+        return found
+    family_of(given).assign(given, found)
     return given
 
 
-def _elements(views: list[np.ndarray | None], backend: Kernels) -> list[Any]:
+def _dense(a: Any) -> bool:
+    return bool(a.dense if isinstance(a, Span) else a.flags.c_contiguous)
+
+
+def _elements(views: list[Any], backend: Kernels) -> list[Any]:
     """The views under the dtype in which the kernels take their elements."""
-    first = views[0]
-    assert first is not None
-    wanted = backend.element_view(first.dtype)
-    return views if wanted is first.dtype else [None if v is None else v.view(wanted) for v in views]
+    wanted = backend.element_view(views[0].dtype)
+    return views if wanted is views[0].dtype else [None if v is None else v.view(wanted) for v in views]
 
 
 def _run_forward(
-    x: np.ndarray,
-    y: np.ndarray | None,
-    axes: tuple[int, ...],
-    stats: np.ndarray,
-    affine: np.ndarray,
-    eps: float,
-    frozen: bool,
-) -> np.ndarray:
-    """Fills y and stats; returns x as the kernels walked it, which `backward` will walk again."""
+    where: str, x: Any, y: Any, axes: tuple[int, ...], table: Any, given: tuple[Any, ...], eps: float
+) -> Any:
+    """Fills y and table; returns x as the kernels walked it, which `backward` will walk again."""
+    backend = kernels(where, x)
     if x.size == 0:
-        stats[3] = 1.0 / np.sqrt(stats[2] + eps)
+        family_of(table).clear(table)
         return x
-    backend = kernels()
     views = Views(axes, [x], [y])
-    given, written = _elements(views.views, backend)
-    backend.forward(given, written, stats, affine, eps, frozen)
+    read, written = _elements(views.views, backend)
+    backend.forward(read, written, table, given, eps)
     views.finish()
-    walked: np.ndarray = views.inputs[0]
-    return walked
+    return views.inputs[0]
 
 
-def _run_backward(dy: np.ndarray, x: np.ndarray, dx: np.ndarray | None, saved: Saved, grads: np.ndarray) -> None:
-    backend = kernels()
+def _run_backward(where: str, dy: Any, x: Any, dx: Any, saved: Saved, dgamma: Any, dbeta: Any) -> None:
+    """Fills dx, dgamma and dbeta, those that are wanted."""
+    backend = kernels(where, dy)
+    if dy.size == 0:
+        for sums in (dgamma, dbeta):
+            if sums is not None:
+                family_of(sums).clear(sums)
+        return
     views = Views(saved._axes, [x, dy], [dx])  # x first: results take its memory layout
-    given_x, given_dy, written = _elements(views.views, backend)
-    backend.backward(given_dy, given_x, written, saved._stats, saved._affine, grads)
+    read_x, read_dy, written = _elements(views.views, backend)
+    backend.backward(read_dy, read_x, written, saved._table, dgamma, dbeta, saved.frozen)
     views.finish()

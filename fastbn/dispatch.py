@@ -10,44 +10,27 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
+from .arguments import describe
+from .arrays import CuPyKernels, NumbaKernels, Span
+
 BACKENDS = ("auto", "cpu", "cupy", "numba-cuda", "reference")
 _NUMPY_KERNELS = {"auto": "cpu", "cpu": "cpu", "reference": "reference"}
+_DEVICE_KERNELS = {"cupy": ("cupy", "cuda", CuPyKernels), "numba-cuda": ("numba.cuda", "numba_cuda", NumbaKernels)}
 
 
 class Kernels(Protocol):
-    """The contract in `fastbn.kernels`, as types."""
+    """The contract in `fastbn.kernels`, as types; arrays are NumPy's, or Spans."""
 
     def element_view(self, dtype: np.dtype[Any]) -> np.dtype[Any] | None: ...
 
-    def forward(
-        self,
-        x: np.ndarray,
-        y: np.ndarray | None,
-        stats: np.ndarray,
-        affine: np.ndarray,
-        eps: float,
-        frozen: bool,
-    ) -> None: ...
+    def forward(self, x: Any, y: Any, table: Any, given: tuple[Any, ...], eps: float) -> None: ...
 
-    def backward(
-        self,
-        dy: np.ndarray,
-        x: np.ndarray,
-        dx: np.ndarray | None,
-        stats: np.ndarray,
-        affine: np.ndarray,
-        grads: np.ndarray,
-    ) -> None: ...
+    def backward(self, dy: Any, x: Any, dx: Any, table: Any, dgamma: Any, dbeta: Any, frozen: bool) -> None: ...
 
 
 def _known(name: str, where: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"{where}: {name!r} is no backend; expected one of {', '.join(BACKENDS)}")
-    if name not in _NUMPY_KERNELS:
-        raise NotImplementedError(
-            f"{where}: this version of fastbn has no kernels for {name!r} yet; "
-            "expected one of auto, cpu, reference. Copy arrays to main memory, or wait for a later version"
-        )
     return name
 
 
@@ -57,9 +40,11 @@ _backend = _known(os.environ.get("FASTBN_BACKEND") or "auto", "the environment v
 class set_backend:
     """Choose the kernels for all calls of this process from now on, or for a with-block.
 
-    `name` is "auto" (by the array's type), "cpu" (Numba), or "reference" (float64 NumPy: slow, and the
-    judge of the others); "cupy" and "numba-cuda" raise NotImplementedError in this version. An unknown
-    name raises ValueError. The environment variable FASTBN_BACKEND sets the same at import.
+    `name` is "auto" (by the array's type). For NumPy arrays: "cpu" (Numba), or "reference" (float64 NumPy: slow, and
+    the judge of the others). For arrays on a GPU: "cupy" (CUDA C; "auto" takes it where CuPy is installed) or
+    "numba-cuda" (portable, and slower). A call with arrays of the other place is then a TypeError. An unknown name
+    raises ValueError, and one whose library, driver or device is missing RuntimeError. The environment variable
+    FASTBN_BACKEND sets the same at import, when nothing but the name is checked.
 
     >>> import fastbn
     >>> with fastbn.set_backend("reference"):
@@ -72,7 +57,10 @@ class set_backend:
     def __init__(self, name: str) -> None:
         global _backend
         self._before = _backend
-        _backend = _known(name, "fastbn.set_backend")
+        _known(name, "fastbn.set_backend")
+        if name in _DEVICE_KERNELS and (reason := missing(name)) is not None:
+            raise RuntimeError(f"fastbn.set_backend: {name!r} can't be used: {reason}")
+        _backend = name
 
     def __enter__(self) -> set_backend:
         return self
@@ -94,11 +82,67 @@ def get_backend() -> str:
     return _backend
 
 
-def kernels() -> Kernels:
-    """The kernels for NumPy arrays."""
-    return _load(_NUMPY_KERNELS[_backend])
+def kernels(where: str, x: Any) -> Kernels:
+    """Those for x, which is a NumPy array or a Span."""
+    if not isinstance(x, Span):
+        if (name := _NUMPY_KERNELS.get(_backend)) is None:
+            raise TypeError(
+                f"{where}: x is a {describe(x)} in main memory, and the backend {_backend!r} is for arrays on a GPU; "
+                'pass one, or call fastbn.set_backend("auto")'
+            )
+        return _load(name)
+    if _backend in _DEVICE_KERNELS:
+        return _load_for_device(_backend, where)
+    if _backend != "auto":
+        raise TypeError(
+            f"{where}: x is a {x}, and the backend {_backend!r} is for NumPy arrays; "
+            'copy it to main memory, or call fastbn.set_backend("auto")'
+        )
+    first, *others = x.family.backends
+    return _load_for_device(first if not others or _installed("cupy") else others[0], where)
 
 
 @functools.cache
 def _load(name: str) -> Kernels:
     return cast(Kernels, importlib.import_module(f"fastbn.kernels.{name}"))
+
+
+@functools.cache
+def _load_for_device(name: str, where: str) -> Kernels:
+    library, module, adapter = _DEVICE_KERNELS[name]
+    try:
+        importlib.import_module(library)
+    except ImportError as cause:
+        raise RuntimeError(f"{where}: the backend {name!r} can't be used: {missing(name)}") from cause
+    return cast(Kernels, adapter(_load(module)))
+
+
+@functools.cache
+def _installed(library: str) -> bool:
+    try:
+        importlib.import_module(library)
+    except ImportError:
+        return False
+    return True
+
+
+def missing(backend: str) -> str | None:
+    """What the backend "cupy" or "numba-cuda" lacks on this machine, and where to get it; None: nothing."""
+    library, _, _ = _DEVICE_KERNELS[backend]
+    try:
+        module = importlib.import_module(library)
+    except Exception as cause:
+        return f"{library} can't be imported ({cause}). {_INSTALL}"
+    try:
+        if backend == "cupy":
+            count = module.cuda.runtime.getDeviceCount()
+        else:
+            count = len(module.gpus) if module.is_available() else 0
+            if (error := module.cuda_error()) is not None:
+                raise RuntimeError(error)
+    except Exception as cause:
+        return f"no CUDA driver can be used ({' '.join(str(cause).split())}). Install NVIDIA's driver"
+    return None if count else "there is no CUDA device here"
+
+
+_INSTALL = "pip install 'fastbn[cuda13]', or 'fastbn[cuda12]' for a driver of CUDA 12"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import platform
@@ -17,22 +18,43 @@ def collect() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {
-            name: _version(name) for name in ("numpy", "numba", "llvmlite", "cupy", "numba-cuda", "ml_dtypes")
+            **{name: _version(name) for name in ("numpy", "numba", "llvmlite", "numba-cuda", "torch", "ml_dtypes")},
+            "cupy": _version("cupy") or _version("cupy-cuda12x") or _version("cupy-cuda13x"),
         },
         "backend": dispatch.get_backend(),
         "backends": {
             "cpu": "available",
             "reference": "available",
-            "cupy": "missing: this version of fastbn has no GPU kernels yet",
-            "numba-cuda": "missing: this version of fastbn has no GPU kernels yet",
+            "cupy": _gpu_backend("cupy"),
+            "numba-cuda": _gpu_backend("numba-cuda"),
         },
-        "gpu": "not used by this version",
+        "gpu": _gpus() or "none that can be used",
     }
     try:
         facts["cpu"] = _cpu()
     except Exception as cause:  # Numba missing or broken: say so, and go on
         facts["backends"]["cpu"] = f"missing: {cause}"
     return facts
+
+
+def _gpu_backend(name: str) -> str:
+    reason = dispatch.missing(name)
+    return "available" if reason is None else f"missing: {reason}"
+
+
+def _gpus() -> str | None:
+    """Their names, by whichever library can tell."""
+    try:
+        if dispatch.missing("cupy") is None:
+            runtime = importlib.import_module("cupy").cuda.runtime
+            names = [runtime.getDeviceProperties(i)["name"] for i in range(runtime.getDeviceCount())]
+        elif dispatch.missing("numba-cuda") is None:
+            names = [gpu.name for gpu in importlib.import_module("numba.cuda").gpus]
+        else:
+            return None
+        return ", ".join(name.decode() if isinstance(name, bytes) else str(name) for name in names)
+    except Exception as cause:  # a driver that breaks when it is asked: say so, and go on
+        return f"unknown: {cause}"
 
 
 def _version(package: str) -> str | None:

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from .arguments import Axis, check_channels, check_eps, check_variances, describe
-from .batchnorm import Saved, backward, forward
-from .running import RunningStats
+from .batchnorm import Array, Saved, backward, forward
+from .running import RunningStats, check_like
+
+_STATE = "gamma", "beta", "running_mean", "running_var", "batches", "variances"
 
 
 class BatchNorm:
@@ -34,6 +36,9 @@ class BatchNorm:
         Add each backward pass to `dgamma` and `dbeta` (until `zero_grad()`) in place of replacing them.
     dtype : float32 or float64
         Of the parameters and their gradients.
+    like : array, optional
+        Parameters, gradients and running statistics live where it lives, as x must: NumPy (not given), or a GPU's CuPy
+        arrays or PyTorch tensors. (Numba device arrays can't be computed with: use the functions.)
 
     Attributes
     ----------
@@ -69,20 +74,23 @@ class BatchNorm:
         decay: float | None = None,
         accumulate: bool = False,
         dtype: Any = np.float32,
+        like: Any = None,
     ) -> None:
         self.axis = axis
         self.eps = check_eps("fastbn.BatchNorm", eps)
-        self.running = RunningStats(channels, momentum, ddof, decay=decay, dtype=dtype)
+        self._family, self._device = check_like("fastbn.BatchNorm", like)
+        self.running = RunningStats(channels, momentum, ddof, decay=decay, dtype=dtype, like=like)
         self.accumulate = accumulate
         self.training = True
         self.dtype = np.dtype(dtype)
         if self.dtype not in (np.float32, np.float64):
             raise TypeError(f"fastbn.BatchNorm: dtype is {self.dtype}; expected float32 or float64")
-        self.gamma, self.beta = np.ones(self.running.shape, dtype), np.zeros(self.running.shape, dtype)
-        self.dgamma, self.dbeta = np.zeros(self.running.shape, dtype), np.zeros(self.running.shape, dtype)
+        self.gamma, self.beta, self.dgamma, self.dbeta = (
+            self._family.put(np.full(self.running.shape, start, dtype), self._device) for start in (1, 0, 0, 0)
+        )
         self._saved: Saved | None = None
 
-    def __call__(self, x: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
+    def __call__(self, x: Array, *, out: Array | None = None) -> Array:
         """y; in training the running statistics take x in."""
         frozen = None if self.training else self.running
         y, self._saved = forward(x, self.gamma, self.beta, axis=self.axis, eps=self.eps, frozen=frozen, out=out)
@@ -90,17 +98,16 @@ class BatchNorm:
             self.running.update(moments)
         return y
 
-    def backward(self, dy: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
+    def backward(self, dy: Array, *, out: Array | None = None) -> Array:
         """dx for the last forward pass; sets `dgamma` and `dbeta`, or adds to them. `out` is where dx goes."""
         if self._saved is None:
             raise RuntimeError("fastbn.BatchNorm.backward: no forward pass came before; call bn(x) first")
         dx, dgamma, dbeta = backward(dy, self._saved, out=out)
         assert dx is not None  # all three are needed by default
-        assert dgamma is not None
-        assert dbeta is not None
         if self.accumulate:
-            dgamma, dbeta = self.dgamma + dgamma, self.dbeta + dbeta
-        self.dgamma[...], self.dbeta[...] = dgamma, dbeta
+            self.dgamma[...], self.dbeta[...] = self.dgamma + dgamma, self.dbeta + dbeta
+        else:
+            self.dgamma[...], self.dbeta[...] = dgamma, dbeta
         return dx
 
     def zero_grad(self) -> None:
@@ -118,30 +125,25 @@ class BatchNorm:
         return self.train(False)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Copies of all that is learned, as plain arrays: `np.savez(file, **bn.state_dict())`."""
-        mean, var = self.running.exact()
-        return {
-            "gamma": self.gamma.copy(),
-            "beta": self.beta.copy(),
-            "running_mean": mean,
-            "running_var": var,
-            "batches": np.array(self.running.batches),
-            "variances": np.array(self.running.variances),
-        }
+        """Copies of all that is learned, as NumPy arrays wherever it lives: `np.savez(file, **bn.state_dict())`."""
+        mean, var = self.running.exact(copy=False)
+        arrays = (self.gamma, self.beta, mean, var)
+        counts = np.array(self.running.batches), np.array(self.running.variances)
+        return dict(zip(_STATE, (*map(self._family.host, arrays), *counts), strict=True))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a `state_dict`, or an opened npz file. Nothing changes if anything in it is wrong."""
         where = "fastbn.BatchNorm.load_state_dict"
-        wanted = set(self.state_dict())
-        if not isinstance(state, Mapping) or set(state) != wanted:
+        if not isinstance(state, Mapping) or set(state) != set(_STATE):
             came = sorted(map(str, state)) if isinstance(state, Mapping) else describe(state)
-            raise ValueError(f"{where}: state has {came}; expected {sorted(wanted)}. Rename or add what differs")
+            raise ValueError(f"{where}: state has {came}; expected {sorted(_STATE)}. Rename or add what differs")
         shape = self.running.shape
         gamma, beta, mean = (check_channels(where, k, state[k], shape) for k in ("gamma", "beta", "running_mean"))
         var = check_variances(where, state["running_var"], shape, "running_var")
         batches, variances = (_count(where, k, state[k]) for k in ("batches", "variances"))
-        self.gamma[...], self.beta[...] = gamma.reshape(shape), beta.reshape(shape)
-        self.running.mean, self.running.var = mean.reshape(shape), var.reshape(shape)
+        gamma, beta, mean, var = (self._family.put(a.reshape(shape), self._device) for a in (gamma, beta, mean, var))
+        self.gamma[...], self.beta[...] = gamma, beta
+        self.running.mean, self.running.var = mean, var
         self.running.batches, self.running.variances = batches, variances
 
     def __repr__(self) -> str:

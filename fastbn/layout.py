@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .arrays import Span, family_of, memory_order
+
 
 class Channels(NamedTuple):
     """The channels of a shape: their own shape, their number, and how many values each has."""
@@ -42,6 +44,7 @@ class Collapse:
 
     order: tuple[int, ...]
     shape: tuple[int, int, int]
+    last: tuple[int | None, ...] = dataclasses.field(repr=False)  # axis of O, of C and of I: its stride is theirs
 
     @functools.cached_property
     def in_order(self) -> bool:
@@ -49,6 +52,11 @@ class Collapse:
 
     def view(self, array: np.ndarray) -> np.ndarray:
         return (array if self.in_order else array.transpose(self.order)).reshape(self.shape)
+
+    def seen(self, span: Span) -> Span:
+        """The same view, by its strides: a library's own reshape may copy."""
+        (o, c, i), s = self.last, span.strides
+        return span.seen(self.shape, (0 if o is None else s[o], 0 if c is None else s[c], 0 if i is None else s[i]))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -88,20 +96,14 @@ def collapse(shape: tuple[int, ...], axes: tuple[int, ...], *strides: tuple[int,
     def size(group: list[int]) -> int:
         return math.prod(shape[a] for a in group)
 
-    return Collapse((*ones, *outer, *c, *inner), (size(outer), size(c), size(inner)))
+    ends = tuple(group[-1] if group else None for group in (outer, c, inner))
+    return Collapse((*ones, *outer, *c, *inner), (size(outer), size(c), size(inner)), ends)
 
 
 def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     """A dense array whose axes follow each other in memory as under `strides`: np.empty_like without the array."""
-    dense, places = _memory_order(shape, strides)
+    dense, places = memory_order(shape, strides)
     return np.empty(dense, dtype).transpose(places)
-
-
-@functools.lru_cache(maxsize=4096)
-def _memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shape with its axes as they lie in memory, and the place of each axis there."""
-    order = sorted(range(len(shape)), key=lambda a: -abs(strides[a]))
-    return tuple(shape[a] for a in order), tuple(order.index(a) for a in range(len(shape)))
 
 
 class Views:
@@ -115,22 +117,26 @@ class Views:
 
     __slots__ = ("_copied", "inputs", "views")
 
-    def __init__(
-        self, axes: tuple[int, ...], inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray | None]
-    ) -> None:
+    def __init__(self, axes: tuple[int, ...], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         given = len(inputs)
         arrays: list[Any] = [*inputs, *outputs]
         used, plan = arrays, _common(axes, arrays)
-        if plan is None or not all(map(_is_plain, arrays)):
+        spans = isinstance(arrays[0], Span)
+        if plan is None or not all(map(_is_aligned if spans else _is_plain, arrays)):
             used, plan = _walkable(axes, arrays, given)
         self.inputs = used[:given]  # what was walked in place of the inputs, in their own shape
-        self.views = [None if a is None else plan.view(a) for a in used]
+        view: Any = plan.seen if spans else plan.view
+        self.views = [None if a is None else view(a) for a in used]
         self._copied = [] if used is arrays else list(zip(arrays[given:], used[given:], strict=True))
 
     def finish(self) -> None:
         for target, result in self._copied:
             if result is not target:
-                target[...] = result
+                family_of(target).assign(target, result)
+
+
+def _is_aligned(a: Span | None) -> bool:
+    return a is None or a.address % a.dtype.itemsize == 0
 
 
 def _is_plain(a: np.ndarray | None) -> bool:
@@ -144,7 +150,8 @@ def _common(axes: tuple[int, ...], arrays: Sequence[Any]) -> Collapse | None:
 
 def _walkable(axes: tuple[int, ...], arrays: Sequence[Any], given: int) -> tuple[list[Any], Collapse]:
     """The arrays, the first `given` of them inputs, with copies for those that need one; and their common view."""
-    used = [a if _is_plain(a) else _dense(a, a, i < given) for i, a in enumerate(arrays)]
+    plain: Any = _is_aligned if isinstance(arrays[0], Span) else _is_plain
+    used = [a if plain(a) else _dense(a, a, i < given) for i, a in enumerate(arrays)]
     plan = _common(axes, used)
     if plan is None:
         if _common(axes, used[:1]) is None:
@@ -159,18 +166,24 @@ def _walkable(axes: tuple[int, ...], arrays: Sequence[Any], given: int) -> tuple
     return used, plan
 
 
-def _dense(a: np.ndarray, like: np.ndarray, filled: bool) -> np.ndarray:
+def _dense(a: Any, like: Any, filled: bool) -> Any:
     """A native, aligned array in the memory order of `like`; a copy of `a` if `filled`."""
-    new = np.empty_like(like, dtype=a.dtype.newbyteorder("="), subok=False)
+    if isinstance(a, Span):
+        new: Any = a.family.like(a, like.strides)
+    else:
+        new = np.empty_like(like, dtype=a.dtype.newbyteorder("="), subok=False)
     if filled:
-        new[...] = a
+        family_of(a).assign(new, a)
     return new
 
 
-def _packed(axes: tuple[int, ...], a: np.ndarray) -> np.ndarray:
+def _packed(axes: tuple[int, ...], a: Any) -> Any:
     """A copy of `a` that collapses: in its own order if that will do, else with the channel axes last."""
     new = _dense(a, a, True)
     if _common(axes, [new]) is None:
         order = [*(i for i in range(a.ndim) if i not in axes), *axes]
-        new = np.ascontiguousarray(a.transpose(order)).transpose(np.argsort(order))
+        if not isinstance(a, Span):
+            return np.ascontiguousarray(a.transpose(order)).transpose(np.argsort(order))
+        new = a.family.like(a, tuple(a.ndim - order.index(i) for i in range(a.ndim)))
+        a.family.assign(new, a)
     return new

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from .arguments import check_channels, check_variances, describe
+from .arrays import NUMPY, family_of_values, place_of
 
 
 class Moments:
@@ -26,10 +27,15 @@ class Moments:
         In which `mean`, `m2` and `var` are given: float32 (default), or float64, which float64 data have. Inside
         they are float64 always, as a float32 mean of 1e5 would be off by 0.4 % of a standard deviation of 1.
 
+    All of it is of x's array library, and on its device; but for Numba device arrays, which can't be computed with,
+    it is NumPy's, copied when `saved.moments` is asked for. Negative values in an M2 on a GPU give NaN, not an error.
+
     Raises
     ------
     ValueError
         For a negative count, or shapes that differ; by `merge`, for other channels.
+    TypeError
+        For arrays that aren't in one place.
 
     >>> import numpy as np, fastbn
     >>> x = np.float32([[1, 10], [3, 10], [8, 40]])
@@ -45,37 +51,38 @@ class Moments:
     def __init__(self, count: int, mean: Any, m2: Any, dtype: Any = np.float32) -> None:
         if not isinstance(count, (int, np.integer)) or count < 0:
             raise ValueError(f"fastbn.Moments: count is {describe(count)}; expected a number of values, 0 or more")
-        self.shape: tuple[int, ...] = np.shape(mean)
+        self.shape: tuple[int, ...] = tuple(np.shape(mean))
         self.count = int(count)
         self.dtype: np.dtype[Any] = np.dtype(dtype)
-        self._mean = check_channels("fastbn.Moments", "mean", mean, self.shape).reshape(self.shape)
-        self._m2 = check_variances("fastbn.Moments", m2, self.shape, "m2").reshape(self.shape)
+        self._mean = check_channels("fastbn.Moments", "mean", mean, self.shape, mean).reshape(self.shape)
+        self._m2 = check_variances("fastbn.Moments", m2, self.shape, "m2", mean).reshape(self.shape)
 
     @classmethod
-    def found(cls, count: int, mean: np.ndarray, m2: np.ndarray, dtype: Any) -> Moments:
+    def found(cls, count: int, mean: Any, m2: Any, dtype: Any) -> Moments:
         """From float64 results of our own, unchecked: the checks take as long as normalizing a small array."""
         new = cls.__new__(cls)
-        new.count, new._mean, new._m2, new.shape, new.dtype = count, mean, m2, mean.shape, np.dtype(dtype)
+        new.count, new._mean, new._m2, new.shape, new.dtype = count, mean, m2, tuple(mean.shape), np.dtype(dtype)
         return new
 
     @property
-    def mean(self) -> np.ndarray:
+    def mean(self) -> Any:
         """Mean of every channel (0 for no values)."""
         return _rounded(self._mean, self.dtype)
 
     @property
-    def m2(self) -> np.ndarray:
+    def m2(self) -> Any:
         """Sum of squared deviations from the mean."""
         return _rounded(self._m2, self.dtype)
 
-    def var(self, ddof: int = 0) -> np.ndarray:
+    def var(self, ddof: int = 0) -> Any:
         """Variance, M2 / (count - ddof): NaN where the count does not exceed `ddof`."""
-        return _rounded(self.exact(ddof)[1], self.dtype)
+        return _rounded(self.exact(ddof, copy=False)[1], self.dtype)
 
-    def exact(self, ddof: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and variance in float64, whatever the data were."""
+    def exact(self, ddof: int = 0, copy: bool = True) -> tuple[Any, Any]:
+        """Mean and variance in float64, whatever the data were; without `copy` not to be written to."""
         free = self.count - ddof
-        return self._mean.copy(), self._m2 / free if free > 0 else np.full(self.shape, np.nan)
+        mean = family_of_values(self._mean).copy(self._mean) if copy else self._mean
+        return mean, self._m2 / free if free > 0 else self._m2 * np.nan
 
     def merge(self, other: Moments) -> Moments:
         """The moments of both sets of values together; `a + b` and `sum(list)` do the same."""
@@ -85,6 +92,12 @@ class Moments:
             raise ValueError(
                 f"fastbn.Moments.merge: other has channels of shape {other.shape}; expected {self.shape}. "
                 "Were both made with the same axis?"
+            )
+        (mine, here), (others, there) = place_of(self._mean), place_of(other._mean)
+        if mine is not others or here != there:
+            raise TypeError(
+                f"fastbn.Moments.merge: other holds {_where(others, there)}, and self {_where(mine, here)}; expected "
+                "both in one place. Copy those of one"
             )
         dtype = np.promote_types(self.dtype, other.dtype)
         count = self.count + other.count
@@ -104,13 +117,18 @@ class Moments:
         return self if isinstance(other, int) and other == 0 else NotImplemented  # what sum() starts from
 
     def __repr__(self) -> str:
-        def few(values: np.ndarray) -> str:
-            shown = [f"{v:.4g}" for v in values.reshape(-1)[:6]]
-            return "[" + ", ".join(shown + ["..."] * (values.size > 6)) + "]"
+        family = family_of_values(self._mean)
+
+        def few(values: Any) -> str:
+            flat = family.host(values).reshape(-1)
+            return "[" + ", ".join([f"{v:.4g}" for v in flat[:6]] + ["..."] * (flat.size > 6)) + "]"
 
         return f"Moments(count={self.count}, mean={few(self._mean)}, var={few(self.exact()[1])})"
 
 
-def _rounded(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-    with np.errstate(over="ignore"):  # the variance of float32 data of 1e20 is inf in float32
-        return values.astype(dtype)
+def _rounded(values: Any, dtype: np.dtype[Any]) -> Any:
+    return family_of_values(values).rounded(values, dtype)
+
+
+def _where(family: Any, device: int) -> str:
+    return f"{family.kind}s" + ("" if family is NUMPY else f" on device {device}")

@@ -56,7 +56,7 @@ def forward(
         count = x.size // math.prod(channels)
         found = Moments(count, (hi + lo).reshape(channels), count * var.reshape(channels), np.float64)
     else:
-        mean, var = (f.reshape(wide) for f in check_frozen(where, frozen, channels))
+        mean, var = (f.reshape(wide).astype(np.float64) for f in check_frozen(where, frozen, channels))
         d = x.astype(np.float64) - mean
     moments = None if frozen is not None else found
     return normalize(d, var, one, zero, eps), Saved(d, var, one, eps, reduced, moments)

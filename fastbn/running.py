@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from .arguments import check_channels, check_shape, check_variances, describe, finite
+from .arrays import NUMBA, NUMPY, Family, place_of
 from .moments import Moments
 
 
@@ -29,6 +30,9 @@ class RunningStats:
     dtype : optional
         In which `mean` and `var` are read: float32, or float64 once float64 data have come. Inside they are
         float64, so that evaluation is as right at any offset as training is.
+    like : array, optional
+        The statistics live where it lives: NumPy, or a GPU's CuPy arrays or PyTorch tensors. Not given, they are made
+        where the first batch is, and are NumPy's till then. (Moments of Numba device arrays are NumPy's.)
 
     An empty batch changes nothing, and a batch of no more than `ddof` values leaves the variance as it was:
     neither knows one.
@@ -37,6 +41,8 @@ class RunningStats:
     ------
     ValueError
         For a momentum or decay outside [0, 1], or both given; in `update`, for other channels.
+    TypeError
+        In `update`, for moments that live elsewhere; for Numba device arrays as `like`.
 
     >>> import numpy as np, fastbn
     >>> running = fastbn.RunningStats(2, momentum=0.5)
@@ -53,6 +59,7 @@ class RunningStats:
         *,
         decay: float | None = None,
         dtype: Any = np.float32,
+        like: Any = None,
     ) -> None:
         if decay is not None:
             if momentum != 0.1:
@@ -66,29 +73,38 @@ class RunningStats:
         self.variances = 0  # of them, those large enough to have a variance
         self.dtype: np.dtype[Any] = np.dtype(dtype)
         self.shape = check_shape("fastbn.RunningStats", channels)
-        self._mean, self._var = np.zeros(self.shape), np.ones(self.shape)
+        self._fixed = like is not None  # to where it lives
+        self._start(*check_like("fastbn.RunningStats", like))
+
+    def _start(self, family: Family, device: int) -> None:
+        self._family, self._device = family, device
+        self._mean, self._var = family.put(np.zeros(self.shape), device), family.put(np.ones(self.shape), device)
 
     @property
-    def mean(self) -> np.ndarray:
+    def mean(self) -> Any:
         """Running mean: a copy; assign to change it."""
         return self._read(self._mean)
 
     @mean.setter
     def mean(self, value: Any) -> None:
-        self._mean = check_channels("fastbn.RunningStats", "mean", value, self.shape).reshape(self.shape)
+        self._mean = check_channels("fastbn.RunningStats", "mean", value, self.shape, self._mean).reshape(self.shape)
+        self._fixed = True
 
     @property
-    def var(self) -> np.ndarray:
+    def var(self) -> Any:
         """Running variance: a copy; assign to change it."""
         return self._read(self._var)
 
     @var.setter
     def var(self, value: Any) -> None:
-        self._var = check_variances("fastbn.RunningStats", value, self.shape).reshape(self.shape)
+        found = check_variances("fastbn.RunningStats", value, self.shape, beside=self._var)
+        self._var = found.reshape(self.shape)
+        self._fixed = True
 
-    def exact(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and variance in float64, as they are kept."""
-        return self._mean.copy(), self._var.copy()
+    def exact(self, copy: bool = True) -> tuple[Any, Any]:
+        """Mean and variance in float64, as they are kept; without `copy` not to be written to."""
+        kept = self._mean, self._var
+        return (self._family.copy(kept[0]), self._family.copy(kept[1])) if copy else kept
 
     def update(self, moments: Moments) -> None:
         """Take in one batch: `saved.moments` of a forward pass, or `fastbn.moments(x)`."""
@@ -103,7 +119,8 @@ class RunningStats:
             )
         if moments.count == 0:
             return
-        mean, var = moments.exact(self.ddof)
+        mean, var = moments.exact(self.ddof, copy=False)
+        self._meet(mean)
         self.dtype = np.promote_types(self.dtype, moments.dtype)
         self.batches += 1
         with np.errstate(all="ignore"):
@@ -112,16 +129,28 @@ class RunningStats:
                 self.variances += 1
                 self._var = self._mixed(self._var, var, self.variances)
 
-    def _mixed(self, old: np.ndarray, new: np.ndarray, batches: int) -> np.ndarray:
+    def _meet(self, mean: Any) -> None:
+        """Move to where the first batch lives, if nothing is kept yet."""
+        family, device = place_of(mean)
+        if family is not self._family or device != self._device:
+            if self._fixed:
+                raise TypeError(
+                    f"fastbn.RunningStats.update: moments has a {describe(mean)}; expected what these statistics are: "
+                    f"{describe(self._mean)}. Make them with like=x"
+                )
+            self._start(family, device)
+        self._fixed = True
+
+    def _mixed(self, old: Any, new: Any, batches: int) -> Any:
         weight = 1 / batches if self.momentum is None else self.momentum
         if weight in (0, 1):  # nothing of the other value counts, not even its NaN
             return new if weight else old
-        return np.asarray((1 - weight) * old + weight * new)
+        return (1 - weight) * old + weight * new
 
-    def _read(self, values: np.ndarray) -> np.ndarray:
-        with np.errstate(over="ignore"):
-            copy = values.astype(self.dtype)
-        copy.flags.writeable = False  # writing into a copy is an error, not lost
+    def _read(self, values: Any) -> Any:
+        copy = self._family.rounded(values, self.dtype)
+        if self._family is NUMPY:
+            copy.flags.writeable = False  # writing into a copy is an error, not lost
         return copy
 
     def __repr__(self) -> str:
@@ -129,6 +158,17 @@ class RunningStats:
             f"RunningStats(channels={self.shape[0] if len(self.shape) == 1 else self.shape}, "
             f"momentum={self.momentum}, ddof={self.ddof}, batches={self.batches})"
         )
+
+
+def check_like(function: str, like: Any) -> tuple[Family, int]:
+    """Where arrays like `like` are to be made: NumPy's without one."""
+    family, device = place_of(like)
+    if family is NUMBA or (family is NUMPY and like is not None and not isinstance(like, np.ndarray)):
+        raise TypeError(
+            f"{function}: like is a {describe(like)}; expected a NumPy array, a CuPy array or a PyTorch CUDA tensor, "
+            "which can be computed with"
+        )
+    return family, device
 
 
 def _weight(name: str, value: Any) -> float:

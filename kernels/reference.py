@@ -54,31 +54,48 @@ def element_view(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
 
 
 def forward(
-    x: np.ndarray, y: np.ndarray | None, stats: np.ndarray, affine: np.ndarray, eps: float, frozen: bool
+    x: np.ndarray,
+    y: np.ndarray | None,
+    table: np.ndarray,
+    given: tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None, np.ndarray | None],
+    eps: float,
 ) -> None:
-    if frozen:
-        d = (x.astype(np.float64) - stats[0, :, None]) - stats[1, :, None]
-    else:
-        d, hi, lo = centred(x, (0, 2))
-        stats[0], stats[1] = hi[0, :, 0], lo[0, :, 0]
-        with np.errstate(all="ignore"):
-            stats[2] = average(d * d, (0, 2))[0, :, 0]
+    gamma, beta, mean, var = given
+    table[4] = 1.0 if gamma is None else gamma
+    table[5] = 0.0 if beta is None else beta
     with np.errstate(all="ignore"):
-        stats[3] = 1.0 / np.sqrt(stats[2] + eps)
+        if mean is None:
+            d, hi, lo = centred(x, (0, 2))
+            table[0], table[1] = hi[0, :, 0], lo[0, :, 0]
+            table[2] = average(d * d, (0, 2))[0, :, 0]
+        else:
+            d = x.astype(np.float64) - mean[:, None]
+            table[0], table[1], table[2] = mean, 0.0, var
+        table[3] = 1.0 / np.sqrt(table[2] + eps)
         if y is not None:
-            y[...] = normalize(d, stats[2, :, None], affine[0, :, None], affine[1, :, None], eps)
+            y[...] = normalize(d, table[2, :, None], table[4, :, None], table[5, :, None], eps)
 
 
 def backward(
-    dy: np.ndarray, x: np.ndarray, dx: np.ndarray | None, stats: np.ndarray, affine: np.ndarray, grads: np.ndarray
+    dy: np.ndarray,
+    x: np.ndarray,
+    dx: np.ndarray | None,
+    table: np.ndarray,
+    dgamma: np.ndarray | None,
+    dbeta: np.ndarray | None,
+    frozen: bool,
 ) -> None:
-    g, hi, lo = centred(dy, (0, 2))
+    hi, lo, _, invstd, gamma, _ = table[:, :, None]
+    n = x.shape[0] * x.shape[2]
+    g, mean, rest = centred(dy, (0, 2))
     with np.errstate(all="ignore"):
-        d = (x.astype(np.float64) - stats[0, :, None]) - stats[1, :, None]
-        grads[0], grads[1] = hi[0, :, 0], lo[0, :, 0]
-        grads[2] = average(g * d, (0, 2))[0, :, 0]
-        grads[3] = average(d, (0, 2))[0, :, 0] + stats[1]
+        d = (x.astype(np.float64) - hi) - lo
+        covariance = average(g * d, (0, 2))
+        total = n * mean + n * rest
+        if dbeta is not None:
+            dbeta[...] = total[0, :, 0]
+        if dgamma is not None:  # given statistics are not x's own: the mean of d isn't 0
+            off = total * average(d, (0, 2)) if frozen else 0.0
+            dgamma[...] = ((n * covariance + off) * invstd)[0, :, 0]
         if dx is not None:
-            xhat = d * stats[3, :, None]
-            slope = grads[2, :, None] * stats[3, :, None]
-            dx[...] = affine[0, :, None] * stats[3, :, None] * (g - xhat * slope)
+            dx[...] = gamma * invstd * (dy.astype(np.float64) if frozen else g - d * invstd * (covariance * invstd))

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_a_call_inside_a_block_ends_with_it():
 )
 def test_each_name_means_its_kernels(name, module):
     with fastbn.set_backend(name):
-        assert dispatch.kernels().__name__ == module
+        assert dispatch.kernels("a test", np.ones((2, 3))).__name__ == module
 
 
 def test_the_chosen_kernels_are_called(monkeypatch, rng):
@@ -122,8 +123,6 @@ WRONG = {
     "empty": ("", ValueError, "'' is no backend"),
     "none": (None, ValueError, "None is no backend"),
     "a list": (["cpu"], ValueError, r"\['cpu'\] is no backend"),
-    "cupy": ("cupy", NotImplementedError, "set_backend: .*no kernels for 'cupy' yet; expected one of auto, cpu, ref"),
-    "numba-cuda": ("numba-cuda", NotImplementedError, "no kernels for 'numba-cuda' yet"),
 }
 
 
@@ -133,6 +132,55 @@ def test_a_wrong_name_changes_nothing(name, error, match):
         with pytest.raises(error, match=match):
             fastbn.set_backend(name)
         assert fastbn.get_backend() == "reference"
+
+
+@pytest.mark.parametrize("name", ["cupy", "numba-cuda"])
+def test_a_missing_library_is_named_with_the_way_to_get_it(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setitem(sys.modules, "numba.cuda", None)
+    with fastbn.set_backend("reference"):
+        with pytest.raises(
+            RuntimeError, match=rf"set_backend: '{name}' can't be used: .*pip install 'fastbn\[cuda13\]'"
+        ):
+            fastbn.set_backend(name)
+        assert fastbn.get_backend() == "reference"
+
+
+class Runtime(types.SimpleNamespace):
+    """Of CuPy, on a machine with `count` devices, or without a driver."""
+
+    def getDeviceCount(self):
+        if self.count is None:
+            raise OSError("driver version is insufficient")
+        return self.count
+
+
+@pytest.mark.parametrize(
+    ("count", "reason"),
+    [(None, "no CUDA driver can be used .driver version is insufficient."), (0, "there is no CUDA device here")],
+)
+def test_a_missing_driver_or_device_is_named(count, reason, monkeypatch):
+    cuda = types.SimpleNamespace(runtime=Runtime(count=count))
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda))
+    with pytest.raises(RuntimeError, match=f"'cupy' can't be used: {reason}"):
+        fastbn.set_backend("cupy")
+    error = "driver version is\ninsufficient" if count is None else None
+    numba_cuda = types.SimpleNamespace(gpus=[], is_available=lambda: False, cuda_error=lambda: error)
+    monkeypatch.setitem(sys.modules, "numba.cuda", numba_cuda)
+    with pytest.raises(RuntimeError, match=f"'numba-cuda' can't be used: {reason}"):
+        fastbn.set_backend("numba-cuda")
+    cuda.runtime.count = 1
+    with fastbn.set_backend("cupy"):
+        assert fastbn.get_backend() == "cupy"
+
+
+@pytest.mark.parametrize("name", ["cupy", "numba-cuda"])
+def test_a_backend_for_gpus_refuses_numpy_arrays(name, monkeypatch):
+    monkeypatch.setattr(dispatch, "_backend", name)
+    with pytest.raises(
+        TypeError, match=f"fastbn.infer: x is a float64 array .* in main memory, and the backend '{name}'"
+    ):
+        fastbn.infer(np.ones((2, 3)), np.zeros(3), np.ones(3))
 
 
 @pytest.mark.parametrize(("value", "name"), [(None, "auto"), ("", "auto"), ("reference", "reference"), ("cpu", "cpu")])
@@ -145,11 +193,15 @@ def test_the_environment_variable(value, name):
     ("value", "message"),
     [
         ("gpu", "ValueError: the environment variable FASTBN_BACKEND: 'gpu' is no backend; expected one of auto"),
-        ("cupy", "NotImplementedError: the environment variable FASTBN_BACKEND: this version"),
+        (
+            "cupy",
+            "TypeError: fastbn.moments: x is a float64 array of shape (3, 3) in main memory, and the backend 'cupy'",
+        ),
     ],
 )
 def test_a_wrong_environment_variable_is_named(value, message):
-    done = python("import fastbn", backend=value)
+    """At import a wrong name; what a backend can't do, at the first call."""
+    done = python("import numpy, fastbn; fastbn.moments(numpy.eye(3))", backend=value)
     assert done.returncode != 0
     assert message in done.stderr
 

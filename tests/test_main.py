@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -15,7 +16,7 @@ def test_info_as_json(capsys):
     assert main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["backends"]["cpu"] == "available"
-    assert facts["backends"]["cupy"].startswith("missing: ")
+    assert facts["backends"]["cupy"].startswith(("missing: ", "available"))
     assert facts["cpu"]["threads"] >= 1
     assert facts["packages"]["numpy"]
 
@@ -32,6 +33,31 @@ def test_info_without_numba(capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "fastbn.kernels.cpu", raising=False)
     assert main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["backends"]["cpu"].startswith("missing: ")
+
+
+def test_info_without_gpu_libraries(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setitem(sys.modules, "numba.cuda", None)
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["gpu"] == "none that can be used"
+    for name in ("cupy", "numba-cuda"):
+        assert facts["backends"][name].startswith("missing: ")
+        assert "pip install 'fastbn[cuda13]'" in facts["backends"][name]
+
+
+def test_info_names_the_gpus_or_says_why_not(capsys, monkeypatch):
+    def broken(number):
+        raise OSError("fell off the bus")
+
+    runtime = types.SimpleNamespace(getDeviceCount=lambda: 2, getDeviceProperties=lambda i: {"name": b"GPU %d" % i})
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime)))
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["gpu"], facts["backends"]["cupy"]) == ("GPU 0, GPU 1", "available")
+    runtime.getDeviceProperties = broken
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["gpu"] == "unknown: fell off the bus"
 
 
 @pytest.mark.parametrize("argv", [[], ["nonsense"], ["info", "--nonsense"]])

@@ -15,7 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 STANDARD = {*sys.stdlib_module_names, "__future__"}
 
 # What a backend's files may import besides the standard library and the files of the same backend.
-ARRAY_LIBRARIES = {"cpu": {"numpy", "numba", "llvmlite"}, "reference": {"numpy"}}
+ARRAY_LIBRARIES = {
+    "cpu": {"numpy", "numba", "llvmlite"},
+    "reference": {"numpy"},
+    "cuda": {"numpy", "cupy"},
+    "numba_cuda": {"numpy", "numba"},
+}
 
 
 def sources(*folders):

@@ -77,27 +77,48 @@ def element_view(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
 def forward(
     x: np.ndarray,
     y: np.ndarray | None,
-    stats: np.ndarray,
-    affine: np.ndarray,
+    table: np.ndarray,
+    given: tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None, np.ndarray | None],
     eps: float,
-    frozen: bool,
 ) -> None:
-    stages = FINISH | (0 if frozen else SUM) | (0 if y is None else MAP)
+    gamma, beta, mean, var = given
+    stages = FINISH | (0 if y is None else MAP)
+    if mean is None:
+        stages |= SUM
+    else:
+        table[0], table[1], table[2] = mean, 0.0, var
+    affine = table[4:]
+    affine[0] = 1.0 if gamma is None else gamma
+    affine[1] = 0.0 if beta is None else beta
     target = np.empty((0, 0, 0), x.dtype) if y is None else y
-    _carry_out(forward_kernel, (x, target), (stats, affine, float(eps)), 4, stages)
+    _carry_out(forward_kernel, (x, target), (table, affine, float(eps)), 4, stages)
 
 
 def backward(
     dy: np.ndarray,
     x: np.ndarray,
     dx: np.ndarray | None,
-    stats: np.ndarray,
-    affine: np.ndarray,
-    grads: np.ndarray,
+    table: np.ndarray,
+    dgamma: np.ndarray | None,
+    dbeta: np.ndarray | None,
+    frozen: bool,
 ) -> None:
-    stages = SUM | FINISH | (0 if dx is None else MAP)
-    target = np.empty((0, 0, 0), x.dtype) if dx is None else dx
-    _carry_out(backward_kernel, (dy, x, target), (stats, affine, grads), 5, stages)
+    if not frozen or dgamma is not None or dbeta is not None:
+        grads = np.empty((6, x.shape[1]))
+        mapped = dx is not None and not frozen
+        target = dx if mapped else np.empty((0, 0, 0), x.dtype)
+        stages = SUM | FINISH | (MAP if mapped else 0)
+        _carry_out(backward_kernel, (dy, x, target), (table, table[4:], grads), 5, stages)
+    with np.errstate(all="ignore"):
+        if dgamma is not None:
+            dgamma[...] = grads[4]
+            if frozen:  # given statistics are not x's own: the mean of x - hi isn't 0
+                dgamma[...] = (x.shape[0] * x.shape[2] * grads[2] + grads[5] * grads[3]) * table[3]
+        if dbeta is not None:
+            dbeta[...] = grads[5]
+        if frozen and dx is not None:  # by the forward map, after the sums, as it may overwrite dy and x
+            nothing = np.zeros(x.shape[1])
+            forward(dy, dx, np.empty_like(table), (table[4] * table[3], None, nothing, nothing), 1.0)
 
 
 class _Plan(NamedTuple):

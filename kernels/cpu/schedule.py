@@ -368,7 +368,8 @@ def _backward_sum(p, c0, dy, x, stats, part, plan, memory):  # type: ignore[no-u
 
 
 @part(inline="always")
-def _backward_finish(c, grads, part):  # type: ignore[no-untyped-def]
+def _backward_finish(c, stats, grads, part):  # type: ignore[no-untyped-def]
+    """grads (6, C): mean of dy as hi and lo, covariance, mean of x - hi; in training dgamma, and dbeta."""
     n = hi = lo = t = m = 0.0
     for p in range(part.shape[0]):
         n, hi, lo, t, m = merge_comoments(
@@ -377,6 +378,8 @@ def _backward_finish(c, grads, part):  # type: ignore[no-untyped-def]
     grads[0, c], grads[1, c] = settle(hi, lo)
     grads[2, c] = m / n
     grads[3, c] = t
+    grads[4, c] = n * grads[2, c] * stats[3, c]
+    grads[5, c] = n * grads[0, c] + n * grads[1, c]
 
 
 @part()
@@ -427,7 +430,7 @@ def _backward_map(p0, p1, c0, ca, dy, x, dx, stats, affine, grads, plan, memory)
 
 @compiled
 def backward_item(k, items, dy, x, dx, stats, affine, grads, part, claims, plan, stage):  # type: ignore[no-untyped-def]
-    """dy, x, dx (O, C, I), stats (4, C), affine (2, C), grads (4, C), part (P, 5, C)."""
+    """dy, x, dx (O, C, I), stats (4, C), affine (2, C), grads (6, C), part (P, 5, C)."""
     keep_whole()
     dy, x, dx, part, claims = borrowed(dy), borrowed(x), borrowed(dx), borrowed(part), borrowed(claims)
     stats, affine, grads = borrowed(stats), borrowed(affine), borrowed(grads)
@@ -443,7 +446,7 @@ def backward_item(k, items, dy, x, dx, stats, affine, grads, part, claims, plan,
                     _backward_sum(p, c0, dy, x, stats, part, plan, memory)
             if stage & FINISH:
                 for c in range(c0, min(c0 + plan[1], x.shape[1])):
-                    _backward_finish(c, grads, part)
+                    _backward_finish(c, stats, grads, part)
             if stage & MAP:
                 ahead = c0 + plan[1] if (t + 1) * pieces < stop and plan[7] & AHEAD else -1
                 _backward_map(p0, p1, c0, ahead, dy, x, dx, stats, affine, grads, plan, memory)

@@ -1,0 +1,461 @@
+"""Arrays of other libraries: whose they are, where they lie, and what each library has to do for us.
+
+An array's family is found by its type, among libraries that are imported already: looking imports nothing. Kernels come
+in two kinds, for CuPy arrays and for Numba device arrays; an array of any family is handed to either without a copy, on
+the stream that its own library would use. Results are made by that library, so that they are the caller's own kind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+FLOAT32, FLOAT64, INT16 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.int16)
+
+
+class Span:
+    """An array of another library, as checks and views see it: they then call nothing of that library.
+
+    `value` is the array, `type` its library's name for the numbers in it; `dtype` is how kernels read them (bfloat16 as
+    int16 bits; None: not at all). address, shape and strides (bytes) are the view's, not the array's, in one that was
+    `seen`.
+    """
+
+    __slots__ = ("address", "device", "dtype", "family", "shape", "strides", "type", "value", "whole")
+
+    def __init__(
+        self,
+        family: OnDevice,
+        value: Any,
+        address: int,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        dtype: Any,
+        type: Any,
+        device: int,
+        whole: bool = True,
+    ) -> None:
+        self.family, self.value, self.address, self.shape, self.strides = family, value, address, shape, strides
+        self.dtype, self.type, self.device, self.whole = dtype, type, device, whole
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def dense(self) -> bool:
+        """C-contiguous."""
+        return self.strides == dense_strides(self.shape, self.dtype.itemsize) or self.size <= 1
+
+    def seen(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> Span:
+        """The same memory in another shape."""
+        return Span(self.family, self.value, self.address, shape, strides, self.dtype, self.type, self.device, False)
+
+    def without_memory(self) -> Span:
+        """To make arrays like it."""
+        return Span(self.family, None, 0, self.shape, self.strides, self.dtype, self.type, self.device)
+
+    def flat(self) -> Span:
+        """A dense one as (n,)."""
+        return self if len(self.shape) == 1 else self.seen((self.size,), (self.dtype.itemsize,))
+
+    def addresses(self) -> np.ndarray:
+        """A NumPy array over the same addresses, for NumPy's overlap checks: it must never be read."""
+        return np.asarray(_Described({"typestr": self.dtype.str, "data": (self.address, False)}, self, "array"))
+
+    def __str__(self) -> str:
+        name = str(self.type).removeprefix("torch.")
+        return f"{name} {self.family.kind} of shape {self.shape} on device {self.device}"
+
+
+class _Described:
+    """What NumPy and Numba read to see memory as an array of theirs; it keeps the memory's owner."""
+
+    def __init__(self, more: dict[str, Any], span: Span, kind: str) -> None:
+        self.owner = span.value
+        described = {"shape": span.shape, "strides": span.strides, "version": 3, **more}
+        setattr(self, f"__{kind}_interface__", described)
+
+
+@functools.lru_cache(maxsize=4096)
+def memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape with its axes as they lie in memory, and the place of each axis there."""
+    order = sorted(range(len(shape)), key=lambda a: -abs(strides[a]))
+    return tuple(shape[a] for a in order), tuple(order.index(a) for a in range(len(shape)))
+
+
+@functools.lru_cache(maxsize=4096)
+def dense_strides(shape: tuple[int, ...], itemsize: int, like: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """Strides of an array without gaps, in C order, or with its axes in memory as under the strides `like`."""
+    sizes, places = (shape, range(len(shape))) if like is None else memory_order(shape, like)
+    return tuple(itemsize * math.prod(max(1, n) for n in sizes[place + 1 :]) for place in places)
+
+
+class Family:
+    """What C numbers need of their array library, for moments and layers; these are NumPy's answers."""
+
+    kind = "NumPy array"
+
+    def assign(self, target: Any, source: Any) -> None:
+        """target[...] = source, for arrays as checks see them."""
+        target[...] = source
+
+    def clear(self, found: Any) -> None:
+        """found[...] = 0, likewise."""
+        found[...] = 0
+
+    def values(self, found: Any) -> Any:
+        """The array itself, for arithmetic."""
+        return found
+
+    def put(self, values: np.ndarray, _device: int) -> Any:
+        """Copied from NumPy."""
+        return values.copy()
+
+    def host(self, values: Any) -> np.ndarray:
+        """Copied to NumPy."""
+        return np.array(values)
+
+    def copy(self, values: Any) -> Any:
+        return values.copy()
+
+    def rounded(self, values: Any, dtype: np.dtype[Any]) -> Any:
+        """Copied, in another type."""
+        with np.errstate(over="ignore"):  # the variance of float32 data of 1e20 is inf in float32
+            return values.astype(dtype)
+
+    def device(self, _values: Any) -> int:
+        return 0
+
+
+class OnDevice(Family):
+    """What is needed of a library for arrays on a GPU."""
+
+    convert: str  # the call that makes such an array
+    backends: tuple[str, ...] = ("cupy", "numba-cuda")  # that can read it; the first one that is installed does
+
+    def owns(self, value: Any) -> bool:
+        raise NotImplementedError
+
+    def locate(self, value: Any) -> Span:
+        """The array as checks see it."""
+        raise NotImplementedError
+
+    def refusal(self, value: Any, name: str) -> str | None:
+        """Why an array can't be taken although it is of this family, and what to do."""
+        raise NotImplementedError
+
+    def new(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: int) -> Span:
+        """A new C-contiguous array."""
+        raise NotImplementedError
+
+    def like(self, x: Span, strides: tuple[int, ...]) -> Span:
+        """A new array of x's shape and type without gaps, in the memory order of `strides`."""
+        raise NotImplementedError
+
+    def stream(self, arrays: list[Span]) -> int | None:
+        """The address of the stream to run on; None: CuPy's current one."""
+        raise NotImplementedError
+
+    def assign(self, target: Span, source: Span) -> None:
+        target.value[...] = source.value
+
+    def clear(self, found: Span) -> None:
+        found.value[...] = 0
+
+    def values(self, found: Span) -> Any:
+        return found.value
+
+    def device(self, values: Any) -> int:
+        return self.locate(values).device
+
+
+class _CuPy(OnDevice):
+    kind, convert = "CuPy array", "cupy.asarray({})"
+
+    def owns(self, value: Any) -> bool:
+        return isinstance(value, getattr(sys.modules.get("cupy"), "ndarray", ()))
+
+    def locate(self, value: Any) -> Span:
+        dtype, memory = value.dtype, value.data
+        elements = dtype if dtype.char in "efd" else INT16 if dtype.name == "bfloat16" else None
+        return Span(self, value, memory.ptr, value.shape, value.strides, elements, dtype, memory.device_id)
+
+    def refusal(self, value: Any, name: str) -> str | None:
+        if type(value) is sys.modules["cupy"].ndarray:
+            return None
+        return f"a subclass of cupy.ndarray may mean its elements otherwise; pass {name}.view(cupy.ndarray)"
+
+    def _make(self, shape: tuple[int, ...], dtype: Any, device: int) -> Any:
+        cupy = sys.modules["cupy"]
+        if cupy.cuda.runtime.getDevice() == device:
+            return cupy.empty(shape, dtype)
+        with cupy.cuda.Device(device):
+            return cupy.empty(shape, dtype)
+
+    def new(self, shape: tuple[int, ...], dtype: Any, device: int) -> Span:
+        return self.locate(self._make(shape, dtype, device))
+
+    def like(self, x: Span, strides: tuple[int, ...]) -> Span:
+        sizes, places = memory_order(x.shape, strides)
+        value = self._make(sizes, x.type, x.device)
+        return self.locate(value if sizes == x.shape else value.transpose(places))
+
+    def assign(self, target: Span, source: Span) -> None:
+        sys.modules["cupy"].copyto(target.value, source.value)
+
+    def stream(self, _arrays: list[Span]) -> None:
+        return None
+
+    def put(self, values: np.ndarray, device: int) -> Any:
+        cupy = sys.modules["cupy"]
+        with cupy.cuda.Device(device):
+            return cupy.array(values)
+
+    def host(self, values: Any) -> np.ndarray:
+        return np.array(sys.modules["cupy"].asnumpy(values))
+
+    def rounded(self, values: Any, dtype: Any) -> Any:
+        return values.astype(dtype)
+
+
+class _Torch(OnDevice):
+    kind, convert = "PyTorch CUDA tensor", "torch.as_tensor({}, device=x.device)"
+
+    def owns(self, value: Any) -> bool:
+        tensor: Any = getattr(sys.modules.get("torch"), "Tensor", ())
+        return isinstance(value, tensor) and bool(value.is_cuda)
+
+    @functools.cached_property
+    def _elements(self) -> dict[Any, np.dtype[Any]]:
+        torch = sys.modules["torch"]
+        same = {getattr(torch, name): np.dtype(name) for name in ("float16", "float32", "float64")}
+        return {**same, torch.bfloat16: INT16}
+
+    def locate(self, value: Any) -> Span:
+        kind, item = value.dtype, value.element_size()
+        strides = tuple([item * s for s in value.stride()])
+        shape, elements = tuple(value.shape), self._elements.get(kind)
+        return Span(self, value, value.data_ptr(), shape, strides, elements, kind, value.get_device())
+
+    def refusal(self, value: Any, name: str) -> str | None:
+        torch = sys.modules["torch"]
+        if value.layout is not torch.strided:
+            return f"its layout is {value.layout}; pass {name}.to_dense()"
+        if value.is_neg():
+            return f"its sign is kept apart from its memory; pass {name}.resolve_neg()"
+        if value.requires_grad and torch.is_grad_enabled():
+            return (
+                f"it requires a gradient, which autograd would not get from here; pass {name}.detach(), or call this "
+                "from a torch.autograd.Function"
+            )
+        return None
+
+    def _make(self, shape: tuple[int, ...], strides: tuple[int, ...], kind: Any, device: int) -> Span:
+        torch = sys.modules["torch"]
+        return self.locate(torch.empty_strided(shape, strides, dtype=kind, device=torch.device("cuda", device)))
+
+    def new(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: int) -> Span:
+        return self._make(shape, dense_strides(shape, 1), self._kind(dtype), device)
+
+    def _kind(self, dtype: np.dtype[Any]) -> Any:
+        return getattr(sys.modules["torch"], dtype.name)
+
+    def like(self, x: Span, strides: tuple[int, ...]) -> Span:
+        return self._make(x.shape, dense_strides(x.shape, 1, strides), x.type, x.device)
+
+    def put(self, values: np.ndarray, device: int) -> Any:
+        torch = sys.modules["torch"]
+        return torch.tensor(values, device=torch.device("cuda", device))
+
+    def host(self, values: Any) -> np.ndarray:
+        return np.array(values.cpu().numpy())
+
+    def copy(self, values: Any) -> Any:
+        return values.clone()
+
+    def rounded(self, values: Any, dtype: np.dtype[Any]) -> Any:
+        return values.to(self._kind(dtype), copy=True)
+
+    def stream(self, arrays: list[Span]) -> int:
+        return int(sys.modules["torch"].cuda.current_stream(arrays[0].device).cuda_stream)
+
+
+class _Numba(OnDevice):
+    """Numba's device arrays have no arithmetic: moments are copied to main memory, where they are asked for."""
+
+    kind, convert = "Numba device array", "numba.cuda.to_device({})"
+
+    def owns(self, value: Any) -> bool:
+        return bool(getattr(type(value), "__cuda_ndarray__", False))
+
+    @property
+    def backends(self) -> tuple[str, ...]:  # type: ignore[override]
+        simulated = sys.modules["numba"].config.ENABLE_CUDASIM
+        return ("numba-cuda",) if simulated else ("cupy", "numba-cuda")
+
+    @functools.cached_property
+    def _arrays(self) -> Any:
+        return import_module("fastbn.kernels.numba_cuda.arrays")
+
+    def locate(self, value: Any) -> Span:
+        dtype, device = value.dtype, self._arrays.device(value)
+        shape, elements = tuple(value.shape), dtype if dtype.char in "efd" and dtype.isnative else None
+        return Span(self, value, self._arrays.address(value), shape, tuple(value.strides), elements, dtype, device)
+
+    def refusal(self, _value: Any, _name: str) -> None:
+        return None
+
+    def new(self, shape: tuple[int, ...], dtype: Any, device: int) -> Span:
+        return self._make(shape, dense_strides(shape, dtype.itemsize), dtype, device)
+
+    def _make(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, device: int) -> Span:
+        with sys.modules["numba.cuda"].gpus[device]:
+            return self.locate(self._arrays.empty(shape, strides, dtype))
+
+    def like(self, x: Span, strides: tuple[int, ...]) -> Span:
+        return self._make(x.shape, dense_strides(x.shape, x.dtype.itemsize, strides), x.type, x.device)
+
+    def assign(self, target: Span, source: Span) -> None:
+        self._arrays.copy(source.value, target.value)
+
+    def clear(self, found: Span) -> None:
+        found.value.copy_to_device(np.zeros(found.shape, found.dtype))
+
+    def values(self, found: Span) -> np.ndarray:
+        return np.array(self._arrays.host(found.value))
+
+    def stream(self, arrays: list[Span]) -> int:
+        stream = next((a.value.stream for a in arrays if a.value.stream), 0)
+        return int(stream.handle.value if hasattr(stream, "handle") else stream) if stream else 0
+
+
+NUMPY, CUPY, TORCH, NUMBA = Family(), _CuPy(), _Torch(), _Numba()
+_FAMILIES: tuple[OnDevice, ...] = CUPY, TORCH, NUMBA
+
+
+def on_device(value: Any) -> OnDevice | None:
+    """The family on a GPU that `value` is of, if it is of any."""
+    for family in _FAMILIES:
+        if family.owns(value):
+            return family
+    return None
+
+
+def family_of(found: Any) -> Family:
+    """Of what `locate` gives."""
+    return found.family if isinstance(found, Span) else NUMPY
+
+
+def family_of_values(values: Any) -> Family:
+    """Of an array as its library made it, whatever it is made of."""
+    return NUMPY if type(values) is np.ndarray else on_device(values) or NUMPY
+
+
+def place_of(values: Any) -> tuple[Family, int]:
+    """The family and the device: arrays that share both can be computed with."""
+    family = family_of_values(values)
+    return family, family.device(values)
+
+
+class _Kernels:
+    """Kernels of one library's arrays, for spans of every family: `fastbn.dispatch.Kernels`."""
+
+    def __init__(self, kernels: Any) -> None:
+        self._kernels = kernels
+
+    def element_view(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
+        return dtype
+
+    def forward(self, x: Span, y: Span | None, table: Span, given: tuple[Span | None, ...], eps: float) -> None:
+        with self._on([x]):
+            array = self._array
+            self._kernels.forward(array(x), array(y), array(table), tuple([array(g) for g in given]), eps)
+
+    def backward(
+        self,
+        dy: Span,
+        x: Span,
+        dx: Span | None,
+        table: Span,
+        dgamma: Span | None,
+        dbeta: Span | None,
+        frozen: bool,
+    ) -> None:
+        with self._on([x, dy]):
+            self._kernels.backward(*[self._array(a) for a in (dy, x, dx, table, dgamma, dbeta)], frozen)
+
+    def _on(self, arrays: list[Span]) -> Any:
+        """A context with the device and the stream to run on."""
+        raise NotImplementedError
+
+    def _array(self, span: Span | None) -> Any:
+        """The library's own array on the span's memory."""
+        raise NotImplementedError
+
+
+class CuPyKernels(_Kernels):
+    """They choose the device themselves, and take CuPy's current stream."""
+
+    def _on(self, arrays: list[Span]) -> Any:
+        stream = arrays[0].family.stream(arrays)
+        return _NOTHING if stream is None else self._with_stream(stream, arrays[0].device)
+
+    @contextlib.contextmanager
+    def _with_stream(self, stream: int, device: int) -> Iterator[None]:
+        cuda = import_module("cupy").cuda
+        with cuda.Device(device), cuda.ExternalStream(stream) if stream else cuda.Stream.null:
+            yield
+
+    def _array(self, span: Span | None) -> Any:
+        if span is None:
+            return None
+        if span.family is CUPY:
+            if span.whole and span.dtype is span.type:
+                return span.value
+            return sys.modules["cupy"].ndarray(span.shape, span.dtype, span.value.data, span.strides)
+        cupy = import_module("cupy")
+        reach = sum(s * (n - 1) for s, n in zip(span.strides, span.shape, strict=True) if s > 0) + span.dtype.itemsize
+        memory = cupy.cuda.UnownedMemory(span.address, reach, span.value, span.device)
+        return cupy.ndarray(span.shape, span.dtype, cupy.cuda.MemoryPointer(memory, 0), span.strides)
+
+
+class NumbaKernels(_Kernels):
+    """They take their stream from an array that has one."""
+
+    def _on(self, arrays: list[Span]) -> Any:
+        return import_module("numba.cuda").gpus[arrays[0].device]
+
+    def _array(self, span: Span | None) -> Any:
+        if span is None:
+            return None
+        if span.family is NUMBA:
+            arrays = import_module("fastbn.kernels.numba_cuda.arrays")
+            return span.value if span.whole else arrays.view(span.value, span.shape, span.strides)
+        stream = span.family.stream([span])
+        if stream is None:
+            stream = sys.modules["cupy"].cuda.get_current_stream().ptr
+        more = {"typestr": span.dtype.str, "data": (span.address, False), "stream": stream or 1}  # 1: the default one
+        return import_module("numba.cuda").as_cuda_array(_Described(more, span, "cuda_array"), sync=False)
+
+
+class _Nothing:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+_NOTHING = _Nothing()

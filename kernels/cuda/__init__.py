@@ -1,0 +1,25 @@
+"""The CUDA backend: CuPy arrays, by the kernels in bn.cu. The contract is in `fastbn.kernels`.
+
+bn.cu    the kernels: one template, for NVRTC
+plan     which launches for which arrays: pure arithmetic
+compile  one instance of the template as machine code, cached on disk
+launch   forward and backward
+
+Only `launch` and `compile` need CuPy, and are imported when they are asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_LAUNCHER = ("backward", "device", "element_view", "forward", "planned")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAUNCHER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import launch
+
+    for each in _LAUNCHER:  # found without this function from now on
+        globals()[each] = getattr(launch, each)
+    return globals()[name]

@@ -1,0 +1,733 @@
+// Batch normalization, forward and backward, for arrays (O, C, I). One source for NVRTC, nvcc and, in the tests, g++.
+// No includes on the device: <cooperative_groups.h> alone costs NVRTC 1.6 s.
+//
+//   forward    y  = a ((x - hi) - lo) + beta                                        a = gamma invstd
+//   backward   dx = a (((dy - ghi) - glo) - (((x - hi) - lo) invstd) invstd cov)    cov = cov(dy, x), ghi + glo = mean dy
+//
+// One kernel template. Each item, a channel or a tile of columns, is read by K blocks, its ranks. Twice: for sums, and for
+// the map. What a thread reads first it keeps in shared memory as far as there is room (`keep`), and takes it from there
+// the second time: one read and one write forward, two reads and one write backward. The rest is read again, last first,
+// because that is the likeliest to be in L2 still.
+//
+// Sums are right at any offset. A thread takes its vectors in small batches: the mean of a batch, then the squares about
+// that mean while the batch is in registers; batches merge by Chan, Golub & LeVeque (1983) with means relative to a pivot
+// (the mean of the thread's first batch); threads, warps, blocks and ranks merge so in float64, each in a fixed tree. There
+// are no float atomics, and every contraction is spelled out as fma (compile with -fmad=false): the same arguments, ranks,
+// threads and tile give the same bits on every way.
+#ifdef FASTBN_EMULATOR
+#include "emulator.h"
+#else
+#define FASTBN_DEVICE __device__ __forceinline__
+#define FASTBN_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+#ifdef FASTBN_CLUSTER  // CLUSTER instances are compiled once for each size: then any launch call will do
+#define FASTBN_DIMS __cluster_dims__(FASTBN_CLUSTER, 1, 1)
+#else
+#define FASTBN_DIMS
+#endif
+
+namespace fastbn {
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+struct f16 { u16 bits; };
+struct bf16 { u16 bits; };
+
+enum Layout {
+  RUNS,     // an item is a channel: M runs of S elements, in whole vectors
+  WINDOWS,  // the same where a run may start and end inside a vector: lanes outside the run are masked
+  COLUMNS   // an item is a tile of columns of M rows; S columns a channel, `fold` times over
+};
+enum Way {
+  BLOCK,    // K = 1: nothing to agree on
+  CLUSTER,  // hardware cluster, distributed shared memory (sm_90 on)
+  GRID,     // barriers in global memory, cooperative launch, any K
+  STATS,    // the split path's first launch: partial sums to global memory
+  APPLY     // and its second: from there on; alone, with frozen statistics
+};
+
+struct Params {                    // packed by plan.py; 8-byte fields first, so that there is no padding
+  const void *x, *dy;              // dy: backward. x may be null where only dx = a dy is wanted
+  void *y;                         // y, or dx; null: sums only
+  double *table;                   // (6, C): hi, lo, var, invstd, gamma, beta. Written forward, read backward
+  const void *gamma, *beta;        // (C,) or null; float64 if `wide`, else float32, as are
+  const void *mean, *var;          // (C,) given statistics, forward with `frozen`
+  void *dgamma, *dbeta;            // (C,) of the number type, or null
+  void *partials;                  // (slots, G, K) Partial, then (slots, K) counts
+  u32 *barriers;                   // GRID: a word a group, zero before first use
+  double eps;
+  u64 wide;
+  i64 x_row, x_channel, dy_row, dy_channel, y_row, y_channel;  // strides, in elements
+  double count;                    // O I
+  i64 M, S, per;                   // per: vectors, or rows of COLUMNS, of a rank
+  int C, items, K, keep;           // keep: vectors that a thread keeps in shared memory
+  int tx, ty, G, fold;             // COLUMNS: threads across and down; channels of an item; rows seen as one
+  u32 vectors, multiplier, shift;  // RUNS, WINDOWS: vectors of a run, and how to divide by that
+  u32 frozen;
+};
+
+// ---------------------------------------------------------------------------------------------------- number types
+
+template <class T> struct NumberOf { typedef float type; };
+template <> struct NumberOf<double> { typedef double type; };
+template <class T> using Number = typename NumberOf<T>::type;  // elements are computed with in float32 or float64
+
+#ifndef FASTBN_EMULATOR
+FASTBN_DEVICE float up(f16 v) { float r; asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(v.bits)); return r; }
+FASTBN_DEVICE void down(f16 &d, float v) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(d.bits) : "f"(v)); }
+FASTBN_DEVICE u32 bits(float v) { return __float_as_uint(v); }
+FASTBN_DEVICE float from_bits(u32 u) { return __uint_as_float(u); }
+#else
+FASTBN_DEVICE float up(f16 v) { return emulator::half_to_float(v.bits); }
+FASTBN_DEVICE void down(f16 &d, float v) { d.bits = emulator::float_to_half(v); }
+FASTBN_DEVICE u32 bits(float v) { return emulator::bits(v); }
+FASTBN_DEVICE float from_bits(u32 u) { return emulator::from_bits(u); }
+#endif
+FASTBN_DEVICE float up(bf16 v) { return from_bits((u32)v.bits << 16); }
+FASTBN_DEVICE float up(float v) { return v; }
+FASTBN_DEVICE double up(double v) { return v; }
+FASTBN_DEVICE void down(bf16 &d, float v) {  // to nearest, ties to even; a NaN stays one
+  const u32 u = bits(v), rounded = (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
+  d.bits = (u16)((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40 : rounded);
+}
+FASTBN_DEVICE void down(float &d, float v) { d = v; }
+FASTBN_DEVICE void down(double &d, double v) { d = v; }
+FASTBN_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+FASTBN_DEVICE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+
+// --------------------------------------------------------------------------------------------------- memory access
+
+template <int BYTES> struct Raw;  // what one access moves
+template <> struct __align__(16) Raw<16> { u32 a, b, c, d; };
+template <> struct __align__(8) Raw<8> { u32 a, b; };
+template <> struct Raw<4> { u32 a; };
+template <> struct Raw<2> { u16 a; };
+template <class T, int V> union Vector {
+  Raw<sizeof(T) * V> raw;
+  T lane[V];
+  FASTBN_DEVICE Vector() {}
+};
+
+#ifndef FASTBN_EMULATOR
+// In asm, because the compiler takes vector accesses apart where it sees single lanes. What is read once needn't fill L1.
+FASTBN_DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+FASTBN_DEVICE void load(Raw<16> &r, const void *p) {
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r.a), "=r"(r.b), "=r"(r.c), "=r"(r.d) : "l"(p));
+}
+FASTBN_DEVICE void load(Raw<8> &r, const void *p) {
+  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(r.a), "=r"(r.b) : "l"(p));
+}
+FASTBN_DEVICE void load(Raw<4> &r, const void *p) { asm volatile("ld.global.u32 %0, [%1];" : "=r"(r.a) : "l"(p)); }
+FASTBN_DEVICE void load(Raw<2> &r, const void *p) { asm volatile("ld.global.u16 %0, [%1];" : "=h"(r.a) : "l"(p)); }
+FASTBN_DEVICE void store(void *p, const Raw<16> &r) {
+  asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(r.a), "r"(r.b), "r"(r.c), "r"(r.d) : "memory");
+}
+FASTBN_DEVICE void store(void *p, const Raw<8> &r) {
+  asm volatile("st.global.v2.u32 [%0], {%1,%2};" ::"l"(p), "r"(r.a), "r"(r.b) : "memory");
+}
+FASTBN_DEVICE void store(void *p, const Raw<4> &r) {
+  asm volatile("st.global.u32 [%0], %1;" ::"l"(p), "r"(r.a) : "memory");
+}
+FASTBN_DEVICE void store(void *p, const Raw<2> &r) {
+  asm volatile("st.global.u16 [%0], %1;" ::"l"(p), "h"(r.a) : "memory");
+}
+FASTBN_DEVICE void load_shared(Raw<16> &r, const void *p) {
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r.a), "=r"(r.b), "=r"(r.c), "=r"(r.d) : "r"(shared_address(p)));
+}
+FASTBN_DEVICE void store_shared(void *p, const Raw<16> &r) {
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};"
+               ::"r"(shared_address(p)), "r"(r.a), "r"(r.b), "r"(r.c), "r"(r.d) : "memory");
+}
+template <int B> FASTBN_DEVICE void load_shared(Raw<B> &r, const void *p) { r = *(const Raw<B> *)p; }
+template <int B> FASTBN_DEVICE void store_shared(void *p, const Raw<B> &r) { *(Raw<B> *)p = r; }
+// Written by other blocks during this launch, hence not from L1.
+FASTBN_DEVICE void load_fresh(Raw<16> &r, const void *p) {
+  asm volatile("ld.volatile.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r.a), "=r"(r.b), "=r"(r.c), "=r"(r.d) : "l"(p) : "memory");
+}
+FASTBN_DEVICE u32 poll(const u32 *p) {
+  u32 v;
+  asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+FASTBN_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+FASTBN_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+FASTBN_DEVICE void load_peer(Raw<16> &r, const void *p, int rank) {  // the same place in another block's shared memory
+  u32 there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(p)), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r.a), "=r"(r.b), "=r"(r.c), "=r"(r.d) : "r"(there) : "memory");
+}
+#else
+FASTBN_DEVICE void cluster_arrive() {}
+FASTBN_DEVICE void cluster_wait() {}
+FASTBN_DEVICE void load_peer(Raw<16> &, const void *, int) {}
+#endif
+#else
+template <int B> FASTBN_DEVICE void load(Raw<B> &r, const void *p) { emulator::load(&r, p, B); }
+template <int B> FASTBN_DEVICE void store(void *p, const Raw<B> &r) { emulator::store(p, &r, B); }
+template <int B> FASTBN_DEVICE void load_shared(Raw<B> &r, const void *p) { emulator::load_shared(&r, p, B); }
+template <int B> FASTBN_DEVICE void store_shared(void *p, const Raw<B> &r) { emulator::store_shared(p, &r, B); }
+FASTBN_DEVICE void load_fresh(Raw<16> &r, const void *p) { emulator::load_fresh(&r, p, 16); }
+FASTBN_DEVICE void load_peer(Raw<16> &r, const void *p, int rank) { emulator::load_peer(&r, p, 16, rank); }
+FASTBN_DEVICE u32 poll(const u32 *p) { return emulator::poll(p); }
+FASTBN_DEVICE void cluster_arrive() { emulator::cluster_arrive(); }
+FASTBN_DEVICE void cluster_wait() { emulator::cluster_wait(); }
+#endif
+
+// A whole P from there, 16 bytes by 16.
+template <class P> union Bytes {
+  P value;
+  Raw<16> raw[sizeof(P) / 16];
+  FASTBN_DEVICE Bytes() {}
+};
+template <class P> FASTBN_DEVICE void fetch(Bytes<P> &to, const P *from) {
+#pragma unroll
+  for (int i = 0; i < (int)(sizeof(P) / 16); i++) load_fresh(to.raw[i], (const Raw<16> *)from + i);
+}
+template <class P> FASTBN_DEVICE void fetch_peer(Bytes<P> &to, const P *from, int rank) {
+#pragma unroll
+  for (int i = 0; i < (int)(sizeof(P) / 16); i++) load_peer(to.raw[i], (const Raw<16> *)from + i, rank);
+}
+
+// The K blocks of a group meet; all of them must be resident (cooperative launch). Rank 0 adds what makes the K arrivals
+// flip the word's top bit and leave the rest as it was, so nothing is reset between rounds or launches.
+FASTBN_DEVICE void group_barrier(u32 *word, int K, int rank) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    const u32 old = atomicAdd(word, rank == 0 ? 0x80000000u - (u32)(K - 1) : 1u);
+    while (((old ^ poll(word)) & 0x80000000u) == 0) {}
+    __threadfence();
+  }
+  __syncthreads();
+}
+
+// ------------------------------------------------------------------------------------------------------------ sums
+
+// Of n elements of a channel. Forward: mean m and c = sum (x - m)^2. Backward: mean m of dy, mean e of x - mean x, and
+// c = sum (dy - m) ((x - mean x) - e). For float64 data the mean is a pair m + lo; for the others lo is unused.
+template <class A, bool BACKWARD> struct Sum {
+  static constexpr bool PAIR = sizeof(A) == 8;
+  double m = 0, lo = 0, c = 0;
+  A e = 0;
+};
+
+// The same in memory, in whole 16 bytes; n lies elsewhere, because the channels of a tile share it.
+template <class A, bool BACKWARD> struct __align__(16) Partial { double m, lo, e, c; };
+template <> struct __align__(16) Partial<float, false> { double m, c; };
+template <> struct __align__(16) Partial<float, true> { double m; float e, c; };
+
+struct __align__(16) Count { double n, unused; };  // the same n for all channels of a block
+
+template <class A, bool B> FASTBN_DEVICE void shut(Partial<A, B> &p, const Sum<A, B> &s) {
+  p.m = s.m; p.lo = s.lo; p.e = s.e; p.c = s.c;
+}
+FASTBN_DEVICE void shut(Partial<float, false> &p, const Sum<float, false> &s) { p.m = s.m; p.c = s.c; }
+FASTBN_DEVICE void shut(Partial<float, true> &p, const Sum<float, true> &s) { p.m = s.m; p.e = s.e; p.c = s.c; }
+template <class A, bool B> FASTBN_DEVICE void open(Sum<A, B> &s, const Partial<A, B> &p) {
+  s.m = p.m; s.lo = p.lo; s.e = p.e; s.c = p.c;
+}
+FASTBN_DEVICE void open(Sum<float, false> &s, const Partial<float, false> &p) { s.m = p.m; s.c = p.c; }
+FASTBN_DEVICE void open(Sum<float, true> &s, const Partial<float, true> &p) { s.m = p.m; s.e = p.e; s.c = p.c; }
+
+// a, of n elements, takes in b, of k more: Chan, Golub & LeVeque (1983).
+template <class A, bool BACKWARD> FASTBN_DEVICE void merge(Sum<A, BACKWARD> &a, A n, const Sum<A, BACKWARD> &b, A k) {
+  constexpr bool PAIR = Sum<A, BACKWARD>::PAIR;
+  if (PAIR && n == 0) { a = b; return; }
+  const A f = k > 0 ? k / (n + k) : (A)0, w = n * f;
+  double d = b.m - a.m;
+  if (PAIR) d += b.lo - a.lo;
+  const A de = b.e - a.e;
+  if (PAIR) a.lo = fma(d, (double)f, a.lo);
+  else a.m = fma(d, (double)f, a.m);
+  if (BACKWARD) a.e = multiply_add(de, f, a.e);
+  a.c += fma(d * (BACKWARD ? (double)de : d), (double)w, b.c);
+}
+
+// Lane i takes in lane i + step, for step = 16 down to `last`: N sums of n elements each.
+template <int N, class A, bool BACKWARD> FASTBN_DEVICE void merge_lanes(Sum<A, BACKWARD> (&s)[N], A &n, int last) {
+  for (int step = 16; step >= last; step >>= 1) {
+    const A k = __shfl_down_sync(0xffffffffu, n, step);
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+      Sum<A, BACKWARD> other;
+      other.m = __shfl_down_sync(0xffffffffu, s[j].m, step);
+      if (Sum<A, BACKWARD>::PAIR) other.lo = __shfl_down_sync(0xffffffffu, s[j].lo, step);
+      if (BACKWARD) other.e = __shfl_down_sync(0xffffffffu, s[j].e, step);
+      other.c = __shfl_down_sync(0xffffffffu, s[j].c, step);
+      merge(s[j], n, other, k);
+    }
+    n += k;
+  }
+}
+
+// ---------------------------------------------------------------------------------------- what a thread has of an item
+
+template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
+  const Params &p;
+  const T *x, *dy;  // row 0 of the item, at this thread's columns
+  T *y;
+  i64 first;        // of this thread: vector of the channel, or row of COLUMNS
+  int n;            // vectors of this thread
+  int across;       // COLUMNS: this thread's place in the tile's rows
+
+  struct Place {
+    i64 row, inner;  // inner: element of the run that lane 0 holds; negative in a window that begins before the run
+    int begin, end;  // lanes that belong to the run
+  };
+
+  // COLUMNS: rows of a rank.
+  FASTBN_DEVICE static i64 rows(const Params &p, int rank) {
+    const i64 left = p.M - rank * p.per;
+    return left < 0 ? 0 : left < p.per ? left : p.per;
+  }
+  FASTBN_DEVICE Share(const Params &params, int item, int rank) : p(params) {
+    const int t = threadIdx.x, threads = blockDim.x;
+    const i64 begin = (i64)rank * p.per;
+    if (LAYOUT == COLUMNS) {
+      across = t % p.tx;
+      const int down = t / p.tx;
+      const i64 column = ((i64)item * p.tx + across) * V, left = rows(p, rank) - down;
+      n = down < p.ty && left > 0 && column < (i64)p.fold * p.C * p.S ? (int)((left + p.ty - 1) / p.ty) : 0;
+      first = begin + down;
+      x = (const T *)p.x + column, dy = (const T *)p.dy + column, y = (T *)p.y + column;
+    } else {
+      across = 0;
+      i64 left = p.M * p.vectors - begin;
+      left = left < p.per ? left : p.per;
+      n = left > t ? (int)((left - t + threads - 1) / threads) : 0;
+      first = begin + t;
+      x = (const T *)p.x + item * p.x_channel, dy = (const T *)p.dy + item * p.dy_channel;
+      y = (T *)p.y + item * p.y_channel;
+    }
+  }
+
+  // Where the thread's i-th vector lies.
+  FASTBN_DEVICE Place at(int i) const {
+    Place q;
+    q.begin = 0, q.end = V;
+    if (LAYOUT == COLUMNS) {
+      q.row = first + (i64)i * p.ty, q.inner = 0;
+      return q;
+    }
+    const u32 j = (u32)first + (u32)i * blockDim.x, row = (u32)(((u64)__umulhi(j, p.multiplier) + j) >> p.shift);
+    q.row = row, q.inner = (i64)(j - row * p.vectors) * V;
+    if (LAYOUT == WINDOWS) {
+      const T *start = BACKWARD ? dy + q.row * p.dy_row : x + q.row * p.x_row;
+      q.inner -= (int)((size_t)start % 16 / sizeof(T));
+      if (q.inner < 0) q.begin = (int)-q.inner;
+      if (p.S - q.inner < V) q.end = (int)(p.S - q.inner);
+    }
+    return q;
+  }
+  // A window is read whole: it lies inside 16 aligned bytes, one of which is the run's. A window past the run isn't read.
+  FASTBN_DEVICE bool any(const Place &q) const { return LAYOUT != WINDOWS || q.begin < q.end; }
+  FASTBN_DEVICE bool has(const Place &q, int lane) const {
+    return LAYOUT != WINDOWS || (lane >= q.begin && lane < q.end);
+  }
+  FASTBN_DEVICE void read_x(Vector<T, V> &a, const Place &q) const { load(a.raw, x + q.row * p.x_row + q.inner); }
+  FASTBN_DEVICE void read_dy(Vector<T, V> &d, const Place &q) const { load(d.raw, dy + q.row * p.dy_row + q.inner); }
+  FASTBN_DEVICE void write(const Vector<T, V> &r, const Place &q) const {
+    T *to = y + q.row * p.y_row + q.inner;
+    if (q.begin == 0 && q.end == V) return store(to, r.raw);
+    if constexpr (LAYOUT == WINDOWS) {
+#pragma unroll
+      for (int v = 0; v < V; v++) {
+        if (!has(q, v)) continue;
+        Vector<T, 1> one;
+        one.lane[0] = r.lane[v];
+        store(to + v, one.raw);
+      }
+    }
+  }
+  // The channel, within the item, of column c of the tile.
+  FASTBN_DEVICE int channel(int c) const {
+    if (LAYOUT != COLUMNS) return 0;
+    if (p.fold > 1) c %= p.C * (int)p.S;
+    return p.S == 1 ? c : c / (int)p.S;
+  }
+};
+
+// Sums of the thread's vectors by batches: forward of x, backward of dy and of x - hi. N channels at once, n elements of
+// each. `keep(i, x, dy)` is called with every vector.
+template <int BATCH, int N, class A, class T, int V, bool BACKWARD, int LAYOUT, class Keep>
+FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const A (&hi)[N], Sum<A, BACKWARD> (&sums)[N], A &n,
+                          Keep keep) {
+  constexpr int FULL = BATCH * V / N;  // elements of a channel in a full batch, a power of two
+  A pivot[N], mean[N], other[N], product[N], have = 0;
+#pragma unroll
+  for (int j = 0; j < N; j++) pivot[j] = mean[j] = other[j] = product[j] = 0;
+
+#pragma unroll 1
+  for (int i = 0; i < share.n; i += BATCH) {
+    Vector<T, V> a[BATCH], d[BATCH];
+    typename Share<T, V, BACKWARD, LAYOUT>::Place place[BATCH];
+    int size = 0;  // elements of a channel in this batch
+#pragma unroll
+    for (int u = 0; u < BATCH; u++) {
+      place[u].begin = place[u].end = 0;
+      if (i + u >= share.n) continue;
+      place[u] = share.at(i + u);
+      if (!share.any(place[u])) continue;
+      size += LAYOUT == COLUMNS ? 1 : place[u].end - place[u].begin;
+      share.read_x(a[u], place[u]);
+      if (BACKWARD) share.read_dy(d[u], place[u]);
+    }
+    if (LAYOUT == WINDOWS && size == 0) continue;
+#pragma unroll
+    for (int u = 0; u < BATCH; u++)
+      if (i + u < share.n) keep(i + u, a[u], d[u]);
+
+    // f(j, first, second) for every element, j its channel: (x, unused), or (dy, x - hi)
+    auto each = [&](auto f) {
+#pragma unroll
+      for (int u = 0; u < BATCH; u++)
+        if (i + u < share.n) {
+#pragma unroll
+          for (int v = 0; v < V; v++) {
+            if (!share.has(place[u], v)) continue;
+            const int j = N == 1 ? 0 : v;
+            const A value = up(a[u].lane[v]);
+            if (BACKWARD) f(j, up(d[u].lane[v]), value - hi[j]);
+            else f(j, value, (A)0);
+          }
+        }
+    };
+    const A b = (A)size;
+    auto divide = [&](A (&s)[N]) {
+#pragma unroll
+      for (int j = 0; j < N; j++) s[j] = size == FULL ? s[j] * (A)(1.0 / FULL) : s[j] / b;
+    };
+    if (have == 0) {
+      each([&](int j, A first, A) { pivot[j] += first; });
+      divide(pivot);
+    }
+    A first_mean[N], second_mean[N], around[N];
+#pragma unroll
+    for (int j = 0; j < N; j++) first_mean[j] = second_mean[j] = around[j] = 0;
+    each([&](int j, A first, A second) {
+      first_mean[j] += first - pivot[j];
+      if (BACKWARD) second_mean[j] += second;
+    });
+    divide(first_mean);
+    if (BACKWARD) divide(second_mean);
+    each([&](int j, A first, A second) {
+      const A e = (first - pivot[j]) - first_mean[j];
+      around[j] = multiply_add(e, BACKWARD ? second - second_mean[j] : e, around[j]);
+    });
+    const A f = b / (have + b), w = have * f;
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+      const A step = first_mean[j] - mean[j], second_step = BACKWARD ? second_mean[j] - other[j] : step;
+      mean[j] = multiply_add(step, f, mean[j]);
+      if (BACKWARD) other[j] = multiply_add(second_step, f, other[j]);
+      product[j] += multiply_add(step * second_step, w, around[j]);
+    }
+    have += b;
+  }
+  n = have;
+#pragma unroll
+  for (int j = 0; j < N; j++) {
+    sums[j].m = Sum<A, BACKWARD>::PAIR ? (double)pivot[j] : (double)pivot[j] + (double)mean[j];
+    sums[j].lo = Sum<A, BACKWARD>::PAIR ? (double)mean[j] : 0;
+    sums[j].e = other[j], sums[j].c = product[j];
+  }
+}
+
+// Forward once more, element by element in float64, a channel after the other: for squares beyond float32, of deviations
+// from 1e19 on (or a NaN's, which stay NaN).
+template <int N, class A, class T, int V, int LAYOUT>
+FASTBN_DEVICE void sum_up_beyond(const Share<T, V, false, LAYOUT> &share, Sum<A, false> (&sums)[N]) {
+#pragma unroll 1
+  for (int j = 0; j < N; j++) {
+    Sum<A, false> s, one;
+    A n = 0;
+#pragma unroll 1
+    for (int i = 0; i < share.n; i++) {
+      const auto q = share.at(i);
+      if (!share.any(q)) continue;
+      Vector<T, V> a;
+      share.read_x(a, q);
+#pragma unroll 1
+      for (int lane = N > 1 ? j : 0; lane < (N > 1 ? j + 1 : V); lane++) {
+        if (!share.has(q, lane)) continue;
+#pragma unroll
+        for (int v = 0; v < V; v++)
+          if (v == lane) one.m = up(a.lane[v]);
+        merge(s, n, one, (A)1);
+        n += 1;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++)
+      if (i == j) sums[i] = s;
+  }
+}
+
+// -------------------------------------------------------------------------------------------------- a channel's numbers
+
+// What the map needs of a channel, in shared memory.
+template <class A, bool BACKWARD> struct __align__(16) Coefficients { A hi, lo, a, beta; };
+template <class A> struct __align__(16) Coefficients<A, true> { A hi, lo, a, ghi, glo, invstd, slope, unused; };
+
+FASTBN_DEVICE double parameter(const void *values, u64 wide, i64 c, double absent) {
+  if (!values) return absent;
+  return wide ? ((const double *)values)[c] : (double)((const float *)values)[c];
+}
+
+// From a channel's sums to its coefficients; the rank that reports writes the table, or dgamma and dbeta.
+template <class A>
+FASTBN_DEVICE void conclude(const Params &p, i64 c, const Sum<A, false> &s, bool report, Coefficients<A, false> &k) {
+  const double gamma = parameter(p.gamma, p.wide, c, 1), beta = parameter(p.beta, p.wide, c, 0);
+  double hi, lo = 0, var;
+  if (p.frozen) {
+    hi = parameter(p.mean, p.wide, c, 0), var = parameter(p.var, p.wide, c, 1);
+  } else {
+    hi = (double)(A)(s.m + s.lo), lo = (s.m - hi) + s.lo, var = s.c / p.count;
+  }
+  const double invstd = 1 / sqrt(var + p.eps);
+  k.hi = (A)hi, k.lo = (A)((hi - (double)k.hi) + lo), k.a = (A)(gamma * invstd), k.beta = (A)beta;
+  if (report) {
+    const double row[6] = {hi, lo, var, invstd, gamma, beta};
+#pragma unroll
+    for (int i = 0; i < 6; i++) p.table[(i64)i * p.C + c] = row[i];
+  }
+}
+template <class A>
+FASTBN_DEVICE void conclude(const Params &p, i64 c, const Sum<A, true> &s, bool report, Coefficients<A, true> &k) {
+  const double hi = p.table[c], lo = p.table[(i64)p.C + c], invstd = p.table[3 * (i64)p.C + c];
+  const double gamma = p.table[4 * (i64)p.C + c], mean = s.m + s.lo;
+  k.hi = (A)hi, k.lo = (A)((hi - (double)k.hi) + lo), k.a = (A)(gamma * invstd), k.invstd = (A)invstd, k.unused = 0;
+  k.ghi = p.frozen ? (A)0 : (A)mean;
+  k.glo = p.frozen ? (A)0 : (A)((s.m - (double)k.ghi) + s.lo);
+  k.slope = p.frozen ? (A)0 : (A)(-invstd * (s.c / p.count));
+  if (report) {
+    if (p.dgamma) ((A *)p.dgamma)[c] = (A)(invstd * fma(p.count * mean, (double)s.e, s.c));
+    if (p.dbeta) ((A *)p.dbeta)[c] = (A)(p.count * mean);
+  }
+}
+
+// The formulas of the map. Frozen backward is a dy: it doesn't want x.
+template <class T, class A> FASTBN_DEVICE A map(const Coefficients<A, false> &k, T x, T, bool) {
+  return multiply_add(k.a, (up(x) - k.hi) - k.lo, k.beta);
+}
+template <class T, class A> FASTBN_DEVICE A map(const Coefficients<A, true> &k, T x, T dy, bool wants_x) {
+  A g = (up(dy) - k.ghi) - k.glo;
+  if (wants_x) g = multiply_add(((up(x) - k.hi) - k.lo) * k.invstd, k.slope, g);
+  return k.a * g;
+}
+
+// ------------------------------------------------------------------------------------------------------- the kernel
+
+template <class T, int V, bool BACKWARD, int LAYOUT, int WAY>
+__global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__ Params p) {
+  typedef Number<T> A;
+  typedef Vector<T, V> Vec;
+  typedef Partial<A, BACKWARD> Part;
+  typedef Coefficients<A, BACKWARD> Coef;
+  constexpr int N = LAYOUT == COLUMNS ? V : 1;  // channels that a thread sees at once
+  // What is in flight, as much as 128 registers hold: vectors of each array in the first pass and in the second, and other
+  // ranks' sums; plan.py's `in_flight` and `sums_in_flight`.
+  constexpr bool TIGHT = LAYOUT == COLUMNS, WIDE = sizeof(T) == 8;
+  constexpr int BATCH = (WIDE || (TIGHT && sizeof(T) == 2) ? 4 : 8) / (BACKWARD ? 2 : 1);
+  constexpr int AGAIN = TIGHT && WAY != APPLY && (BACKWARD || WIDE) ? 1 : BACKWARD || WIDE ? 2 : 4;
+  constexpr int RANKS = WAY == CLUSTER || WIDE ? 1 : TIGHT ? 2 : 4;
+  const int t = threadIdx.x, threads = blockDim.x, lane = t & 31, warp = t >> 5, warps = threads >> 5;
+  const int K = p.K, rank = blockIdx.x % K, group = blockIdx.x / K, groups = gridDim.x / K, G = p.G;
+
+  // Shared memory: part (G), count (1), coefficients (G), row counts (rows), row sums (rows, columns), kept dy and x.
+  // A row is a warp where the warp's threads of a column meet in shuffles first, else a row of threads.
+  FASTBN_SHARED(shared);
+  const bool by_warp = LAYOUT != COLUMNS || 32 % p.tx == 0;
+  const int rows = by_warp ? warps : p.ty, columns = LAYOUT == COLUMNS ? p.tx * V : 1;
+  Part *part = (Part *)shared;
+  Count *part_count = (Count *)(part + G);
+  Coef *coefficients = (Coef *)(part_count + 1);
+  A *row_count = (A *)(coefficients + G);
+  Part *row_part = (Part *)((unsigned char *)row_count + (rows * sizeof(A) + 15) / 16 * 16);
+  Vec *kept_dy = (Vec *)(row_part + rows * columns), *kept_x = BACKWARD ? kept_dy + (i64)p.keep * threads : kept_dy;
+  const bool wants_x = !BACKWARD || !p.frozen;  // in the second pass
+  const bool wants_sums = WAY != APPLY || !p.frozen || (BACKWARD && p.x);
+
+  for (int item = group; item < p.items; item += groups) {
+    const Share<T, V, BACKWARD, LAYOUT> share(p, item, rank);
+    const int keep = share.n < p.keep ? share.n : p.keep;
+
+    if (WAY != APPLY) {
+      // ---- first pass: this thread's sums
+      // Backward sums x - hi; that its mean is lo's, too, counts once, behind the loop.
+      auto channel = [&](int j) { return (i64)item * G + share.channel(share.across * V + j); };
+      A hi[N], n;
+      Sum<A, BACKWARD> sums[N];
+#pragma unroll
+      for (int j = 0; j < N; j++) hi[j] = BACKWARD && share.n ? (A)p.table[channel(j)] : (A)0;
+      sum_up<BATCH>(share, hi, sums, n, [&](int i, const Vec &a, const Vec &d) {
+        if (WAY == STATS || i >= keep) return;
+        if (wants_x) store_shared(kept_x + i * threads + t, a.raw);
+        if (BACKWARD) store_shared(kept_dy + i * threads + t, d.raw);
+      });
+      if constexpr (BACKWARD) {
+#pragma unroll
+        for (int j = 0; j < N; j++)
+          if (share.n) sums[j].e -= (A)((p.table[channel(j)] - (double)hi[j]) + p.table[p.C + channel(j)]);
+      }
+      if constexpr (!BACKWARD && sizeof(A) == 4) {
+        bool beyond = false;
+#pragma unroll
+        for (int j = 0; j < N; j++) beyond |= !(sums[j].c <= 3.4028235e38);
+        if (beyond) sum_up_beyond(share, sums);
+      }
+
+      // ---- the block's: warps by shuffles, then rows in their order, then the columns of a channel
+      const int last = LAYOUT == COLUMNS ? p.tx : 1;
+      if (by_warp) merge_lanes(sums, n, last);
+      const int row = by_warp ? warp : t / p.tx;
+      if (by_warp ? lane < last : row < p.ty) {
+        if (share.across == 0) row_count[row] = n;
+#pragma unroll
+        for (int j = 0; j < N; j++) shut(row_part[row * columns + share.across * N + j], sums[j]);
+      }
+      __syncthreads();
+      if (LAYOUT != COLUMNS) {
+        if (warp == 0) {
+          Sum<A, BACKWARD> s[1];
+          A k = lane < warps ? row_count[lane] : (A)0;
+          if (lane < warps) open(s[0], row_part[lane]);
+          merge_lanes(s, k, 1);
+          if (lane == 0) shut(part[0], s[0]), part_count->n = k;
+        }
+      } else {
+#pragma unroll 1
+        for (int c = t; c < columns; c += threads) {
+          Sum<A, BACKWARD> s, other;
+          open(s, row_part[c]);
+          A k = row_count[0];
+#pragma unroll 1
+          for (int r = 1; r < rows; k += row_count[r], r++) {
+            open(other, row_part[r * columns + c]);
+            merge(s, k, other, row_count[r]);
+          }
+          shut(row_part[c], s);
+        }
+        __syncthreads();
+        const int S = (int)p.S, width = p.C * S;
+        const i64 own_rows = share.rows(p, rank);
+#pragma unroll 1
+        for (int g = t; g < G; g += threads) {
+          Sum<A, BACKWARD> s, other;
+          const A k = (A)own_rows;
+#pragma unroll 1
+          for (int i = 0; i < p.fold * S; i++) {
+            open(other, row_part[i / S * width + g * S + i % S]);
+            merge(s, (A)i * k, other, k);
+          }
+          shut(part[g], s);
+        }
+        if (t == 0) part_count->n = (double)own_rows * p.fold * S;
+      }
+      __syncthreads();
+    }
+
+    // ---- all ranks: every block merges the same partials in the same order
+    // GRID: two sets of them, because those of a round are still read while the next round's are written.
+    const i64 slot = WAY == GRID ? item / groups % 2 * groups + group : item, slots = WAY == GRID ? 2 * groups : p.items;
+    Part *partials = (Part *)p.partials + slot * G * K;
+    A *counts = (A *)((Part *)p.partials + slots * G * K) + slot * K;
+    if (WAY == STATS || WAY == GRID) {
+      for (int g = t; g < G; g += threads) partials[(i64)g * K + rank] = part[g];
+      if (t == 0) counts[rank] = (A)part_count->n;
+    }
+    if (WAY == STATS) continue;
+    if (WAY == CLUSTER) { cluster_arrive(); cluster_wait(); }
+    if (WAY == GRID) group_barrier(p.barriers + group, K, rank);
+#pragma unroll 1
+    for (int g = warp; g < G; g += warps) {
+      Sum<A, BACKWARD> s[1];
+      if (WAY == BLOCK) open(s[0], part[g]);
+      else if (wants_sums) {
+        A n = 0;
+#pragma unroll 1
+        for (int r = lane; r < K; r += 32 * RANKS) {
+          Bytes<Part> from[RANKS];
+          A k[RANKS];
+#pragma unroll
+          for (int u = 0; u < RANKS; u++) {
+            if (u > 0 && r + 32 * u >= K) continue;
+            if (WAY == CLUSTER) {
+              Bytes<Count> of;
+              fetch_peer(from[u], part + g, r), fetch_peer(of, part_count, r);
+              k[u] = (A)of.value.n;
+            } else {
+              fetch(from[u], partials + (i64)g * K + r + 32 * u);
+              k[u] = ((const volatile A *)counts)[r + 32 * u];
+            }
+          }
+#pragma unroll
+          for (int u = 0; u < RANKS; u++) {
+            if (u > 0 && r + 32 * u >= K) continue;
+            Sum<A, BACKWARD> other;
+            open(other, from[u].value);
+            merge(s[0], n, other, k[u]);
+            n += k[u];
+          }
+        }
+        merge_lanes(s, n, 1);
+      }
+      const i64 c = (i64)item * G + g;
+      if (lane == 0 && c < p.C) conclude(p, c, s[0], rank == 0, coefficients[g]);
+    }
+    __syncthreads();
+    if (WAY == CLUSTER) cluster_arrive();  // this block has read its peers
+
+    // ---- second pass: the map
+    if (p.y) {
+      Coef k[N];
+#pragma unroll
+      for (int j = 0; j < N; j++) {
+        const int g = share.channel(share.across * V + j);
+        k[j] = coefficients[g < G ? g : 0];
+      }
+      auto emit = [&](int i, const Vec &a, const Vec &d) {
+        const auto q = share.at(i);
+        if (!share.any(q)) return;
+        Vec r;
+#pragma unroll
+        for (int v = 0; v < V; v++) down(r.lane[v], map(k[N == 1 ? 0 : v], a.lane[v], d.lane[v], wants_x));
+        share.write(r, q);
+      };
+#pragma unroll 1
+      for (int i = share.n; i > keep; i -= AGAIN) {
+        Vec a[AGAIN], d[AGAIN];
+#pragma unroll
+        for (int u = 0; u < AGAIN; u++) {
+          if (i - 1 - u < keep) continue;
+          const auto q = share.at(i - 1 - u);
+          if (!share.any(q)) continue;
+          if (wants_x) share.read_x(a[u], q);
+          if (BACKWARD) share.read_dy(d[u], q);
+        }
+#pragma unroll
+        for (int u = 0; u < AGAIN; u++)
+          if (i - 1 - u >= keep) emit(i - 1 - u, a[u], d[u]);
+      }
+      if (WAY != APPLY) {
+#pragma unroll 1
+        for (int i = 0; i < keep; i++) {
+          Vec a, d;
+          if (wants_x) load_shared(a.raw, kept_x + i * threads + t);
+          if (BACKWARD) load_shared(d.raw, kept_dy + i * threads + t);
+          emit(i, a, d);
+        }
+      }
+    }
+    if (WAY == CLUSTER) cluster_wait();  // its peers have read it: it may leave
+  }
+}
+
+}  // namespace fastbn

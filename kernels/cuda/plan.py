@@ -1,0 +1,508 @@
+"""Which launches of `bn.cu` for which arrays: pure arithmetic on shapes and strides, so it is tested without a GPU.
+
+An array (O, C, I) is walked in one of three ways. RUNS: channel by channel, each run of I elements in whole 16-byte
+vectors. WINDOWS: the same where runs start or end inside a vector (27x27, 55x55): vectors begin at the 16-byte border
+below, their lanes outside the run are masked. COLUMNS: row by row, where channels lie side by side; I columns a channel
+(7x7 runs are too short to be walked one by one).
+
+K blocks (ranks) share an item: a channel of RUNS and WINDOWS, a tile of COLUMNS. Ways for them to agree on its sums:
+
+    BLOCK    K = 1: nothing to agree on
+    CLUSTER  K <= 8 blocks of one cluster, by distributed shared memory
+    GRID     any K of a cooperative launch, by barriers in global memory
+    SPLIT    two launches, STATS and APPLY: any device
+    MAP      no sums at all: APPLY alone, with frozen statistics
+
+What fits is kept in shared memory between the two passes; the rest is read twice. `plan` builds the candidates and
+takes the one whose modelled time is least. The model's constants are modelled, not measured.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+SOURCE = Path(__file__).with_name("bn.cu")
+# Contraction is spelled out in the source (fma), so that every instance rounds alike: the same bits on every way.
+COMPILE_OPTIONS = ("-std=c++17", "-fmad=false")
+
+RUNS, WINDOWS, COLUMNS = "RUNS", "WINDOWS", "COLUMNS"
+BLOCK, CLUSTER, GRID, SPLIT, MAP = "BLOCK", "CLUSTER", "GRID", "SPLIT", "MAP"
+HALVES = {SPLIT: ("STATS", "APPLY"), MAP: ("APPLY",)}  # the launches of a way, where it isn't one of its own name
+TYPES = {"f": "float", "d": "double", "e": "fastbn::f16", "E": "fastbn::bf16"}
+
+VECTOR = 16  # bytes: the widest access there is
+WARP = 32
+THREADS = 256  # of a block at most, and
+PER_SM = 2  # such blocks a multiprocessor, by the launch bounds in bn.cu: 128 registers a thread
+NARROW = 256  # bytes: shorter runs are walked as columns where they can be
+MOST_RANKS = 256  # of the split path
+
+
+class Unwalkable(ValueError):
+    """The kernel can't walk arrays with these strides; a contiguous copy it can."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the planner needs to know of a GPU. The default is Hopper's (H100 SXM, H200)."""
+
+    sms: int = 132
+    smem_block: int = 227 << 10  # bytes of shared memory a block may have (opt-in)
+    smem_sm: int = 228 << 10  # bytes of a multiprocessor; each resident block costs 1 KiB more than it asks for
+    cluster: int = 8  # largest portable cluster, 1 where there are none (below sm_90)
+    cooperative: bool = True
+    l2: int = 50 << 20  # bytes
+
+    @property
+    def slots(self) -> int:
+        return self.sms * PER_SM
+
+
+HOPPER = Device()
+
+
+class View(NamedTuple):
+    """The arrays of a call: shape (O, C, I), strides in bytes (None: no such array), addresses modulo 16.
+
+    Forward: x, y (None: statistics only). Backward: x, dy, and dx as y (None: dgamma and dbeta only); x is None where
+    frozen statistics and no dgamma make it needless.
+    """
+
+    shape: tuple[int, int, int]
+    x: tuple[int, int, int] | None
+    y: tuple[int, int, int] | None
+    dy: tuple[int, int, int] | None
+    itemsize: int
+    bases: tuple[int, int, int] = (0, 0, 0)  # addresses of x, y, dy; only the remainder modulo 16 counts
+
+
+class Pointers(NamedTuple):
+    """Device addresses, 0 where there is none. y is dx in backward; gamma, beta, mean, var are of one type."""
+
+    x: int = 0
+    dy: int = 0
+    y: int = 0
+    table: int = 0  # (6, C) float64: hi, lo, var, invstd, gamma, beta
+    gamma: int = 0
+    beta: int = 0
+    mean: int = 0
+    var: int = 0
+    dgamma: int = 0
+    dbeta: int = 0
+    workspace: int = 0
+    barriers: int = 0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: the C++ name to compile, and how to start it. Its argument is `pack`'s bytes, by value."""
+
+    expression: str
+    options: tuple[str, ...]  # besides COMPILE_OPTIONS
+    grid: int  # blocks
+    threads: int  # of a block
+    shared: int  # bytes of dynamic shared memory
+    cooperative: bool
+    cluster: int  # blocks of a cluster; the source fixes it (__cluster_dims__), so any launch call will do
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How the arrays are walked: (M, C, S) in vectors of V elements. Strides in elements, by array: (row, channel)."""
+
+    layout: str
+    V: int
+    M: int  # rows, after folding
+    C: int
+    S: int  # elements of a run; columns of a channel
+    fold: int  # COLUMNS: rows without a gap that are seen as one, to fill vectors
+    strides: dict[str, tuple[int, int]] = field(hash=False)
+
+    @property
+    def width(self) -> int:
+        """COLUMNS: columns of a row."""
+        return self.fold * self.C * self.S
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of a run. A window may begin up to V - 1 lanes before the run."""
+        return (self.S + self.V - 2) // self.V + 1 if self.layout == WINDOWS else self.S // self.V
+
+
+def walk(view: View) -> Walk:
+    """The widest walk of these arrays; raises Unwalkable where there is none."""
+    (outer, C, inner), size = view.shape, view.itemsize
+    given = [("x", view.x, view.bases[0]), ("y", view.y, view.bases[1]), ("dy", view.dy, view.bases[2])]
+    arrays = [(name, strides, base) for name, strides, base in given if strides is not None]
+    for name, strides, base in arrays:
+        if base % size or any(s % size for s, n in zip(strides, view.shape, strict=True) if n > 1):
+            raise Unwalkable(f"{name} with strides {strides} isn't aligned to its elements of {size} bytes")
+    outers, channels, inners = ([strides[axis] // size for _, strides, _ in arrays] for axis in range(3))
+    M, S, rows = outer, inner, outers
+    if inner == 1 and (outer == 1 or set(outers) == {1}) and (C == 1 or set(channels) != {1}):
+        M, S, rows = 1, outer, [0] * len(arrays)  # (C, N) in memory
+    elif inner > 1 and set(inners) != {1}:
+        raise Unwalkable(f"runs of {inner} elements with strides of {inners} elements")
+    elif inner == 1 and C > 1 and set(channels) != {1}:
+        raise Unwalkable(f"neither rows nor channels lie side by side: strides {[s for _, s, _ in arrays]}")
+    elif inner > 1 and all(row == inner for row in rows):
+        M, S = 1, outer * inner  # (C, O, I) in memory, or one channel
+    if M == 1:
+        rows = [0] * len(arrays)
+    if C == 1:
+        channels = [S] * len(arrays)
+    bases = [base // size for _, _, base in arrays]
+    strides_of = {name: pair for (name, _, _), pair in zip(arrays, zip(rows, channels, strict=True), strict=True)}
+
+    full = VECTOR // size
+    widths = [full >> i for i in range(full.bit_length())]
+    steps = [*bases, *(rows if M > 1 else ()), *(channels if C > 1 else ())]
+    V = next(v for v in widths if not any(s % v for s in (S, *steps)))
+    runs = Walk(RUNS, V, M, C, S, 1, strides_of)
+    alike = all(len({s % full for s in same}) == 1 for same in (bases, rows, channels))
+    if full > V and alike:
+        windows = Walk(WINDOWS, full, M, C, S, 1, strides_of)
+        if windows.vectors < runs.vectors:
+            runs = windows
+    if all(channel == S for channel in channels) and (S == 1 or S * size < NARROW):
+        columns = _columns(M, C, S, bases, rows, widths, strides_of)
+        if S == 1 or columns.V * runs.vectors >= S:
+            return columns
+    if M * runs.vectors >= 1 << 32:
+        raise Unwalkable(f"a channel of {M * runs.vectors} vectors; they are counted in 32 bits")
+    return runs
+
+
+def _columns(
+    M: int, C: int, S: int, bases: list[int], rows: list[int], widths: list[int], strides: dict[str, tuple[int, int]]
+) -> Walk:
+    """Rows of C S columns; where these don't fill vectors and rows have no gap, several rows as one."""
+    width = C * S
+    for v in widths:
+        aligned = not any(base % v for base in bases)
+        if aligned and width % v == 0 and (M == 1 or not any(row % v for row in rows)):
+            return Walk(COLUMNS, v, M, C, S, 1, strides)
+        fold = v // math.gcd(width, v)
+        if aligned and M % fold == 0 and fold * width // v <= THREADS and all(row == width for row in rows):
+            folded = {name: (row * fold, channel) for name, (row, channel) in strides.items()}
+            return Walk(COLUMNS, v, M // fold, C, S, fold, folded)
+    raise AssertionError("v = 1 divides everything")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A way to do one call. Fields as in bn.cu's Params; `reread` counts vectors, of one array, that are read twice."""
+
+    walk: Walk
+    letter: str
+    backward: bool
+    frozen: bool
+    way: str
+    threads: int
+    K: int  # ranks of an item
+    items: int
+    keep: int  # vectors that a thread keeps in shared memory
+    per: int  # vectors (RUNS, WINDOWS) or rows (COLUMNS) of a rank
+    tx: int  # COLUMNS: threads across
+    ty: int  # and down
+    G: int  # channels of an item
+    grid: int
+    shared: int
+    workspace: int  # bytes, 16-byte aligned; needn't be cleared
+    barriers: int  # u32 words, zero before first use; they never need resetting
+    reread: int
+
+    @cached_property
+    def launches(self) -> tuple[Launch, ...]:
+        w, cluster = self.walk, self.K if self.way == CLUSTER else 1
+        common = f"{TYPES[self.letter]}, {w.V}, {str(self.backward).lower()}, fastbn::{w.layout}"
+        options = (f"-DFASTBN_CLUSTER={cluster}",) if self.way == CLUSTER else ()
+        return tuple(
+            Launch(
+                f"fastbn::bn<{common}, fastbn::{part}>",
+                options,
+                self.grid,
+                self.threads,
+                self.shared,
+                self.way == GRID,
+                cluster,
+            )
+            for part in HALVES.get(self.way, (self.way,))
+        )
+
+    def split(self) -> Plan:
+        """The same work by the split path, with the same bits: for a cooperative grid that doesn't fit."""
+        if self.way in (SPLIT, MAP):
+            return self
+        again = self.items * _vectors(self.walk, self.tx)
+        shared = self.shared - self.keep * self.threads * self.walk.V * _size(self.letter) * _kept(self)
+        space = _workspace(self.letter, self.G, self.K, self.items)
+        return replace(
+            self,
+            way=SPLIT,
+            keep=0,
+            grid=self.items * self.K,
+            shared=shared,
+            workspace=space,
+            barriers=0,
+            reread=again if "y" in self.walk.strides else 0,
+        )
+
+    @cached_property
+    def _tail(self) -> bytes:
+        w, none = self.walk, (0, 0)
+        strides = [*w.strides.get("x", none), *w.strides.get("dy", none), *w.strides.get("y", none)]
+        count = w.M * w.fold * w.S
+        numbers = [w.C, self.items, self.K, self.keep, self.tx, self.ty, self.G, w.fold]
+        vectors = 1 if w.layout == COLUMNS else w.vectors
+        return TAIL.pack(*strides, count, w.M, w.S, self.per, *numbers, vectors, *_division(vectors), self.frozen)
+
+
+HEAD = struct.Struct("<12QdQ")  # Pointers, eps, wide
+TAIL = struct.Struct("<6qd3q8i4I")  # strides; count; M, S, per; C .. fold; vectors, multiplier, shift, frozen
+PARAMS_SIZE = HEAD.size + TAIL.size
+
+
+def pack(plan: Plan, pointers: Pointers, eps: float = 0.0, wide: bool = False) -> bytes:
+    """The kernel's argument, exactly the bytes of bn.cu's `Params`; the same for all launches of a plan.
+
+    wide: gamma, beta, mean, var are float64, else float32. dgamma and dbeta are float64 for float64 data, else float32.
+    """
+    return HEAD.pack(*pointers, eps, wide) + plan._tail
+
+
+def _division(d: int) -> tuple[int, int]:
+    """(m, s) so that j // d == (umulhi(j, m) + j) >> s for all 32-bit j (Granlund & Montgomery 1994)."""
+    s = (d - 1).bit_length()
+    return (((1 << 32) * ((1 << s) - d)) // d + 1) & 0xFFFFFFFF, s
+
+
+def _over(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _size(letter: str) -> int:
+    return {"f": 4, "d": 8}.get(letter, 2)
+
+
+def _partial(letter: str) -> int:
+    """Bytes of one channel's partial sums: bn.cu's Partial."""
+    return 32 if letter == "d" else 16
+
+
+def _workspace(letter: str, G: int, K: int, slots: int) -> int:
+    """Partial sums (slots, G, K), then counts (slots, K)."""
+    return slots * K * (G * _partial(letter) + 8)
+
+
+def _vectors(w: Walk, tx: int) -> int:
+    """Vectors of one array in an item."""
+    return w.M * (tx if w.layout == COLUMNS else w.vectors)
+
+
+def _streams(w: Walk) -> int:
+    return ("x" in w.strides) + ("dy" in w.strides)
+
+
+def _kept(plan: Plan) -> int:
+    """Arrays that the second pass wants: frozen backward is a dy."""
+    return 2 if plan.backward and not plan.frozen else 1
+
+
+def build(
+    w: Walk,
+    letter: str,
+    backward: bool,
+    device: Device = HOPPER,
+    way: str = BLOCK,
+    K: int = 1,
+    *,
+    frozen: bool = False,
+    threads: int | None = None,
+    keep: int | None = None,
+    tile: int = 128,
+) -> Plan:
+    """The plan for a given way, ranks K, threads of a block, tile (bytes of columns); keep at most so many vectors."""
+    size, number, partial = _size(letter), 8 if letter == "d" else 4, _partial(letter)
+    columns = w.layout == COLUMNS
+    tx, ty, G, items, work = 1, 1, 1, w.C, w.M * w.vectors
+    if columns:  # tiles of whole vectors and whole channels; folded rows are one tile
+        unit = w.width if w.fold > 1 else math.lcm(w.V, w.S)
+        cols = unit * max(1, min(_over(w.width, unit), tile // (unit * size)))
+        tx, G, items, work = cols // w.V, w.C if w.fold > 1 else cols // w.S, _over(w.width, cols), w.M
+    total = _vectors(w, tx)
+    if threads is None:
+        threads = max(64, min(THREADS, 1 << max(0, _over(_over(total, K), 2).bit_length() - 1)))
+    if columns:
+        threads = max(threads, _over(tx, WARP) * WARP)
+        ty = threads // tx
+    by_warp = not columns or WARP % tx == 0
+    rows = threads // WARP if by_warp else ty
+    fixed = G * (partial + (8 if backward else 4) * number) + 16 + _over(rows * number, 16) * 16
+    fixed += rows * (tx * w.V if columns else 1) * partial
+
+    per = _over(work, K)
+    if way != CLUSTER:
+        K = _over(work, per)  # no empty ranks where K is free
+    streams = 2 if backward and not frozen else 1
+    vector = threads * w.V * size * streams
+    crowd = PER_SM if way == GRID or threads == THREADS else 1
+    room = max(0, min(device.smem_block, device.smem_sm // crowd - 1024) - fixed) // vector
+    mine = _over(per, ty if columns else threads)  # vectors of the busiest thread
+    want = 0 if way in (SPLIT, MAP) or "y" not in w.strides else mine
+    keep = min(want, room) if keep is None else min(want, room, keep)
+    groups = min(items, max(1, device.slots // K)) if way == GRID else items
+    slots = {GRID: 2 * groups, SPLIT: items}.get(way, 0)
+    kept = min(total, keep * (ty * tx if columns else threads) * K)
+    again = 0 if way == MAP or "y" not in w.strides else (total - kept) * items
+    return Plan(
+        walk=w,
+        letter=letter,
+        backward=backward,
+        frozen=frozen,
+        way=way,
+        threads=threads,
+        K=K,
+        items=items,
+        keep=keep,
+        per=per,
+        tx=tx,
+        ty=ty,
+        G=G,
+        grid=groups * K,
+        shared=fixed + keep * vector,
+        workspace=_workspace(letter, G, K, slots),
+        barriers=groups if way == GRID else 0,
+        reread=again,
+    )
+
+
+# What the model believes of a Hopper GPU: modelled, not measured.
+START = {BLOCK: 2.5, CLUSTER: 3.0, GRID: 4.0, SPLIT: 5.0, MAP: 2.5}  # microseconds until the first load, and after
+BARRIER = 1.5  # microseconds of a barrier over the grid
+FETCH = 0.6  # microseconds until other blocks' sums are there and merged
+LATENCY = 0.9  # microseconds of a load from device memory under load
+BANDWIDTH = 4.3e6 / 132  # bytes a microsecond and multiprocessor, device memory
+L2_BANDWIDTH = 5.5e6 / 132  # the same from L2
+L2_SHARE = 0.6  # of the L2, is still there when it is read again in reverse
+HALF_LINE = 0.9  # bandwidth of tiles under 128 bytes
+
+
+def in_flight(backward: bool, letter: str, layout: str) -> int:
+    """Vectors of each array that a thread loads at once: bn.cu's BATCH."""
+    batch = 4 if letter == "d" or (layout == COLUMNS and letter in "eE") else 8
+    return batch // 2 if backward else batch
+
+
+def sums_in_flight(letter: str, layout: str) -> int:
+    """Other ranks' sums that a thread loads at once: bn.cu's RANKS."""
+    return 1 if letter == "d" else 2 if layout == COLUMNS else 4
+
+
+def model(p: Plan, device: Device = HOPPER) -> tuple[float, float, float]:
+    """Microseconds; bytes to and from device memory; the floor in bytes (every array once)."""
+    w, size = p.walk, _size(p.letter)
+    vector = w.V * size
+    item = _vectors(w, p.tx) * vector  # bytes of one array in an item
+    floor = float(len(w.strides) * item * p.items)
+    again = float(p.reread * vector * _kept(p))
+    at_once = min(p.items, p.grid // p.K) if p.way == GRID else p.items  # items whose second read is still to come
+    hot = min(again, L2_SHARE * device.l2 / at_once * p.items)
+    on_sm = max(1, min(device.smem_sm // (p.shared + 1024), THREADS * PER_SM // p.threads, 32))
+    resident = min(p.grid, device.sms * on_sm)
+    if p.way == CLUSTER and p.K >= 8:  # clusters stay inside a GPC
+        resident = max(p.K, min(resident, device.sms // 8 * 8 * on_sm))
+    flight = resident * p.threads * in_flight(p.backward, p.letter, w.layout) * vector * _streams(w)
+    bandwidth = min(device.sms * BANDWIDTH, flight / LATENCY)
+    if w.layout == COLUMNS and p.tx * vector < 128:
+        bandwidth *= HALF_LINE
+    tail = p.grid / resident
+    waste = math.ceil(tail) / tail if tail < 8 and p.way != GRID else 1.0
+    time = START[p.way] + (floor + again - hot) / bandwidth * (waste + 1) / 2 + hot / (device.sms * L2_BANDWIDTH)
+    if p.way in (GRID, SPLIT):  # a warp merges its channels one after another
+        loads = WARP * sums_in_flight(p.letter, w.layout)
+        time += FETCH * _over(p.G, _over(p.threads, WARP)) * _over(p.K, loads)
+    if p.way == GRID:  # other groups work while one waits, if there are others
+        time += BARRIER * (_over(p.items, p.grid // p.K) if p.grid // p.K < 2 else 1)
+    return time, floor + again - hot, floor
+
+
+def candidates(w: Walk, letter: str, backward: bool, device: Device, frozen: bool) -> Iterator[Plan]:
+    """Every plan worth a thought."""
+    tiles = (128, 64) if w.layout == COLUMNS and w.fold == 1 else (128,)
+    for tile in tiles:
+        one = build(w, letter, backward, device, frozen=frozen, tile=tile)
+        yield one
+        for K in (2, 4, 8):
+            if device.cluster >= K:
+                yield build(w, letter, backward, device, CLUSTER, K, frozen=frozen, tile=tile)
+        if device.cooperative:
+            most_groups = max(1, device.slots // 16)
+            ranks = {device.slots // one.items, device.slots // most_groups}
+            ranks |= {device.slots // n for n in (1, 2, 4, 8)}
+            for K in sorted({min(max(2, K), device.slots) for K in ranks}):
+                yield build(w, letter, backward, device, GRID, K, frozen=frozen, threads=THREADS, tile=tile)
+    for K in sorted({max(1, _ranks(w, one, device) // n) for n in (1, 2, 4)}):
+        yield build(w, letter, backward, device, SPLIT, K, frozen=frozen, threads=THREADS)
+
+
+def _ranks(w: Walk, one: Plan, device: Device) -> int:
+    """Ranks of the split path: two waves of blocks, eight vectors a thread or more."""
+    fill = _over(2 * device.slots, one.items)
+    work = _over(_vectors(w, one.tx), 8 * THREADS)
+    return max(1, min(fill, work, MOST_RANKS))
+
+
+def plan(
+    view: View,
+    letter: str,
+    backward: bool,
+    device: Device = HOPPER,
+    *,
+    frozen: bool = False,
+    way: str | None = None,
+    stable: bool = False,
+) -> Plan:
+    """The launches for these arrays. letter: "f" float32, "d" float64, "e" float16, "E" bfloat16.
+
+    frozen: forward with given mean and variance, backward with dx = a dy. way: BLOCK, CLUSTER, GRID or SPLIT instead of
+    the fastest. stable: ranks, threads and tile by the arrays alone, as for the default device; any device gives the
+    same bits then. Raises Unwalkable where the arrays must be copied first.
+    """
+    w = walk(view)
+    if frozen and (not backward or view.x is None):
+        first = build(w, letter, backward, device, MAP, frozen=True)
+        K = _ranks(w, first, device)
+        return build(w, letter, backward, device, MAP, K, frozen=True, threads=THREADS)
+    if stable:
+        return _as(_best(w, letter, backward, HOPPER, frozen, None), device, way)
+    return _best(w, letter, backward, device, frozen, way)
+
+
+def _best(w: Walk, letter: str, backward: bool, device: Device, frozen: bool, way: str | None) -> Plan:
+    """The fastest of the candidates that fit; the first one where two are equal."""
+    found = [p for p in candidates(w, letter, backward, device, frozen) if p.shared <= device.smem_block]
+    found = [p for p in found if way in (None, p.way)]
+    if not found:
+        raise ValueError(f"{way} isn't possible on {device}")
+    return min(found, key=lambda p: round(model(p, device)[0], 6))
+
+
+def _as(p: Plan, device: Device, way: str | None) -> Plan:
+    """The sums of plan p, bit for bit, on another device."""
+    if way is None:
+        fits = {
+            BLOCK: p.K == 1,
+            CLUSTER: device.cluster >= p.K and p.way == CLUSTER,
+            GRID: device.cooperative and device.slots >= p.K,
+            SPLIT: True,
+        }
+        way = next(name for name, possible in fits.items() if possible)
+    tile = p.tx * p.walk.V * _size(p.letter)
+    return build(p.walk, p.letter, p.backward, device, way, p.K, frozen=p.frozen, threads=p.threads, tile=tile)

@@ -1,0 +1,270 @@
+"""Doubles of CuPy and PyTorch in main memory, and of the kernels for CuPy arrays, which run the reference.
+
+Arrays of a double know their device and refuse what the real ones refuse: becoming a NumPy array unasked, and the
+company of another library or device. The doubles count what is allocated, and keep the current device and stream.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import types
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from fastbn.kernels import reference
+
+
+class State:
+    """Of the machine: two devices, the current one, and CuPy's current stream."""
+
+    def __init__(self) -> None:
+        self.device, self.stream = 0, 0
+        self.allocated: list[tuple[tuple[int, ...], int]] = []  # shape and device
+        self.calls: list[Call] = []
+        self.transfers: list[str] = []
+
+    @contextlib.contextmanager
+    def current(self, **new: int) -> Any:
+        before = {name: getattr(self, name) for name in new}
+        vars(self).update(new)
+        yield
+        vars(self).update(before)
+
+
+class Call(NamedTuple):
+    name: str
+    device: int
+    stream: int
+    shape: tuple[int, ...]
+
+
+class Pointer(NamedTuple):
+    ptr: int
+    device_id: int
+    owner: Any
+
+
+class _Described:
+    def __init__(self, owner: Any, **described: Any) -> None:
+        self.owner, self.__array_interface__ = owner, {"version": 3, **described}
+
+
+def at(pointer: Pointer, shape: Any, dtype: Any, strides: Any) -> np.ndarray:
+    dtype = np.dtype(dtype)
+    bits = np.dtype(np.int16) if dtype == ml_dtypes.bfloat16 else dtype
+    found = np.asarray(
+        _Described(pointer, data=(pointer.ptr, False), shape=tuple(shape), strides=strides, typestr=bits.str)
+    )
+    return found.view(dtype)
+
+
+class Array:
+    """What both libraries' arrays do."""
+
+    state: State
+
+    def __init__(self, host: np.ndarray, device: int) -> None:
+        self.on_host, self.on_device = host, device
+
+    def _made(self, host: np.ndarray) -> Any:
+        new = type(self).__new__(type(self))
+        Array.__init__(new, np.asarray(host), self.on_device)
+        return new
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        raise TypeError("implicit conversion to a NumPy array")
+
+    __array_ufunc__ = None
+
+    def _other(self, other: Any) -> Any:
+        if isinstance(other, Array):
+            assert type(other) is type(self), "arrays of two libraries"
+            assert other.on_device == self.on_device, "arrays on two devices"
+            return other.on_host
+        assert isinstance(other, (int, float)), f"a {type(other)} met an array on a device"
+        return other
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._made(self.on_host[index])
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.on_host[index] = self._other(value)
+
+    def reshape(self, *shape: Any) -> Any:
+        return self._made(self.on_host.reshape(*shape))
+
+
+def _operation(name: str) -> Any:
+    function = getattr(operator, name)
+    return (
+        lambda self, other: self._made(function(self.on_host, self._other(other))),
+        lambda self, other: self._made(function(self._other(other), self.on_host)),
+    )
+
+
+for _name in ("add", "sub", "mul", "truediv"):
+    for _attribute, _function in zip((f"__{_name}__", f"__r{_name}__"), _operation(_name), strict=True):
+        setattr(Array, _attribute, _function)
+
+
+def fake_cupy(state: State) -> Any:
+    class ndarray(Array):
+        def __init__(self, shape: Any, dtype: Any = float, memptr: Any = None, strides: Any = None) -> None:
+            if memptr is None:
+                state.allocated.append((tuple(shape), state.device))
+                super().__init__(np.full(shape, 77, dtype), state.device)
+            else:
+                super().__init__(at(memptr, shape, dtype, strides), memptr.device_id)
+
+        dtype = property(lambda self: self.on_host.dtype)
+        shape = property(lambda self: self.on_host.shape)
+        strides = property(lambda self: self.on_host.strides)
+        data = property(lambda self: Pointer(self.on_host.ctypes.data, self.on_device, self.on_host))
+
+        def transpose(self, axes: Any) -> Any:
+            return self._made(self.on_host.transpose(axes))
+
+        def astype(self, dtype: Any) -> Any:
+            with np.errstate(over="ignore"):
+                return self._made(self.on_host.astype(dtype))
+
+        def copy(self) -> Any:
+            return self._made(self.on_host.copy())
+
+    def array(values: np.ndarray) -> Any:
+        new = ndarray(values.shape, values.dtype)
+        new.on_host[...] = values
+        state.transfers.append("to")
+        return new
+
+    def asnumpy(values: Any) -> np.ndarray:
+        state.transfers.append("from")
+        return values.on_host.copy()
+
+    def copyto(target: Any, source: Any) -> None:
+        target[...] = source
+
+    cuda = types.SimpleNamespace(
+        runtime=types.SimpleNamespace(getDevice=lambda: state.device, getDeviceCount=lambda: 2),
+        Device=lambda number: state.current(device=number),
+        ExternalStream=lambda pointer: state.current(stream=pointer),
+        Stream=types.SimpleNamespace(null=state.current(stream=0)),
+        UnownedMemory=lambda ptr, _size, owner, device: Pointer(ptr, device, owner),
+        MemoryPointer=lambda memory, _offset: memory,
+    )
+    return types.SimpleNamespace(
+        ndarray=ndarray,
+        cuda=cuda,
+        array=array,
+        asnumpy=asnumpy,
+        copyto=copyto,
+        empty=lambda shape, dtype: ndarray(shape, dtype),
+    )
+
+
+class TorchDtype(NamedTuple):
+    name: str
+    numpy: Any
+
+    def __str__(self) -> str:
+        return f"torch.{self.name}"
+
+    @property
+    def itemsize(self) -> int:
+        return np.dtype(self.numpy).itemsize
+
+
+def fake_torch(state: State) -> Any:
+    kinds = {name: TorchDtype(name, np.dtype(name)) for name in ("float16", "float32", "float64", "int32")}
+    kinds["bfloat16"] = TorchDtype("bfloat16", np.dtype(ml_dtypes.bfloat16))
+
+    class Tensor(Array):
+        requires_grad, layout, negative, is_cuda = False, "strided", False, True
+        dtype = property(lambda self: kinds[self.on_host.dtype.name])
+        shape = property(lambda self: self.on_host.shape)
+
+        def stride(self) -> tuple[int, ...]:
+            return tuple(s // self.on_host.itemsize for s in self.on_host.strides)
+
+        def data_ptr(self) -> int:
+            return self.on_host.ctypes.data
+
+        def element_size(self) -> int:
+            return self.on_host.itemsize
+
+        def get_device(self) -> int:
+            return self.on_device
+
+        def is_neg(self) -> bool:
+            return self.negative
+
+        def clone(self) -> Any:
+            return self._made(self.on_host.copy())
+
+        def to(self, kind: Any, copy: bool) -> Any:
+            with np.errstate(over="ignore"):
+                return self._made(self.on_host.astype(kind.numpy, copy=copy))
+
+        def cpu(self) -> Any:
+            state.transfers.append("from")
+            return types.SimpleNamespace(numpy=lambda: self.on_host)
+
+    def empty_strided(shape: Any, strides: Any, dtype: Any, device: Any) -> Any:
+        state.allocated.append((tuple(shape), device[1]))
+        size = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if 0 not in shape else 0
+        memory = np.full(size, 77, dtype.numpy)
+        strides = tuple(s * memory.itemsize for s in strides)
+        pointer = Pointer(memory.ctypes.data, device[1], memory)
+        return Tensor(at(pointer, shape, dtype.numpy, strides), device[1])
+
+    def tensor(values: np.ndarray, device: Any) -> Any:
+        state.transfers.append("to")
+        return Tensor(values.copy(), device[1])
+
+    return types.SimpleNamespace(
+        Tensor=Tensor,
+        strided="strided",
+        tensor=tensor,
+        empty_strided=empty_strided,
+        device=lambda kind, number: (kind, number),
+        is_grad_enabled=lambda: True,
+        cuda=types.SimpleNamespace(current_stream=lambda number: types.SimpleNamespace(cuda_stream=1000 + number)),
+        **kinds,
+    )
+
+
+class Kernels:
+    """`fastbn.kernels.cuda`: it holds its callers to the contract, and runs the reference."""
+
+    def __init__(self, state: State, cupy: Any) -> None:
+        self.state, self.cupy = state, cupy
+
+    def forward(self, x: Any, y: Any, table: Any, given: tuple[Any, ...], eps: float) -> None:
+        assert (given[2] is None) == (given[3] is None)
+        x, y, table, *given = self._taken("forward", (x, y), table, given)
+        reference.forward(x, y, table, tuple(given), eps)
+
+    def backward(self, dy: Any, x: Any, dx: Any, table: Any, dgamma: Any, dbeta: Any, frozen: bool) -> None:
+        wanted = np.float64 if x.dtype == np.float64 else np.float32
+        assert all(a is None or a.dtype == wanted for a in (dgamma, dbeta))
+        taken = self._taken("backward", (dy, x, dx), table, (dgamma, dbeta))
+        reference.backward(*taken, frozen)
+
+    def _taken(self, name: str, large: tuple[Any, ...], table: Any, small: tuple[Any, ...]) -> list[Any]:
+        shape, dtype = large[0].shape, large[0].dtype
+        assert len(shape) == 3
+        assert min(shape) > 0, "an empty array came to a kernel"
+        arrays = [a for a in (*large, table, *small) if a is not None]
+        assert all(type(a) is self.cupy.ndarray for a in arrays)
+        assert {a.on_device for a in arrays} == {table.on_device}
+        assert all(a is None or (a.shape == shape and a.dtype == dtype) for a in large)
+        assert (table.shape, table.dtype) == ((6, shape[1]), np.float64)
+        assert all(a.on_host.flags.aligned for a in arrays)
+        for a in small:
+            assert a is None or (a.shape == shape[1:2] and a.on_host.flags.c_contiguous and a.dtype.char in "fd")
+        self.state.calls.append(Call(name, self.state.device, self.state.stream, shape))
+        bits = np.dtype(ml_dtypes.bfloat16) if dtype == np.int16 else dtype
+        hosts = [None if a is None else a.on_host for a in (*large, table, *small)]
+        return [None if h is None else h.view(bits) if i < len(large) else h for i, h in enumerate(hosts)]

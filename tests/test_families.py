@@ -1,0 +1,581 @@
+"""Arrays of other libraries, on doubles of CuPy and PyTorch: results, places, layouts, errors, moments, layers."""
+
+import os
+import subprocess
+import sys
+import types
+
+import ml_dtypes
+import numpy as np
+import pytest
+from cases import BFLOAT16, CASES, TOLERANCE, eps
+from device_doubles import Array, Kernels, State, fake_cupy, fake_torch
+
+import fastbn
+from fastbn import arrays, dispatch
+
+
+class Library:
+    """One of the doubles, with what tests need of it."""
+
+    def __init__(self, name, state, cupy, torch):
+        self.name, self.state = name, state
+        self.kind = arrays.CUPY.kind if name == "cupy" else arrays.TORCH.kind
+        self.type = cupy.ndarray if name == "cupy" else torch.Tensor
+        self.libraries = {"cupy": cupy, "torch": torch}
+
+    def put(self, values, device=0):
+        """On a device, with the strides and neighbours that it has."""
+        new = self.type.__new__(self.type)
+        Array.__init__(new, values, device)
+        return new
+
+
+@pytest.fixture
+def state():
+    return State()
+
+
+@pytest.fixture(params=["cupy", "torch"])
+def library(request, state, monkeypatch):
+    cupy, torch = fake_cupy(state), fake_torch(state)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.delitem(vars(arrays.TORCH), "_elements", raising=False)
+    real = dispatch._load
+    monkeypatch.setattr(dispatch, "_load", lambda name: Kernels(state, cupy) if name == "cuda" else real(name))
+    dispatch._load_for_device.cache_clear()
+    dispatch._installed.cache_clear()
+    with fastbn.set_backend("auto"):
+        yield Library(request.param, state, cupy, torch)
+    dispatch._load_for_device.cache_clear()
+    dispatch._installed.cache_clear()
+    vars(arrays.TORCH).pop("_elements", None)
+
+
+def data(rng, shape, axes, dtype=np.float32):
+    """x, dy and, by channel, gamma, beta, mean and var."""
+    channels = tuple(shape[a] for a in axes)
+    x, dy = (rng.normal(3, 2, shape).astype(dtype) for _ in range(2))
+    gamma, beta, mean = (rng.normal(1, 2, channels).astype(np.float32) for _ in range(3))
+    return x, dy, gamma, beta, mean, rng.uniform(0.5, 2, channels).astype(np.float32)
+
+
+def assert_near(got, exact, dtype, size=1):
+    """`got` within what its dtype costs, as on the CPU, relative to the result or to `size`, of what was added up."""
+    exact = np.asarray(exact, np.float64)
+    error = np.abs(np.asarray(got, np.float64) - exact) / np.maximum(size, np.abs(exact))
+    assert error.max(initial=0) <= TOLERANCE[dtype.name] * eps(dtype)
+
+
+def sizes(dy, kept):
+    """The size of what dx, dgamma and dbeta are sums of: float64 results may be off by as many eps of that."""
+    std = np.sqrt(kept.var + kept.eps)
+    terms = np.abs(dy.astype(np.float64)) * np.maximum(1, np.abs(kept.d / std))
+    sums = terms.sum(kept.axes, keepdims=True)
+    count = terms.size / sums.size
+    small = [n for a, n in enumerate(dy.shape) if a not in kept.axes]
+    dx = np.abs(kept.gamma / std) * (terms + np.maximum(1, np.abs(kept.d / std)) * sums / count)
+    return np.maximum(1, dx), np.maximum(1, sums.reshape(small)), np.maximum(1, sums.reshape(small))
+
+
+# The case table has byte orders and read-only arrays, which a GPU has not.
+ON_DEVICE = [c for c in CASES if c.name not in ("read-only", "byte-swapped", "byte-swapped nhwc")]
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), BFLOAT16], ids=str)
+@pytest.mark.parametrize("case", ON_DEVICE, ids=lambda c: c.name)
+def test_every_layout_and_type(case, dtype, library, rng):
+    """Results of the caller's type, on its device, in x's memory layout; and the reference's numbers."""
+    axes = tuple(a % len(case.shape) for a in ([case.axis] if isinstance(case.axis, int) else case.axis))
+    x, dy, gamma, beta, mean, var = data(rng, case.shape, sorted(axes), dtype)
+    if case.name == "misaligned" and library.name == "torch":
+        pytest.skip("PyTorch has no misaligned tensors")
+    host_x, host_dy = case.make(x), case.make(dy)
+    x, dy, gamma, beta = (library.put(a, 1) for a in (host_x, host_dy, gamma, beta))
+    for frozen in (None, (library.put(mean, 1), library.put(var, 1))):
+        y, saved = fastbn.forward(x, gamma, beta, axis=case.axis, frozen=frozen)
+        dx, dgamma, dbeta = fastbn.backward(dy, saved)
+        host = None if frozen is None else (mean, var)
+        exact, kept = fastbn.reference.forward(host_x, gamma.on_host, beta.on_host, axis=case.axis, frozen=host)
+        numbers = np.dtype(np.float64 if dtype == np.float64 else np.float32)
+        for got, wanted, kind, size in zip(
+            (y, dx, dgamma, dbeta),
+            (exact, *fastbn.reference.backward(host_dy, kept)),
+            (dtype, dtype, numbers, numbers),
+            (1, *(sizes(host_dy, kept) if dtype == np.float64 else (1, 1, 1))),
+            strict=True,
+        ):
+            assert type(got) is library.type
+            assert got.on_device == 1
+            assert got.on_host.dtype == kind
+            assert got.on_host.shape == wanted.shape
+            assert_near(got.on_host, wanted, kind, size)
+        like = y if "broadcast" in case.name else library.put(np.empty_like(host_x))
+        assert y.on_host.strides == dx.on_host.strides == like.on_host.strides
+        if frozen is not None:
+            inferred = fastbn.infer(x, *frozen, gamma, beta, axis=case.axis)
+            np.testing.assert_array_equal(inferred.on_host, y.on_host)
+    m = fastbn.moments(x, axis=case.axis)
+    wanted = fastbn.reference.moments(host_x, axis=case.axis)
+    assert m.count == wanted.count
+    for got, value in ((m.mean, wanted.mean), (m.m2, wanted.m2), (m.var(1), wanted.var(1))):
+        assert (type(got), got.on_device, got.on_host.dtype) == (library.type, 1, numbers)
+        np.testing.assert_allclose(got.on_host, value, rtol=2 * eps(numbers))  # rounded once from float64
+    assert library.state.transfers == []
+
+
+def test_what_a_call_allocates(library, rng):
+    """y and the table; dx, dgamma and dbeta; with `out` the table alone. No small arrays on the way."""
+    x, dy, gamma, beta, *_ = (library.put(a, 1) for a in data(rng, (6, 3, 5), (1,)))
+    _, saved = fastbn.forward(x, gamma, beta)
+    assert library.state.allocated == [((6, 3, 5), 1), ((6, 3), 1)]
+    library.state.allocated.clear()
+    fastbn.backward(dy, saved)
+    assert library.state.allocated == [((6, 3, 5), 1), ((3,), 1), ((3,), 1)]
+    library.state.allocated.clear()
+    fastbn.forward(x, gamma, beta, out=library.put(np.empty((6, 3, 5), np.float32), 1))
+    assert library.state.allocated == [((6, 3), 1)]
+    assert [call.name for call in library.state.calls] == ["forward", "backward", "forward"]
+
+
+def test_the_stream_is_the_librarys_own(library, rng):
+    x, dy, *_ = (library.put(a, 1) for a in data(rng, (6, 3, 5), (1,)))
+    with library.state.current(stream=7):
+        _, saved = fastbn.forward(x)
+        fastbn.backward(dy, saved)
+    assert {call.stream for call in library.state.calls} == {7 if library.name == "cupy" else 1001}
+    assert (library.state.device, library.state.stream) == (0, 0)
+
+
+MIXED = {
+    "gamma in main memory": ("gamma", lambda _, a: a, TypeError, r"gamma is a float32 array of .* in main m"),
+    "gamma a list": ("gamma", lambda _, a: a.tolist(), TypeError, r"gamma is a list \[.*expected a {kind} on"),
+    "beta on another device": ("beta", lambda lib, a: lib.put(a, 1), ValueError, "beta is a .* device 1; expected one"),
+    "mean in main memory": ("mean", lambda _, a: a, TypeError, "mean is a .*; expected a {kind} on device 0"),
+    "var on another device": ("var", lambda lib, a: lib.put(a, 1), ValueError, "var is a .* device 1; expected one"),
+    "out in main memory": ("out", lambda *_: np.empty((6, 3, 5), np.float32), TypeError, "out is a .* in main mem"),
+    "out elsewhere": (
+        "out", lambda lib, _: lib.put(np.empty((6, 3, 5), np.float32), 1), ValueError, "out is a .* on device 1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "make", "error", "match"), MIXED.values(), ids=MIXED)
+def test_arrays_of_two_places_are_refused(name, make, error, match, library, rng):
+    """Nothing is copied from one to the other, and nothing is written."""
+    x, _, gamma, beta, mean, var = data(rng, (6, 3, 5), (1,))
+    given = {"gamma": gamma, "beta": beta, "mean": mean, "var": var}
+    passed = {key: library.put(value) for key, value in given.items()}
+    passed[name] = make(library, given.get(name))
+    with pytest.raises(error, match="fastbn.infer: " + match.format(kind=library.kind)):
+        fastbn.infer(library.put(x), **passed)
+    assert library.state.transfers == library.state.calls == []
+
+
+def test_dy_of_another_place_is_refused(library, rng):
+    x, dy, *_ = data(rng, (6, 3, 5), (1,))
+    _, saved = fastbn.forward(library.put(x))
+    with pytest.raises(TypeError, match=f"backward: dy is a float32 array .* expected a {library.kind} on device 0"):
+        fastbn.backward(dy, saved)
+    with pytest.raises(ValueError, match=r"backward: dy is a .* on device 1; expected one on device 0"):
+        fastbn.backward(library.put(dy, 1), saved)
+    _, saved = fastbn.forward(x)
+    with pytest.raises(
+        TypeError, match=f"backward: dy is a float32 {library.kind} .*; expected an array in main memory"
+    ):
+        fastbn.backward(library.put(dy), saved)
+
+
+@pytest.mark.parametrize("name", ["gamma", "beta", "frozen", "out"])
+def test_numpy_x_refuses_arrays_of_a_gpu(name, library, rng):
+    x, _, gamma, _, mean, var = data(rng, (6, 3, 5), (1,))
+    given = {"gamma": gamma, "beta": gamma, "frozen": (mean, library.put(var)), "out": np.empty_like(x)}[name]
+    passed = given if name == "frozen" else library.put(given)
+    with pytest.raises(
+        TypeError, match=f"is a float32 {library.kind} of shape .* on device 0; expected an array in main"
+    ):
+        fastbn.forward(x, **{name: passed})
+
+
+def test_two_libraries_in_one_call_are_refused(library, rng):
+    x, _, gamma, *_ = data(rng, (6, 3, 5), (1,))
+    other = next(name for name in library.libraries if name != library.name)
+    stranger = Library(other, library.state, **library.libraries).put(gamma)
+    with pytest.raises(TypeError, match=f"gamma is a .*; expected a {library.kind} on device 0, like the rest"):
+        fastbn.forward(library.put(x), stranger)
+
+
+def test_numbers_that_are_not_normalized_are_refused(library):
+    with pytest.raises(
+        TypeError, match=r"moments: x is a int32 .* on device 0; expected float16, bfloat16, float32 or f"
+    ):
+        fastbn.moments(library.put(np.ones((4, 3), np.int32)))
+
+
+def test_a_parameter_of_another_shape_is_refused(library, rng):
+    x, _, gamma, *_ = data(rng, (6, 3, 5), (1,))
+    with pytest.raises(
+        ValueError, match=r"forward: beta has shape \(2,\); expected \(3,\), one value for each channel"
+    ):
+        fastbn.forward(library.put(x), library.put(gamma), library.put(gamma[:2]))
+
+
+@pytest.mark.parametrize("make", [lambda a: a.astype(np.float16), lambda a: np.repeat(a, 2)[::2]], ids=["half", "gaps"])
+def test_other_parameters_are_converted_where_they_are(make, library, rng):
+    x, _, gamma, *_ = data(rng, (6, 3, 5), (1,))
+    gamma = make(gamma)
+    y, _ = fastbn.forward(library.put(x), library.put(gamma))
+    assert_near(y.on_host, fastbn.reference.forward(x, gamma)[0], y.on_host.dtype)
+    assert library.state.transfers == []
+
+
+def test_torch_oddities_are_refused(library, rng):
+    if library.name != "torch":
+        pytest.skip("of PyTorch")
+    x = library.put(data(rng, (6, 3, 5), (1,))[0])
+    x.requires_grad = True
+    with pytest.raises(TypeError, match=r"x is a .*, and it requires a gradient, .*; pass x.detach\(\)"):
+        fastbn.forward(x)
+    library.libraries["torch"].is_grad_enabled = lambda: False
+    assert type(fastbn.forward(x)[0]) is library.type
+    x.layout = "sparse_coo"
+    with pytest.raises(TypeError, match=r"its layout is sparse_coo; pass x.to_dense\(\)"):
+        fastbn.forward(x)
+    x.layout, x.negative = "strided", True
+    with pytest.raises(TypeError, match=r"pass x.resolve_neg\(\)"):
+        fastbn.forward(x)
+
+
+def test_tensors_in_main_memory_are_refused_as_before(library, rng):
+    if library.name != "torch":
+        pytest.skip("of PyTorch")
+    x = library.put(data(rng, (6, 3, 5), (1,))[0])
+    x.is_cuda = False
+    with pytest.raises(TypeError, match=r"x is a .*Tensor; expected a NumPy array, a CuPy array.*np.from_dlpack"):
+        fastbn.forward(x)
+
+
+def test_subclasses_are_refused(library, rng):
+    if library.name != "cupy":
+        pytest.skip("of CuPy")
+
+    class Distributed(library.type):
+        pass
+
+    x = Distributed.__new__(Distributed)
+    Array.__init__(x, data(rng, (6, 3, 5), (1,))[0], 0)
+    with pytest.raises(TypeError, match=r"a subclass of cupy.ndarray .*; pass x.view\(cupy.ndarray\)"):
+        fastbn.moments(x)
+
+
+def test_in_place(library, rng):
+    """out may be x, and dx may be dy or x; a shifted window of either is refused."""
+    x, dy, gamma, beta, *_ = data(rng, (6, 3, 5), (1,))
+    exact, kept = fastbn.reference.forward(x, gamma, beta)
+    wanted = fastbn.reference.backward(dy, kept)
+    gamma, beta = library.put(gamma), library.put(beta)
+    for target in ("dy", "x"):
+        on = {"x": library.put(x.copy()), "dy": library.put(dy.copy())}
+        _, saved = fastbn.forward(on["x"], gamma, beta)
+        dx, dgamma, _ = fastbn.backward(on["dy"], saved, out=on[target])
+        assert dx is on[target]
+        assert_near(dx.on_host, wanted[0], x.dtype)
+        assert_near(dgamma.on_host, wanted[1], x.dtype)
+        if target == "x":
+            with pytest.raises(ValueError, match="saved has no x, which `out` overwrote"):
+                fastbn.backward(on["dy"], saved)
+    big = library.put(np.zeros((7, 3, 5), np.float32))
+    window, shifted = big[:6], big[1:]
+    window.on_host[...] = x
+    with pytest.raises(ValueError, match="forward: out overlaps x in memory without being x"):
+        fastbn.forward(window, gamma, beta, out=shifted)
+    y, saved = fastbn.forward(window, gamma, beta, out=window)
+    assert y is window
+    assert_near(y.on_host, exact, x.dtype)
+    with pytest.raises(ValueError, match="saved has no x"):
+        fastbn.backward(library.put(dy), saved)
+
+
+def test_out_beside_x_in_one_buffer(library, rng):
+    """Interleaved channels: their bounds overlap, and no element does."""
+    x, *_ = data(rng, (6, 3, 5), (1,))
+    both = library.put(np.zeros((6, 6, 5), np.float32))
+    both.on_host[:, :3] = x
+    y, _ = fastbn.forward(both[:, :3], out=both[:, 3:])
+    assert_near(y.on_host, fastbn.reference.forward(x)[0], x.dtype)
+    np.testing.assert_array_equal(both.on_host[:, 3:], y.on_host)
+
+
+def test_wrong_out_is_refused(library, rng):
+    x = library.put(data(rng, (6, 3, 5), (1,))[0])
+    with pytest.raises(
+        ValueError, match=r"out is a float32 .* of shape \(6, 3\) on device 0; expected .*float32 of shape"
+    ):
+        fastbn.forward(x, out=library.put(np.zeros((6, 3), np.float32)))
+    with pytest.raises(ValueError, match=r"out is a float64 .*; expected .*float32 of shape"):
+        fastbn.forward(x, out=library.put(np.zeros((6, 3, 5))))
+    same = np.lib.stride_tricks.as_strided(np.zeros(20, np.float32), (6, 3, 5), (0, 20, 4))
+    with pytest.raises(ValueError, match=r"out of shape .* has strides .*, under which elements share memory"):
+        fastbn.forward(x, out=library.put(same))
+
+
+def test_gradients_go_where_they_are_told(library, rng):
+    """Also into arrays with gaps, and of two channel axes."""
+    x, dy, gamma, *_ = data(rng, (6, 3, 5), (0, 1))
+    _, saved = fastbn.forward(library.put(x), library.put(gamma), axis=(0, 1))
+    kept = fastbn.reference.forward(x, gamma, axis=(0, 1))[1]
+    gaps = library.put(np.zeros((6, 6), np.float32))
+    out = library.put(np.zeros_like(x)), gaps[:, ::2], library.put(np.zeros((6, 3), np.float32))
+    results = fastbn.backward(library.put(dy), saved, out=out)
+    for got, given, wanted in zip(results, out, fastbn.reference.backward(dy, kept), strict=True):
+        assert got is given
+        assert_near(got.on_host, wanted, x.dtype)
+    np.testing.assert_array_equal(gaps.on_host[:, 1::2], 0)
+    with pytest.raises(ValueError, match=r"out \(dbeta\) overlaps dgamma in memory"):
+        fastbn.backward(library.put(dy), saved, out=(None, out[2], out[2]))
+    dgamma = fastbn.backward(library.put(dy), saved, need=(False, True, False))[1]
+    assert dgamma.on_host.shape == (6, 3)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5), (4, 0, 5), (4, 3, 0)])
+def test_empty_arrays_reach_no_kernel(shape, library):
+    x = library.put(np.ones(shape, np.float32))
+    y, saved = fastbn.forward(x)
+    dx, dgamma, dbeta = fastbn.backward(x, saved)
+    assert (y.on_host.shape, dx.on_host.shape) == (shape, shape)
+    np.testing.assert_array_equal(dgamma.on_host, np.zeros(shape[1]))
+    np.testing.assert_array_equal(dbeta.on_host, np.zeros(shape[1]))
+    assert saved.moments.count == 0 or shape[1] == 0
+    np.testing.assert_array_equal(saved.moments.mean.on_host, np.zeros(shape[1]))
+    assert library.state.calls == []
+
+
+def test_a_negative_variance_is_nan_and_nothing_is_waited_for(library, rng):
+    x, _, _, _, mean, var = data(rng, (6, 3, 5), (1,))
+    var[1] = -1
+    y = fastbn.infer(library.put(x), library.put(mean), library.put(var))
+    np.testing.assert_array_equal(np.isnan(y.on_host).any((0, 2)), [False, True, False])
+    assert library.state.transfers == []
+
+
+def test_one_value_per_channel_warns(library):
+    with pytest.warns(fastbn.OneValueWarning, match=r"one value per channel \(x of shape \(1, 3\)"):
+        fastbn.forward(library.put(np.ones((1, 3), np.float32)))
+
+
+def test_moments_merge_where_they_are(library, rng):
+    x = rng.normal(1e4, 1, (40, 3)).astype(np.float32)
+    halves = [fastbn.moments(library.put(part, 1)) for part in (x[:25], x[25:])]
+    both, exact = sum(halves), fastbn.reference.moments(x)
+    assert type(both.mean) is library.type
+    assert both.mean.on_device == 1
+    np.testing.assert_allclose(both.mean.on_host, exact.mean, rtol=eps(np.dtype(np.float32)))  # one rounding
+    np.testing.assert_allclose(both.var(1).on_host, exact.var(1), rtol=eps(np.dtype(np.float32)))
+    assert library.state.transfers == []
+    assert repr(both) == repr(fastbn.moments(x[:25]) + fastbn.moments(x[25:]))
+    assert np.isnan(fastbn.moments(library.put(x[:1])).var(1).on_host).all()
+    with pytest.raises(
+        TypeError, match=f"other holds NumPy arrays, and self {library.kind}s on device 1; expected both"
+    ):
+        halves[0] + fastbn.moments(x)
+    with pytest.raises(
+        TypeError, match=f"other holds {library.kind}s on device 0, and self {library.kind}s on device 1"
+    ):
+        halves[0] + fastbn.moments(library.put(x))
+    made = fastbn.Moments(40, *(library.put(a) for a in (exact.mean, exact.m2)))
+    np.testing.assert_allclose(made.mean.on_host, both.mean.on_host, rtol=eps(np.dtype(np.float32)))
+    with pytest.raises(TypeError, match=r"Moments: m2 is a float64 array .* in main memory; expected a"):
+        fastbn.Moments(40, library.put(exact.mean), exact.m2)
+
+
+def test_running_stats_live_with_the_first_batch(library, rng):
+    batches = [rng.normal(3, 2, (8, 3, 5)).astype(np.float32) for _ in range(3)]
+    for like in (None, library.put(batches[0], 1)):
+        running, wanted = fastbn.RunningStats(3, like=like), fastbn.RunningStats(3)
+        for x in batches:
+            running.update(fastbn.moments(library.put(x, 1)))
+            wanted.update(fastbn.moments(x))
+        for got, expected in ((running.mean, wanted.mean), (running.var, wanted.var)):
+            assert (type(got), got.on_device, got.on_host.dtype) == (library.type, 1, np.float32)
+            np.testing.assert_allclose(got.on_host, expected, rtol=3e-7)  # 2 eps: other moments, one rounding
+        y = fastbn.forward(library.put(batches[0], 1), frozen=running)[0]
+        assert_near(y.on_host, fastbn.reference.forward(batches[0], frozen=wanted)[0], y.on_host.dtype)
+        with pytest.raises(
+            TypeError, match=rf"update: moments has a float64 array of shape \(3,\); expected .*{library.kind}"
+        ):
+            running.update(fastbn.moments(batches[0]))
+        with pytest.raises(TypeError, match=r"RunningStats: mean is a float64 array .* in main memory; expected a"):
+            running.mean = np.zeros(3)
+    assert library.state.transfers.count("from") == 0
+
+
+def test_running_stats_stay_where_something_was_set(library, rng):
+    moments = fastbn.moments(library.put(rng.normal(3, 2, (8, 3)).astype(np.float32)))
+    started, assigned, asked = (fastbn.RunningStats(3) for _ in range(3))
+    started.update(fastbn.moments(np.ones((4, 3))))
+    assigned.var = [1, 2, 3]
+    asked = fastbn.RunningStats(3, like=np.zeros(3))
+    for running in (started, assigned, asked):
+        before = running.mean.copy(), running.var.copy(), running.batches
+        with pytest.raises(TypeError, match=rf"update: moments has a float64 {library.kind} .*with like=x"):
+            running.update(moments)
+        np.testing.assert_array_equal((running.mean, running.var), before[:2])
+        assert running.batches == before[2]
+
+
+def test_a_layer_on_a_gpu(library, rng):
+    """As one in main memory: y, dx, gradients, running statistics, evaluation, state."""
+    x, dy, gamma, beta, *_ = data(rng, (8, 3, 5), (1,))
+    layer, twin = fastbn.BatchNorm(3, like=library.put(x, 1), accumulate=True), fastbn.BatchNorm(3, accumulate=True)
+    layer.gamma[...], layer.beta[...] = library.put(gamma, 1), library.put(beta, 1)
+    twin.gamma[...], twin.beta[...] = gamma, beta
+    library.state.transfers.clear()
+    for _ in range(2):
+        y, dx = layer(library.put(x, 1)), layer.backward(library.put(dy, 1))
+        wanted = twin(x), twin.backward(dy)
+    layer.eval()
+    z = layer(library.put(x, 1))
+    assert library.state.transfers == []
+    results = (y, dx, z, layer.dgamma, layer.dbeta)
+    for got, expected in zip(results, (*wanted, twin.eval()(x), twin.dgamma, twin.dbeta), strict=True):
+        assert (type(got), got.on_device) == (library.type, 1)
+        np.testing.assert_allclose(got.on_host, expected, rtol=1e-6, atol=2e-5)  # sums of 40 values of about 10
+    state = layer.state_dict()
+    assert {type(value) for value in state.values()} == {np.ndarray}
+    new = fastbn.BatchNorm(3, like=library.put(x, 1))
+    new.load_state_dict(state)
+    for name, value in new.state_dict().items():
+        np.testing.assert_array_equal(value, state[name])
+    assert type(new.gamma) is type(new.running.mean) is library.type
+    layer.zero_grad()
+    np.testing.assert_array_equal(layer.dgamma.on_host, np.zeros(3))
+    with pytest.raises(
+        TypeError, match=r"forward: gamma is a float32 array .* in main memory; .* BatchNorm with like=x"
+    ):
+        fastbn.BatchNorm(3)(library.put(x))
+    with pytest.raises(
+        TypeError, match=r"BatchNorm: like is a list .*; expected a NumPy array, a CuPy array or a PyTorch"
+    ):
+        fastbn.BatchNorm(3, like=[1, 2])
+
+
+def test_backends_for_main_memory_refuse_arrays_of_a_gpu(library):
+    x = library.put(np.eye(3, dtype=np.float32))
+    for name in ("cpu", "reference"):
+        with (
+            fastbn.set_backend(name),
+            pytest.raises(
+                TypeError, match=rf"moments: x is a float32 {library.kind} .*, and the backend '{name}' is for N"
+            ),
+        ):
+            fastbn.moments(x)
+
+
+def test_without_cupy_tensors_go_to_numba(library, monkeypatch):
+    """And where that is missing as well, the error says so."""
+    if library.name != "torch":
+        pytest.skip("CuPy arrays come with CuPy")
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setitem(sys.modules, "numba.cuda", None)
+    with pytest.raises(
+        RuntimeError, match=r"moments: the backend 'numba-cuda' can't be used: numba.cuda can't be imported"
+    ):
+        fastbn.moments(library.put(np.eye(3, dtype=np.float32)))
+
+
+def test_numba_kernels_take_views_of_other_arrays(library, state, monkeypatch, rng):
+    """By __cuda_array_interface__, with the stream, on the device; on a double of numba.cuda."""
+    seen = []
+
+    def as_cuda_array(described, sync):
+        facts = described.__cuda_array_interface__
+        seen.append((state.device, facts["stream"], sync))
+        array = library.libraries["cupy"].ndarray.__new__(library.libraries["cupy"].ndarray)
+        host = np.asarray(types.SimpleNamespace(__array_interface__=facts, owner=described))
+        Array.__init__(array, host, state.device)
+        return array
+
+    class Gpus:
+        def __getitem__(self, number):
+            return state.current(device=number)
+
+    monkeypatch.setitem(
+        sys.modules, "numba.cuda", types.SimpleNamespace(gpus=Gpus(), as_cuda_array=as_cuda_array, is_available=bool)
+    )
+    monkeypatch.setattr(dispatch, "missing", lambda _: None)
+    kernels = Kernels(state, library.libraries["cupy"])
+    monkeypatch.setattr(dispatch, "_load", lambda name: {"numba_cuda": kernels}[name])
+    library.libraries["cupy"].cuda.get_current_stream = lambda: types.SimpleNamespace(ptr=state.stream)
+    x, _, gamma, *_ = data(rng, (6, 3, 5), (1,))
+    with fastbn.set_backend("numba-cuda"):
+        y, _ = fastbn.forward(library.put(x, 1), library.put(gamma, 1))
+    assert type(y) is library.type
+    assert_near(y.on_host, fastbn.reference.forward(x, gamma)[0], x.dtype)
+    stream = 1 if library.name == "cupy" else 1001  # 1 is CUDA's default stream in this interface
+    assert seen == [(1, stream, False)] * 4  # x, y, table, gamma
+    assert state.device == 0
+
+
+SIMULATED = """
+import numpy as np, fastbn
+from numba import cuda
+rng = np.random.default_rng(5)
+x, dy = rng.normal(3, 2, (2, 6, 3, 7)).astype(np.float32)
+gamma, beta = rng.normal(1, 2, (2, 3)).astype(np.float32)
+put = cuda.to_device
+y, saved = fastbn.forward(put(x), put(gamma), put(beta))
+results = (y, *fastbn.backward(put(dy), saved))
+assert {type(a) for a in results} == {type(put(x))}
+exact, kept = fastbn.reference.forward(x, gamma, beta)
+for got, wanted in zip(results, (exact, *fastbn.reference.backward(dy, kept)), strict=True):
+    np.testing.assert_allclose(got.copy_to_host(), wanted, rtol=3e-6, atol=3e-6)
+moments = saved.moments
+assert type(moments.mean) is np.ndarray
+np.testing.assert_allclose(moments.mean, x.mean((0, 2)), rtol=1e-6)
+running = fastbn.RunningStats(3, momentum=1.0)
+running.update(moments)
+z = fastbn.infer(put(x), put(running.mean), put(running.var))
+np.testing.assert_allclose(z.copy_to_host(), fastbn.reference.infer(x, running.mean, running.var), rtol=3e-6, atol=3e-6)
+fastbn.forward(put(x), out=y)
+empty = fastbn.moments(put(np.ones((0, 3), np.float32)))
+assert empty.count == 0
+for call, error, text in (
+    (lambda: fastbn.forward(put(x), gamma), TypeError, "gamma is a float32 array of shape (3,) in main memory"),
+    (lambda: fastbn.forward(x, put(gamma)), TypeError, "gamma is a float32 Numba device array"),
+    (lambda: fastbn.forward(put(x), put(gamma.astype(np.float16))), TypeError, "can't be converted where they are"),
+    (lambda: fastbn.BatchNorm(3, like=put(x)), TypeError, "like is a float32 Numba device array"),
+    (lambda: fastbn.Moments(3, put(gamma), put(gamma)), TypeError, "which can't be computed with"),
+):
+    try:
+        call()
+    except error as cause:
+        assert text in str(cause), cause
+    else:
+        raise AssertionError(text)
+print("all asserted")
+"""
+
+
+def test_numba_device_arrays_in_the_simulator():
+    env = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1"}
+    env.pop("FASTBN_BACKEND", None)
+    done = subprocess.run([sys.executable, "-c", SIMULATED], env=env, capture_output=True, text=True, timeout=200)
+    assert done.stdout.strip() == "all asserted", done.stderr
+
+
+def test_numpy_calls_import_no_array_library():
+    code = (
+        "import sys, numpy, fastbn\n"
+        "y, saved = fastbn.forward(numpy.eye(3), [1, 2, 3], numpy.ones(3), out=numpy.empty((3, 3)))\n"
+        "fastbn.backward(y, saved); bn = fastbn.BatchNorm(3); bn(y); bn.state_dict(); repr(saved.moments)\n"
+        "print(sorted({'cupy', 'torch', 'numba', 'numba.cuda'} & set(sys.modules)))"
+    )
+    env = {**os.environ, "FASTBN_BACKEND": "reference"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_bfloat16_is_as_wide_as_it_seems():
+    """Kernels get its bits as int16; the doubles rely on it."""
+    assert np.dtype(ml_dtypes.bfloat16).itemsize == arrays.INT16.itemsize
