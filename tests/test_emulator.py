@@ -1,7 +1,7 @@
 """`kernels/cuda/bn.cu` itself, run on the CPU by `tests/cuda/emulator.h`, against the formulas in extended precision.
 
-Every launch is checked for bounds and alignment of each access, writes outside the elements, deadlocks and barriers that
-don't match; shared memory and workspaces start as NaN. `tests/test_mutations.py` shows that the checks find bugs.
+Every launch is checked for bounds and alignment of each access, writes outside the elements, deadlocks and barriers
+that don't match; shared memory and workspaces start as NaN. `tests/test_mutations.py` shows that the checks find bugs.
 """
 
 import ctypes
@@ -34,7 +34,7 @@ CASES = {  # name: shape, order of axes in memory, gaps, offset; float32's layou
     "misaligned": ((3, 4, 64), "OCI", NO_GAPS, 1, (WINDOWS, 4), "fdeE", "whole runs one element off"),
     "short odd": ((7, 3, 70), "OCI", ((0, 0), (0, 0), (0, 1)), 0, (WINDOWS, 4), "fde", "the last window may be empty"),
     "columns": ((300, 24, 1), "OIC", NO_GAPS, 0, (COLUMNS, 4), "fdeE", "channels last, a tile wider than the rows"),
-    "tiles": ((45, 200, 1), "OIC", NO_GAPS, 0, (COLUMNS, 4), "fdeE", "several tiles, the last one ragged"),
+    "tiles": ((29, 72, 1), "OIC", NO_GAPS, 0, (COLUMNS, 4), "fdeE", "several tiles, the last one ragged"),
     "columns slice": ((45, 40, 1), "OIC", ((0, 0), (0, 0), (8, 16)), 0, (COLUMNS, 4), "fde", "rows with gaps"),
     "RGB": ((64, 3, 1), "OIC", NO_GAPS, 0, (COLUMNS, 4), "fdeE", "rows too short for a vector: folded"),
     "folded": ((48, 10, 1), "OIC", NO_GAPS, 0, (COLUMNS, 4), "fde", "two rows (of half types four) seen as one"),
@@ -57,7 +57,7 @@ class Problem:
     """Random arrays of a case, with channels of different mean and spread, and what is right for them."""
 
     def __init__(self, rng, shape, letter, order="OCI", gaps=NO_GAPS, offset=0, mean=2.0, eps=1e-5, values=None):
-        O, C, I = shape  # noqa: E741
+        C = shape[1]
         spread, middle = rng.uniform(0.5, 2, (1, C, 1)), mean * rng.standard_normal((1, C, 1))
         values = middle + spread * rng.standard_normal(shape) if values is None else values
         self.how = (letter, order, gaps, offset)
@@ -84,29 +84,28 @@ class Problem:
         return execute(lib, plan, self.x, self.dy, how.pop("dx", self.empty()), table=table, **how)
 
 
-# A result is relative to what is added up in it. float32: each of a, x - hi, - lo and the sum rounds by half an eps, and
-# the variance's own error adds half of it: 4 eps are promised. float64 alike. A half type rounds once, by half an eps,
+# A result is relative to what is added up in it. float32: each of a, x - hi, - lo and the sum rounds by half an eps,
+# and the variance's own error adds half of it: 4 eps are promised. float64 alike. A half type rounds once, by half an eps,
 # and float32's eps are 2^-13 of float16's: 0.51.
 Y_TOLERANCE = {"f": 4, "d": 4, "e": 0.51, "E": 0.51}
 # Backward has three sums more, and the mean of dy is off by an eps of what dy varies by.
 DX_TOLERANCE = {"f": 6, "d": 6, "e": 0.51, "E": 0.51}
-# Statistics and dgamma, dbeta are sums of float32's (float64's) partial sums, whatever the elements: an eps or so each.
-SUM_TOLERANCE = 2
+# Statistics and dgamma, dbeta are sums of float32's (float64's) partial sums, whatever the elements: a
+# few eps.
+SUM_TOLERANCE = 4
 
 
-def check_forward(problem, result, truth=None):
+def check_forward(problem, result, truth=None, tolerance=SUM_TOLERANCE):
     truth = truth or problem.truth
     assert result.error == ""
     if result.y is not None:
         scale = np.maximum(1, abs(truth.a * truth.e) + abs(truth.beta))
         assert error_in_eps(result.y, truth.y(), scale, epsilon(problem.letter)) <= Y_TOLERANCE[problem.letter]
-    mean, var, invstd, gamma, beta = truth.table()
+    var, invstd, gamma, beta = (a[0, :, 0] for a in (truth.var, truth.invstd, truth.gamma, truth.beta))
     eps = number_epsilon(problem.letter)
-    std = np.sqrt(var) + np.finfo(float).tiny
-    hi, lo = result.table[0].astype(np.longdouble), result.table[1].astype(np.longdouble)
-    assert error_in_eps(hi + lo, mean, std, eps) <= SUM_TOLERANCE
-    assert error_in_eps(result.table[2], var, var + np.finfo(float).tiny, eps) <= SUM_TOLERANCE
-    assert error_in_eps(result.table[3], invstd, invstd, eps) <= SUM_TOLERANCE
+    assert error_in_eps(truth.mean_error(result.table), np.zeros_like(var), np.sqrt(var), eps) <= tolerance
+    assert error_in_eps(result.table[2], var, var, eps) <= tolerance
+    assert error_in_eps(result.table[3], invstd, invstd, eps) <= tolerance
     assert (result.table[4] == gamma).all()
     assert (result.table[5] == beta).all()
 
@@ -235,9 +234,7 @@ def test_gamma_and_beta_may_be_absent(lib, rng):
         gamma = problem.gamma.astype(number) if present[0] else None
         beta = problem.beta.astype(number) if present[1] else None
         ones, zeros = np.ones(6), np.zeros(6)
-        truth = Truth(
-            problem.x.values, problem.eps, ones if gamma is None else gamma, zeros if beta is None else beta
-        )
+        truth = Truth(problem.x.values, problem.eps, ones if gamma is None else gamma, zeros if beta is None else beta)
         result = problem.forward(lib, problem.plan(False, GRID, 2), given=(gamma, beta, None, None))
         check_forward(problem, result, truth)
 
@@ -265,7 +262,7 @@ def test_in_place(lib, rng, name):
 
 def test_arrays_of_different_strides(lib, rng):
     """x a channel slice, dy a batch slice, y dense: each has its own strides, and windows where they agree."""
-    for shape, layout in [((3, 4, 64), RUNS), ((3, 4, 61), WINDOWS), ((30, 20, 1), COLUMNS)]:
+    for shape, layout in [((3, 4, 64), RUNS), ((3, 4, 67), WINDOWS), ((30, 20, 1), COLUMNS)]:
         order = "OIC" if layout == COLUMNS else "OCI"
         problem = Problem(rng, shape, "f", order)
         wide = ((0, 0), (0, 0), (4, 8)) if layout == COLUMNS else ((0, 0), (4, 4), (0, 0))
@@ -284,8 +281,8 @@ def test_arrays_of_different_strides(lib, rng):
 
 def test_arrays_that_disagree_modulo_16(lib, rng):
     """Windows of x and y would not coincide: element by element."""
-    problem = Problem(rng, (3, 4, 61), "f", gaps=((0, 0), (0, 1), (0, 0)))
-    y = Array(np.zeros((3, 4, 61)), "f")
+    problem = Problem(rng, (3, 4, 67), "f", gaps=((0, 0), (0, 1), (0, 0)))
+    y = Array(np.zeros((3, 4, 67)), "f")
     walk = planner.walk(view_of(problem.x, y, None))
     assert (walk.layout, walk.V) == (RUNS, 1)
     plan = planner.build(walk, "f", False, planner.HOPPER, GRID, 3, threads=64)
@@ -298,7 +295,7 @@ ACCURATE = [("long runs", (BLOCK, 1)), ("27x27", (SPLIT, 3)), ("tiles", (GRID, 5
 
 
 @pytest.mark.parametrize("exponent", [0, 2, 4, 5])
-@pytest.mark.parametrize(("name", "way"), ACCURATE, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(("name", "way"), ACCURATE, ids=lambda v: v if isinstance(v, str) else v[0])
 def test_right_at_any_offset(lib, rng, name, way, exponent):
     """|mean| up to 1e5 standard deviations, of x and of dy; in float64 up to 1e14 eps^-1."""
     shape, order, gaps, offset, *_ = CASES[name]
@@ -309,7 +306,7 @@ def test_right_at_any_offset(lib, rng, name, way, exponent):
         check_backward(problem, problem.backward(lib, problem.plan(True, *way), policy=2))
 
 
-@pytest.mark.parametrize(("name", "way"), ACCURATE, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(("name", "way"), ACCURATE, ids=lambda v: v if isinstance(v, str) else v[0])
 def test_outliers(lib, rng, name, way):
     """One value of 1e10 among values of 1, wherever it lies: no pivot is ruined by it."""
     shape, order, gaps, offset, *_ = CASES[name]
@@ -318,11 +315,12 @@ def test_outliers(lib, rng, name, way):
     for place in places:
         values[place] = 1e10
     problem = Problem(rng, shape, "f", order, gaps, offset, values=values)
-    check_forward(problem, problem.forward(lib, problem.plan(False, *way), policy=2))
+    # The variance is one term, whose ten roundings nothing averages.
+    check_forward(problem, problem.forward(lib, problem.plan(False, *way), policy=2), tolerance=10)
     check_backward(problem, problem.backward(lib, problem.plan(True, *way), policy=2))
 
 
-@pytest.mark.parametrize(("name", "way"), ACCURATE, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(("name", "way"), ACCURATE, ids=lambda v: v if isinstance(v, str) else v[0])
 def test_squares_beyond_float32(lib, rng, name, way):
     shape, order, gaps, offset, *_ = CASES[name]
     values = 1e20 * (1 + rng.standard_normal(shape))
@@ -333,7 +331,7 @@ def test_squares_beyond_float32(lib, rng, name, way):
 
 @pytest.mark.parametrize("letter", list("fde"))
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize(("name", "way"), ACCURATE, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(("name", "way"), ACCURATE, ids=lambda v: v if isinstance(v, str) else v[0])
 def test_what_is_not_finite_stays_in_its_channel(lib, rng, name, way, bad, letter):
     shape, order, gaps, offset, *_ = CASES[name]
     clean = Problem(rng, shape, letter, order, gaps, offset)
@@ -357,9 +355,8 @@ def test_what_is_not_finite_stays_in_its_channel(lib, rng, name, way, bad, lette
 def test_constant_channels(lib, rng, name, letter):
     """A constant channel gives beta, a constant dy gives dx = 0 and dgamma = 0; exactly, at any value."""
     shape, order, gaps, offset, *_ = CASES[name]
-    O, C, I = shape  # noqa: E741
     largest = 1e4 if letter == "e" else 1e10
-    values = np.broadcast_to((largest * rng.standard_normal(C))[None, :, None], shape)
+    values = np.broadcast_to((largest * rng.standard_normal(shape[1]))[None, :, None], shape)
     constant = Problem(rng, shape, letter, order, gaps, offset, values=values)
     varied = Problem(rng, shape, letter, order, gaps, offset)
     varied.dy = Array(values, *varied.how)
@@ -405,9 +402,7 @@ def test_offsets_beyond_32_bits(lib, rng, layout):
     C = shape[1]
     table = np.full((6, C), np.nan)
     pointers = planner.Pointers(x=x.ctypes.data, y=y.ctypes.data, table=table.ctypes.data)
-    span = (ctypes.c_uint64 * 4)(
-        *(n for a in arrays for n in (a.ctypes.data // 16 * 16, 4 * (row + (1 << 31) + 128)))
-    )
+    span = (ctypes.c_uint64 * 4)(*(n for a in arrays for n in (a.ctypes.data // 16 * 16, 4 * (row + (1 << 31) + 128))))
     instance = (ctypes.c_int * 5)(0, 4, 0, [RUNS, WINDOWS, COLUMNS].index(layout), 0)
     bytes_ = planner.pack(plan, pointers, 1e-5)
     launch = plan.launches[0]

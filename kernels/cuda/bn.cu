@@ -440,12 +440,16 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const A (&
   }
 }
 
-// Forward once more, element by element in float64, a channel after the other: for squares beyond float32, of deviations
-// from 1e19 on (or a NaN's, which stay NaN).
+// Forward once more, element by element in float64, for channels with squares beyond float32, of deviations from 1e19 on
+// (or a NaN's, which stay NaN).
 template <int N, class A, class T, int V, int LAYOUT>
 FASTBN_DEVICE void sum_up_beyond(const Share<T, V, false, LAYOUT> &share, Sum<A, false> (&sums)[N]) {
 #pragma unroll 1
   for (int j = 0; j < N; j++) {
+    bool beyond = false;
+#pragma unroll
+    for (int i = 0; i < N; i++) beyond |= i == j && !(sums[i].c <= 3.4028235e38);
+    if (!beyond) continue;
     Sum<A, false> s, one;
     A n = 0;
 #pragma unroll 1
@@ -577,12 +581,7 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
         for (int j = 0; j < N; j++)
           if (share.n) sums[j].e -= (A)((p.table[channel(j)] - (double)hi[j]) + p.table[p.C + channel(j)]);
       }
-      if constexpr (!BACKWARD && sizeof(A) == 4) {
-        bool beyond = false;
-#pragma unroll
-        for (int j = 0; j < N; j++) beyond |= !(sums[j].c <= 3.4028235e38);
-        if (beyond) sum_up_beyond(share, sums);
-      }
+      if constexpr (!BACKWARD && sizeof(A) == 4) sum_up_beyond(share, sums);
 
       // ---- the block's: warps by shuffles, then rows in their order, then the columns of a channel
       const int last = LAYOUT == COLUMNS ? p.tx : 1;
