@@ -25,7 +25,7 @@ from .arguments import (
     native,
     same_memory,
 )
-from .arrays import FLOAT32, FLOAT64, Span, family_of
+from .arrays import FLOAT32, FLOAT64, Span, family_of, family_of_values
 from .dispatch import Kernels, kernels
 from .layout import Views, channels_of, empty
 from .moments import Moments
@@ -59,10 +59,10 @@ class Saved:
 
     def __init__(self, walked: Any, x: Any, axes: tuple[int, ...], table: Any, frozen: bool) -> None:
         self._x = walked  # x, or the copy of it that the kernels could walk; None if overwritten
-        self._like = None  # the Span of x, without its memory
+        self._like = None  # the Span of x, without its memory unless that is kept anyway
         self.dtype = x.dtype
         if isinstance(x, Span):
-            self._like, self.dtype = x.without_memory(), x.type
+            self._like, self.dtype = x if x is walked else x.without_memory(), x.type
         self._shape = x.shape
         self._strides = x.strides
         self._axes = axes
@@ -221,9 +221,8 @@ def backward(
     _run_backward(where, given_dy, given_dy if x is None else x, dx, saved, dgamma, dbeta)
     if given_dx is not None and dx is not None and x is not None and same_memory(dx, x):
         saved._x = None
-    dgamma = _shaped(dgamma, given_dgamma, channels.shape)
-    dbeta = _shaped(dbeta, given_dbeta, channels.shape)
-    return (dx, dgamma, dbeta) if like is None else (_own(dx), _own(dgamma), _own(dbeta))
+    dx = dx if like is None else _own(dx)
+    return dx, _shaped(dgamma, given_dgamma, channels.shape), _shaped(dbeta, given_dbeta, channels.shape)
 
 
 def infer(
@@ -315,7 +314,7 @@ def _warn_of_one_value(x: Any, axis: Axis) -> None:
 
 def _moments(shape: tuple[int, ...], axes: tuple[int, ...], table: Any, itemsize: int) -> Moments:
     channels = channels_of(shape, axes)
-    numbers = family_of(table).values(table)
+    numbers = family_of_values(table).numbers(table)
     with np.errstate(all="ignore"):
         mean, m2 = numbers[0] + numbers[1], channels.values * numbers[2]
     mean, m2 = mean.reshape(channels.shape), m2.reshape(channels.shape)
@@ -345,20 +344,19 @@ def _flat(given: Any, number: int, dtype: np.dtype[Any], like: Span | None) -> A
     """(C,) for kernels to write to: the array given for it, or a new one."""
     if given is None or not _dense(given):
         return np.empty(number, dtype) if like is None else _new((number,), dtype, like)
-    return given.reshape(-1) if like is None else given.flat()
+    return _own(given).reshape(-1)
 
 
 def _shaped(values: Any, given: Any, shape: tuple[int, ...]) -> Any:
     """`values` (C,) in the channels' shape and in the array given for them, if there is one."""
     if values is None or (given is None and len(shape) == 1):
         return values
-    if given is not None and _dense(given):
-        return given
-    found = values.family.locate(values.value.reshape(shape)) if isinstance(values, Span) else values.reshape(shape)
     if given is None:
-        return found
-    family_of(given).assign(given, found)
-    return given
+        return values.reshape(shape)
+    if not _dense(given):
+        filled = values.reshape(shape)
+        family_of(given).assign(given, given.family.locate(filled) if isinstance(given, Span) else filled)
+    return _own(given)
 
 
 def _dense(a: Any) -> bool:
@@ -377,7 +375,7 @@ def _run_forward(
     """Fills y and table; returns x as the kernels walked it, which `backward` will walk again."""
     backend = kernels(where, x)
     if x.size == 0:
-        family_of(table).clear(table)
+        family_of_values(table).clear(table)
         return x
     views = Views(axes, [x], [y])
     read, written = _elements(views.views, backend)
@@ -392,7 +390,7 @@ def _run_backward(where: str, dy: Any, x: Any, dx: Any, saved: Saved, dgamma: An
     if dy.size == 0:
         for sums in (dgamma, dbeta):
             if sums is not None:
-                family_of(sums).clear(sums)
+                family_of_values(sums).clear(sums)
         return
     views = Views(saved._axes, [x, dy], [dx])  # x first: results take its memory layout
     read_x, read_dy, written = _elements(views.views, backend)
