@@ -85,8 +85,8 @@ class Problem:
 
 
 # A result is relative to what is added up in it. float32: each of a, x - hi, - lo and the sum rounds by half an eps,
-# and the variance's own error adds half of it: 4 eps are promised. float64 alike. A half type rounds once, by half an eps,
-# and float32's eps are 2^-13 of float16's: 0.51.
+# and the variance's own error adds half of it: 4 eps are promised. float64 alike. A half type rounds once, by half an
+# eps, and float32's eps are 2^-13 of float16's: 0.51.
 Y_TOLERANCE = {"f": 4, "d": 4, "e": 0.51, "E": 0.51}
 # Backward has three sums more, and the mean of dy is off by an eps of what dy varies by.
 DX_TOLERANCE = {"f": 6, "d": 6, "e": 0.51, "E": 0.51}

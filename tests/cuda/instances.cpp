@@ -31,6 +31,9 @@ extern "C" const char *fastbn_launch(const int *instance, const Params *p, unsig
 #define INSTANCE(TYPE, T, WIDTH, LAYOUT)                                            \
   if (i[0] == TYPE && i[1] == WIDTH && i[3] == LAYOUT)                              \
     f = i[2] ? pick<T, WIDTH, true, LAYOUT>(way, params) : pick<T, WIDTH, false, LAYOUT>(way, params);
+#define ONE(TYPE, T, WIDTH, BACKWARD, LAYOUT, WAY)                                                 \
+  if (i[0] == TYPE && i[1] == WIDTH && (i[2] != 0) == BACKWARD && i[3] == LAYOUT && way == WAY)   \
+    f = [&params] { bn<T, WIDTH, BACKWARD, LAYOUT, WAY>(params); };
 #define WIDEST(TYPE, T, WIDTH) \
   INSTANCE(TYPE, T, WIDTH, RUNS) INSTANCE(TYPE, T, WIDTH, WINDOWS) INSTANCE(TYPE, T, WIDTH, COLUMNS)
 #define NARROWER(TYPE, T, WIDTH) INSTANCE(TYPE, T, WIDTH, RUNS) INSTANCE(TYPE, T, WIDTH, COLUMNS)
