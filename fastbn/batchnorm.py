@@ -96,16 +96,19 @@ def forward(
     Parameters
     ----------
     x : array, at least 2-D, of float16, bfloat16, float32 or float64
-        Any strides. It is kept, not copied, for `backward`, except as `fastbn.layout.Views` says. float64 values
-        from 1e154 on have no float64 variance.
+        NumPy's, or on a GPU: CuPy's, a PyTorch CUDA tensor (autograd does not see the call), a Numba device array.
+        Results are of its kind and on its device; all other arrays must be so too, as nothing is copied from one place
+        to another. Any strides. It is kept, not copied, for `backward`, except as `fastbn.layout.Views` says. float64
+        values from 1e154 on have no float64 variance.
     gamma, beta : array of the channels' shape, optional
-        Scale and shift; 1 and 0 if not given.
+        Scale and shift; 1 and 0 if not given. On a GPU best contiguous, and float32 or float64: else it is converted.
     axis : int or tuple of int
         The channel axis, or all axes that statistics keep: (0, 1) of (N, C, H, W) is instance norm.
     eps : float
         Added to the variance, in its unit.
     frozen : (mean, var) or RunningStats, optional
-        Normalize by these in place of x's own; they count as constants in `backward`.
+        Normalize by these in place of x's own; they count as constants in `backward`. On a GPU a negative variance is
+        not looked for, as that would wait for the device: y is NaN there.
     out : array of x's shape and dtype, optional
         Where y goes, without any other memory of that size. It may be x; then only the gradients that don't need
         x can be had from `saved`.
@@ -238,8 +241,8 @@ def infer(
 ) -> Array:
     """Normalize by given statistics, keeping nothing: ``y = gamma (x - mean) / sqrt(var + eps) + beta``.
 
-    `mean` and `var` are arrays of the channels' shape; a variance below 0 is a ValueError. All else, errors
-    included, is as in `forward` with `frozen=(mean, var)`.
+    `mean` and `var` are arrays of the channels' shape; a variance below 0 is a ValueError, on a GPU NaN. All
+    else, errors included, is as in `forward` with `frozen=(mean, var)`.
 
     >>> import numpy as np, fastbn
     >>> fastbn.infer(np.float32([[7, 1], [5, 1]]), mean=[5, 0], var=[4, 1], eps=1e-8).tolist()
