@@ -540,7 +540,7 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
   // ranks' sums; plan.py's `in_flight` and `sums_in_flight`.
   constexpr bool TIGHT = LAYOUT == COLUMNS, WIDE = sizeof(T) == 8;
   constexpr int BATCH = (WIDE || (TIGHT && sizeof(T) == 2) ? 4 : 8) / (BACKWARD ? 2 : 1);
-  constexpr int AGAIN = TIGHT && WAY != APPLY && (BACKWARD || WIDE) ? 1 : BACKWARD || WIDE ? 2 : 4;
+  constexpr int AGAIN = TIGHT && WAY != APPLY ? (BACKWARD || WIDE ? 1 : 2) : BACKWARD || WIDE ? 2 : 4;
   constexpr int RANKS = WAY == CLUSTER || WIDE ? 1 : TIGHT ? 2 : 4;
   const int t = threadIdx.x, threads = blockDim.x, lane = t & 31, warp = t >> 5, warps = threads >> 5;
   const int K = p.K, rank = blockIdx.x % K, group = blockIdx.x / K, groups = gridDim.x / K, G = p.G;
