@@ -136,7 +136,7 @@ def test_every_way(lib, rng, name, letter):
         assert letter != "f" or (plan.walk.layout, plan.walk.V) == expected
         run, check = (problem.backward, check_backward) if backward else (problem.forward, check_forward)
         bits = set()
-        for policy in SCHEDULES:
+        for policy in SCHEDULES if letter == "f" else (0, 3):  # the schedule doesn't depend on the type
             keep = None if policy % 2 or way == SPLIT else 1
             result = run(lib, problem.plan(backward, way, K, keep=keep), policy=policy, resident=policy + 1)
             if policy == 0:
@@ -243,9 +243,8 @@ def test_gamma_and_beta_may_be_absent(lib, rng):
 def test_in_place(lib, rng, name):
     """y is x; dx is dy, or x: the bits of separate arrays, whoever is first."""
     shape, order, gaps, offset, *_ = CASES[name]
-    for (way, K), policy in itertools.product(WAYS, SCHEDULES):
-        make = np.random.default_rng(5)
-        problem = Problem(make, shape, "f", order, gaps, offset)
+    for (way, K), policy in itertools.product(WAYS, (0, 3)):
+        problem = Problem(np.random.default_rng(5), shape, "f", order, gaps, offset)
         keep = 1 if policy % 2 else None
         expected = problem.forward(lib, problem.plan(False, way, K, keep=keep), policy=policy)
         result = problem.forward(lib, problem.plan(False, way, K, keep=keep), policy=policy, resident=3, y=problem.x)

@@ -22,9 +22,9 @@ static Arrays arrays(const uint64_t *pairs, int count) {
 }
 
 // instance: type (0 float, 1 f16, 2 bf16, 3 double), V, backward, layout, way. Returns "" or what went wrong.
-extern "C" const char *fastbn_launch(const int *instance, const Params *p, unsigned grid, unsigned block, unsigned shared,
-                                     int cluster, unsigned resident, int policy, const uint64_t *readable, int readables,
-                                     const uint64_t *writable, int writables) {
+extern "C" const char *fastbn_launch(const int *instance, const Params *p, unsigned grid, unsigned block,
+                                     unsigned shared, int cluster, unsigned resident, int policy,
+                                     const uint64_t *readable, int readables, const uint64_t *writable, int writables) {
   const Params params = *p;
   const int *i = instance, way = i[4];
   std::function<void()> f;
