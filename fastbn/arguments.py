@@ -199,23 +199,24 @@ def _wrong_channels(function: str, name: str, came: tuple[int, ...], shape: tupl
     )
 
 
-def _check_parameter(function: str, name: str, value: Any, shape: tuple[int, ...], x: Span) -> Span:
+def _check_parameter(function: str, name: str, value: Any, shape: tuple[int, ...], x: Span) -> Any:
     """A GPU's (C,): one that came in another type or with gaps is converted by its own library."""
+    family = x.family
+    if len(shape) == 1 and family.fits(value, shape, x.device):  # nearly every call
+        return value
     span = _check_span(function, name, check_place(function, name, value, x))
     if span.shape != shape:
         raise ValueError(_wrong_channels(function, name, span.shape, shape))
-    if span.dtype.char not in "fd" or not span.dense:
-        if x.family is NUMBA:
-            raise TypeError(
-                f"{function}: {name} is a {span} with strides {span.strides}; expected a contiguous array of "
-                "float32 or float64, as Numba device arrays can't be converted where they are"
-            )
-        span = x.family.locate(x.family.rounded(value, FLOAT64))
-        if not span.dense:
-            new = x.family.new(shape, FLOAT64, x.device)
-            x.family.assign(new, span)
-            span = new
-    return span.flat()
+    if span.dtype.char in "fd" and span.dense:
+        return value if len(shape) == 1 else value.reshape(-1)
+    if family is NUMBA:
+        raise TypeError(
+            f"{function}: {name} is a {span} with strides {span.strides}; expected a contiguous array of "
+            "float32 or float64, as Numba device arrays can't be converted where they are"
+        )
+    new = family.new(shape, FLOAT64, x.device)
+    family.assign(family.locate(new), family.locate(family.rounded(value, FLOAT64)))
+    return new.reshape(-1)
 
 
 def check_variances(function: str, value: Any, shape: tuple[int, ...], name: str = "var", beside: Any = None) -> Any:
@@ -258,8 +259,8 @@ def check_out(
     apart_from: dict[str, Any],
 ) -> Any:
     """`out`, if a result of this shape and dtype can be written there, beside x, without spoiling the arrays named."""
-    check_place(function, name, out, x)
-    target = check_array(function, name, out)
+    target = check_place(function, name, out, x)
+    target = _check_span(function, name, target) if isinstance(x, Span) else check_array(function, name, out)
     if target.shape != shape or target.dtype != dtype:
         kind = x.type if isinstance(x, Span) and x.dtype == dtype else dtype
         raise ValueError(
@@ -302,6 +303,9 @@ def _same_strides(a: Any, b: Any) -> bool:
 
 def overlap(a: Any, b: Any) -> bool:
     if isinstance(a, Span):
+        (low, high), (start, end) = a.bounds(), b.bounds()
+        if high <= start or end <= low:  # nearly every call
+            return False
         a, b = a.addresses(), b.addresses()
     if not np.may_share_memory(a, b):
         return False

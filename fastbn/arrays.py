@@ -21,14 +21,16 @@ FLOAT32, FLOAT64, INT16 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(n
 
 
 class Span:
-    """An array of another library, as checks and views see it: they then call nothing of that library.
+    """A large array of another library, as checks and views see it: they then call nothing of that library.
+
+    Arrays of C numbers have none, and go to the kernels as they are.
 
     `value` is the array, `type` its library's name for the numbers in it; `dtype` is how kernels read them (bfloat16 as
     int16 bits; None: not at all). address, shape and strides (bytes) are the view's, not the array's, in one that was
     `seen`.
     """
 
-    __slots__ = ("address", "device", "dtype", "family", "shape", "strides", "type", "value", "whole")
+    __slots__ = ("address", "device", "dtype", "family", "shape", "strides", "type", "value")
 
     def __init__(
         self,
@@ -40,10 +42,9 @@ class Span:
         dtype: Any,
         type: Any,
         device: int,
-        whole: bool = True,
     ) -> None:
         self.family, self.value, self.address, self.shape, self.strides = family, value, address, shape, strides
-        self.dtype, self.type, self.device, self.whole = dtype, type, device, whole
+        self.dtype, self.type, self.device = dtype, type, device
 
     @property
     def ndim(self) -> int:
@@ -60,15 +61,16 @@ class Span:
 
     def seen(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> Span:
         """The same memory in another shape."""
-        return Span(self.family, self.value, self.address, shape, strides, self.dtype, self.type, self.device, False)
+        return Span(self.family, self.value, self.address, shape, strides, self.dtype, self.type, self.device)
 
     def without_memory(self) -> Span:
         """To make arrays like it."""
         return Span(self.family, None, 0, self.shape, self.strides, self.dtype, self.type, self.device)
 
-    def flat(self) -> Span:
-        """A dense one as (n,)."""
-        return self if len(self.shape) == 1 else self.seen((self.size,), (self.dtype.itemsize,))
+    def bounds(self) -> tuple[int, int]:
+        """The first address that it touches, and the one behind the last."""
+        low, high = _reach(self.shape, self.strides, self.dtype.itemsize)
+        return self.address + low, self.address + high
 
     def addresses(self) -> np.ndarray:
         """A NumPy array over the same addresses, for NumPy's overlap checks: it must never be read."""
@@ -102,6 +104,15 @@ def dense_strides(shape: tuple[int, ...], itemsize: int, like: tuple[int, ...] |
     return tuple(itemsize * math.prod(max(1, n) for n in sizes[place + 1 :]) for place in places)
 
 
+@functools.lru_cache(maxsize=4096)
+def _reach(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> tuple[int, int]:
+    """Bytes from the first element to the lowest address and behind the highest."""
+    if 0 in shape:
+        return 0, 0
+    reach = [s * (n - 1) for s, n in zip(strides, shape, strict=True)]
+    return sum(min(0, r) for r in reach), sum(max(0, r) for r in reach) + itemsize
+
+
 class Family:
     """What C numbers need of their array library, for moments and layers; these are NumPy's answers."""
 
@@ -111,13 +122,12 @@ class Family:
         """target[...] = source, for arrays as checks see them."""
         target[...] = source
 
-    def clear(self, found: Any) -> None:
-        """found[...] = 0, likewise."""
-        found[...] = 0
+    def clear(self, values: Any) -> None:
+        values[...] = 0
 
-    def values(self, found: Any) -> Any:
-        """The array itself, for arithmetic."""
-        return found
+    def numbers(self, values: Any) -> Any:
+        """An array that can be computed with: the same one, if it can."""
+        return values
 
     def put(self, values: np.ndarray, _device: int) -> Any:
         """Copied from NumPy."""
@@ -156,7 +166,11 @@ class OnDevice(Family):
         """Why an array can't be taken although it is of this family, and what to do."""
         raise NotImplementedError
 
-    def new(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: int) -> Span:
+    def fits(self, value: Any, shape: tuple[int], device: int) -> bool:
+        """Whether it is a contiguous array (C,) of float32 or float64 there. May be wrong about a few that are."""
+        raise NotImplementedError
+
+    def new(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: int) -> Any:
         """A new C-contiguous array."""
         raise NotImplementedError
 
@@ -170,12 +184,6 @@ class OnDevice(Family):
 
     def assign(self, target: Span, source: Span) -> None:
         target.value[...] = source.value
-
-    def clear(self, found: Span) -> None:
-        found.value[...] = 0
-
-    def values(self, found: Span) -> Any:
-        return found.value
 
     def device(self, values: Any) -> int:
         return self.locate(values).device
@@ -197,19 +205,25 @@ class _CuPy(OnDevice):
             return None
         return f"a subclass of cupy.ndarray may mean its elements otherwise; pass {name}.view(cupy.ndarray)"
 
-    def _make(self, shape: tuple[int, ...], dtype: Any, device: int) -> Any:
+    def fits(self, value: Any, shape: tuple[int], device: int) -> bool:
+        return (
+            type(value) is sys.modules["cupy"].ndarray
+            and value.shape == shape
+            and value.dtype.char in "fd"
+            and value.strides[0] == value.dtype.itemsize
+            and value.data.device_id == device
+        )
+
+    def new(self, shape: tuple[int, ...], dtype: Any, device: int) -> Any:
         cupy = sys.modules["cupy"]
         if cupy.cuda.runtime.getDevice() == device:
-            return cupy.empty(shape, dtype)
+            return cupy.ndarray(shape, dtype)
         with cupy.cuda.Device(device):
-            return cupy.empty(shape, dtype)
-
-    def new(self, shape: tuple[int, ...], dtype: Any, device: int) -> Span:
-        return self.locate(self._make(shape, dtype, device))
+            return cupy.ndarray(shape, dtype)
 
     def like(self, x: Span, strides: tuple[int, ...]) -> Span:
         sizes, places = memory_order(x.shape, strides)
-        value = self._make(sizes, x.type, x.device)
+        value = self.new(sizes, x.type, x.device)
         return self.locate(value if sizes == x.shape else value.transpose(places))
 
     def assign(self, target: Span, source: Span) -> None:
@@ -262,18 +276,29 @@ class _Torch(OnDevice):
             )
         return None
 
-    def _make(self, shape: tuple[int, ...], strides: tuple[int, ...], kind: Any, device: int) -> Span:
+    def fits(self, value: Any, shape: tuple[int], device: int) -> bool:
         torch = sys.modules["torch"]
-        return self.locate(torch.empty_strided(shape, strides, dtype=kind, device=torch.device("cuda", device)))
+        return (
+            isinstance(value, torch.Tensor)
+            and value.shape == shape
+            and (value.dtype is torch.float32 or value.dtype is torch.float64)
+            and value.stride() == (1,)
+            and value.get_device() == device
+            and self.refusal(value, "") is None
+        )
 
-    def new(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: int) -> Span:
+    def _make(self, shape: tuple[int, ...], strides: tuple[int, ...], kind: Any, device: int) -> Any:
+        torch = sys.modules["torch"]
+        return torch.empty_strided(shape, strides, dtype=kind, device=torch.device("cuda", device))
+
+    def new(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: int) -> Any:
         return self._make(shape, dense_strides(shape, 1), self._kind(dtype), device)
 
     def _kind(self, dtype: np.dtype[Any]) -> Any:
         return getattr(sys.modules["torch"], dtype.name)
 
     def like(self, x: Span, strides: tuple[int, ...]) -> Span:
-        return self._make(x.shape, dense_strides(x.shape, 1, strides), x.type, x.device)
+        return self.locate(self._make(x.shape, dense_strides(x.shape, 1, strides), x.type, x.device))
 
     def put(self, values: np.ndarray, device: int) -> Any:
         torch = sys.modules["torch"]
@@ -317,24 +342,27 @@ class _Numba(OnDevice):
     def refusal(self, _value: Any, _name: str) -> None:
         return None
 
-    def new(self, shape: tuple[int, ...], dtype: Any, device: int) -> Span:
+    def fits(self, value: Any, shape: tuple[int], device: int) -> bool:  # noqa: ARG002
+        return False
+
+    def new(self, shape: tuple[int, ...], dtype: Any, device: int) -> Any:
         return self._make(shape, dense_strides(shape, dtype.itemsize), dtype, device)
 
-    def _make(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, device: int) -> Span:
+    def _make(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, device: int) -> Any:
         with sys.modules["numba.cuda"].gpus[device]:
-            return self.locate(self._arrays.empty(shape, strides, dtype))
+            return self._arrays.empty(shape, strides, dtype)
 
     def like(self, x: Span, strides: tuple[int, ...]) -> Span:
-        return self._make(x.shape, dense_strides(x.shape, x.dtype.itemsize, strides), x.type, x.device)
+        return self.locate(self._make(x.shape, dense_strides(x.shape, x.dtype.itemsize, strides), x.type, x.device))
 
     def assign(self, target: Span, source: Span) -> None:
         self._arrays.copy(source.value, target.value)
 
-    def clear(self, found: Span) -> None:
-        found.value.copy_to_device(np.zeros(found.shape, found.dtype))
+    def clear(self, values: Any) -> None:
+        values.copy_to_device(np.zeros(tuple(values.shape), values.dtype))
 
-    def values(self, found: Span) -> np.ndarray:
-        return np.array(self._arrays.host(found.value))
+    def numbers(self, values: Any) -> np.ndarray:
+        return np.array(self._arrays.host(values))
 
     def stream(self, arrays: list[Span]) -> int:
         stream = next((a.value.stream for a in arrays if a.value.stream), 0)
@@ -370,7 +398,9 @@ def place_of(values: Any) -> tuple[Family, int]:
 
 
 class _Kernels:
-    """Kernels of one library's arrays, for spans of every family: `fastbn.dispatch.Kernels`."""
+    """Kernels of one library's arrays, for arrays of every family: `fastbn.dispatch.Kernels`."""
+
+    own: OnDevice
 
     def __init__(self, kernels: Any) -> None:
         self._kernels = kernels
@@ -378,35 +408,35 @@ class _Kernels:
     def element_view(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
         return dtype
 
-    def forward(self, x: Span, y: Span | None, table: Span, given: tuple[Span | None, ...], eps: float) -> None:
+    def forward(self, x: Span, y: Span | None, table: Any, given: tuple[Any, ...], eps: float) -> None:
         with self._on([x]):
-            array = self._array
-            self._kernels.forward(array(x), array(y), array(table), tuple([array(g) for g in given]), eps)
+            small = self._small(x.family, (table, *given))
+            self._kernels.forward(self._array(x), y and self._array(y), small[0], small[1:], eps)
 
-    def backward(
-        self,
-        dy: Span,
-        x: Span,
-        dx: Span | None,
-        table: Span,
-        dgamma: Span | None,
-        dbeta: Span | None,
-        frozen: bool,
-    ) -> None:
+    def backward(self, dy: Span, x: Span, dx: Span | None, table: Any, dgamma: Any, dbeta: Any, frozen: bool) -> None:
         with self._on([x, dy]):
-            self._kernels.backward(*[self._array(a) for a in (dy, x, dx, table, dgamma, dbeta)], frozen)
+            small = self._small(x.family, (table, dgamma, dbeta))
+            self._kernels.backward(self._array(dy), self._array(x), dx and self._array(dx), *small, frozen)
+
+    def _small(self, family: OnDevice, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Arrays of C numbers as the library's own."""
+        if family is self.own:
+            return arrays
+        return tuple([None if a is None else self._array(family.locate(a)) for a in arrays])
 
     def _on(self, arrays: list[Span]) -> Any:
         """A context with the device and the stream to run on."""
         raise NotImplementedError
 
-    def _array(self, span: Span | None) -> Any:
+    def _array(self, span: Span) -> Any:
         """The library's own array on the span's memory."""
         raise NotImplementedError
 
 
 class CuPyKernels(_Kernels):
     """They choose the device themselves, and take CuPy's current stream."""
+
+    own = CUPY
 
     def _on(self, arrays: list[Span]) -> Any:
         stream = arrays[0].family.stream(arrays)
@@ -418,31 +448,26 @@ class CuPyKernels(_Kernels):
         with cuda.Device(device), cuda.ExternalStream(stream) if stream else cuda.Stream.null:
             yield
 
-    def _array(self, span: Span | None) -> Any:
-        if span is None:
-            return None
+    def _array(self, span: Span) -> Any:
         if span.family is CUPY:
-            if span.whole and span.dtype is span.type:
-                return span.value
             return sys.modules["cupy"].ndarray(span.shape, span.dtype, span.value.data, span.strides)
         cupy = import_module("cupy")
-        reach = sum(s * (n - 1) for s, n in zip(span.strides, span.shape, strict=True) if s > 0) + span.dtype.itemsize
-        memory = cupy.cuda.UnownedMemory(span.address, reach, span.value, span.device)
+        memory = cupy.cuda.UnownedMemory(span.address, span.bounds()[1] - span.address, span.value, span.device)
         return cupy.ndarray(span.shape, span.dtype, cupy.cuda.MemoryPointer(memory, 0), span.strides)
 
 
 class NumbaKernels(_Kernels):
     """They take their stream from an array that has one."""
 
+    own = NUMBA
+
     def _on(self, arrays: list[Span]) -> Any:
         return import_module("numba.cuda").gpus[arrays[0].device]
 
-    def _array(self, span: Span | None) -> Any:
-        if span is None:
-            return None
+    def _array(self, span: Span) -> Any:
         if span.family is NUMBA:
             arrays = import_module("fastbn.kernels.numba_cuda.arrays")
-            return span.value if span.whole else arrays.view(span.value, span.shape, span.strides)
+            return arrays.view(span.value, span.shape, span.strides)
         stream = span.family.stream([span])
         if stream is None:
             stream = sys.modules["cupy"].cuda.get_current_stream().ptr

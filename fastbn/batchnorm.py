@@ -25,7 +25,7 @@ from .arguments import (
     native,
     same_memory,
 )
-from .arrays import FLOAT32, FLOAT64, Span, family_of
+from .arrays import FLOAT32, FLOAT64, Span, family_of, family_of_values
 from .dispatch import Kernels, kernels
 from .layout import Views, channels_of, empty
 from .moments import Moments
@@ -59,10 +59,10 @@ class Saved:
 
     def __init__(self, walked: Any, x: Any, axes: tuple[int, ...], table: Any, frozen: bool) -> None:
         self._x = walked  # x, or the copy of it that the kernels could walk; None if overwritten
-        self._like = None  # the Span of x, without its memory
+        self._like = None  # the Span of x, without its memory unless that is kept anyway
         self.dtype = x.dtype
         if isinstance(x, Span):
-            self._like, self.dtype = x.without_memory(), x.type
+            self._like, self.dtype = x if x is walked else x.without_memory(), x.type
         self._shape = x.shape
         self._strides = x.strides
         self._axes = axes
@@ -96,16 +96,19 @@ def forward(
     Parameters
     ----------
     x : array, at least 2-D, of float16, bfloat16, float32 or float64
-        Any strides. It is kept, not copied, for `backward`, except as `fastbn.layout.Views` says. float64 values
-        from 1e154 on have no float64 variance.
+        NumPy's, or on a GPU: CuPy's, a PyTorch CUDA tensor (autograd does not see the call), a Numba device array.
+        Results are of its kind and on its device; all other arrays must be so too, as nothing is copied from one place
+        to another. Any strides. It is kept, not copied, for `backward`, except as `fastbn.layout.Views` says. float64
+        values from 1e154 on have no float64 variance.
     gamma, beta : array of the channels' shape, optional
-        Scale and shift; 1 and 0 if not given.
+        Scale and shift; 1 and 0 if not given. On a GPU best contiguous, and float32 or float64: else it is converted.
     axis : int or tuple of int
         The channel axis, or all axes that statistics keep: (0, 1) of (N, C, H, W) is instance norm.
     eps : float
         Added to the variance, in its unit.
     frozen : (mean, var) or RunningStats, optional
-        Normalize by these in place of x's own; they count as constants in `backward`.
+        Normalize by these in place of x's own; they count as constants in `backward`. On a GPU a negative variance is
+        not looked for, as that would wait for the device: y is NaN there.
     out : array of x's shape and dtype, optional
         Where y goes, without any other memory of that size. It may be x; then only the gradients that don't need
         x can be had from `saved`.
@@ -221,9 +224,8 @@ def backward(
     _run_backward(where, given_dy, given_dy if x is None else x, dx, saved, dgamma, dbeta)
     if given_dx is not None and dx is not None and x is not None and same_memory(dx, x):
         saved._x = None
-    dgamma = _shaped(dgamma, given_dgamma, channels.shape)
-    dbeta = _shaped(dbeta, given_dbeta, channels.shape)
-    return (dx, dgamma, dbeta) if like is None else (_own(dx), _own(dgamma), _own(dbeta))
+    dx = dx if like is None else _own(dx)
+    return dx, _shaped(dgamma, given_dgamma, channels.shape), _shaped(dbeta, given_dbeta, channels.shape)
 
 
 def infer(
@@ -239,8 +241,8 @@ def infer(
 ) -> Array:
     """Normalize by given statistics, keeping nothing: ``y = gamma (x - mean) / sqrt(var + eps) + beta``.
 
-    `mean` and `var` are arrays of the channels' shape; a variance below 0 is a ValueError. All else, errors
-    included, is as in `forward` with `frozen=(mean, var)`.
+    `mean` and `var` are arrays of the channels' shape; a variance below 0 is a ValueError, on a GPU NaN. All
+    else, errors included, is as in `forward` with `frozen=(mean, var)`.
 
     >>> import numpy as np, fastbn
     >>> fastbn.infer(np.float32([[7, 1], [5, 1]]), mean=[5, 0], var=[4, 1], eps=1e-8).tolist()
@@ -315,7 +317,7 @@ def _warn_of_one_value(x: Any, axis: Axis) -> None:
 
 def _moments(shape: tuple[int, ...], axes: tuple[int, ...], table: Any, itemsize: int) -> Moments:
     channels = channels_of(shape, axes)
-    numbers = family_of(table).values(table)
+    numbers = family_of_values(table).numbers(table)
     with np.errstate(all="ignore"):
         mean, m2 = numbers[0] + numbers[1], channels.values * numbers[2]
     mean, m2 = mean.reshape(channels.shape), m2.reshape(channels.shape)
@@ -345,20 +347,19 @@ def _flat(given: Any, number: int, dtype: np.dtype[Any], like: Span | None) -> A
     """(C,) for kernels to write to: the array given for it, or a new one."""
     if given is None or not _dense(given):
         return np.empty(number, dtype) if like is None else _new((number,), dtype, like)
-    return given.reshape(-1) if like is None else given.flat()
+    return _own(given).reshape(-1)
 
 
 def _shaped(values: Any, given: Any, shape: tuple[int, ...]) -> Any:
     """`values` (C,) in the channels' shape and in the array given for them, if there is one."""
     if values is None or (given is None and len(shape) == 1):
         return values
-    if given is not None and _dense(given):
-        return given
-    found = values.family.locate(values.value.reshape(shape)) if isinstance(values, Span) else values.reshape(shape)
     if given is None:
-        return found
-    family_of(given).assign(given, found)
-    return given
+        return values.reshape(shape)
+    if not _dense(given):
+        filled = values.reshape(shape)
+        family_of(given).assign(given, given.family.locate(filled) if isinstance(given, Span) else filled)
+    return _own(given)
 
 
 def _dense(a: Any) -> bool:
@@ -377,7 +378,7 @@ def _run_forward(
     """Fills y and table; returns x as the kernels walked it, which `backward` will walk again."""
     backend = kernels(where, x)
     if x.size == 0:
-        family_of(table).clear(table)
+        family_of_values(table).clear(table)
         return x
     views = Views(axes, [x], [y])
     read, written = _elements(views.views, backend)
@@ -392,7 +393,7 @@ def _run_backward(where: str, dy: Any, x: Any, dx: Any, saved: Saved, dgamma: An
     if dy.size == 0:
         for sums in (dgamma, dbeta):
             if sums is not None:
-                family_of(sums).clear(sums)
+                family_of_values(sums).clear(sums)
         return
     views = Views(saved._axes, [x, dy], [dx])  # x first: results take its memory layout
     read_x, read_dy, written = _elements(views.views, backend)

@@ -298,6 +298,51 @@ def rows_gradient(dy, x, dx, gamma, eps):
 """
 
 
+def conversions() -> dict[str, np.ndarray]:
+    """float32 numbers, as bfloat16 and back: ties to both sides, carries, overflow, subnormals, every kind of NaN."""
+    from fastbn.kernels import numba_cuda
+    from fastbn.kernels.numba_cuda.kernels import load_bfloat, save_bfloat
+    from fastbn.kernels.numba_cuda.target import cuda
+
+    @cuda.jit
+    def there_and_back(x, y, z):
+        save_bfloat(y, cuda.grid(1), x[cuda.grid(1)])
+        z[cuda.grid(1)] = load_bfloat(y, cuda.grid(1))
+
+    upper = np.r_[0, 1, 0x3F80, 0x3F81, 0x3FFF, 0x7F7F, 0x7F80, 0x7FC0, 0x7FFF, 0x0080, 0x4242, 0x4243].astype(
+        np.uint32
+    )
+    lower = np.r_[0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF].astype(np.uint32)
+    sign = np.uint32([0, 0x8000])
+    bits = ((sign[:, None, None] | upper[:, None]) << np.uint32(16) | lower).ravel()
+    found = {"x": bits.view(np.float32), "y": np.zeros(bits.size, np.int16), "z": np.zeros(bits.size, np.float32)}
+    arrays = [numba_cuda.put(a) for a in found.values()]
+    there_and_back[bits.size // 8, 8](*arrays)
+    return {name: numba_cuda.host(a) for name, a in zip(found, arrays, strict=True)}
+
+
+def trees() -> np.ndarray:
+    """Means by one tree after another in the same shared memory: (round, first or second tree, thread)."""
+    from fastbn.kernels import numba_cuda
+    from fastbn.kernels.numba_cuda import block_comoments, block_moments
+    from fastbn.kernels.numba_cuda.target import cuda
+
+    @cuda.jit
+    def rounds(out):
+        t = cuda.threadIdx.x
+        for k in range(out.shape[0]):
+            out[k, 0, t] = block_moments(1.0, float(t + 10 * k), 0.0, 0.0, 1 << k % 4)[1]
+        for k in range(out.shape[0]):
+            out[k, 1, t] = block_comoments(1.0, float(t - 10 * k), 0.0, 0.0, 0.0, 1 << k % 4)[1]
+
+    out = numba_cuda.put(np.zeros((12, 2, 8)))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # a thread may be overtaken between any two steps
+    rounds[1, 8](out)
+    sys.setswitchinterval(interval)
+    return numba_cuda.host(out)
+
+
 def copies() -> list[tuple[np.ndarray, np.ndarray]]:
     """Copies between strided arrays: what was wanted, and what came."""
     from fastbn.kernels import numba_cuda
@@ -347,6 +392,8 @@ def main(path: str) -> None:
     results["user"] = users_kernel()
     results["copies"] = copies()
     results["refusals"] = refusals()
+    results["conversions"] = conversions()
+    results["trees"] = trees()
     with open(path, "wb") as file:
         pickle.dump(results, file)
 

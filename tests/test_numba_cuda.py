@@ -204,6 +204,23 @@ def test_the_documented_kernel(simulated):
     compare(dx, exact_dx, eps * np.maximum(1, np.abs(exact_dx)) * 0.51)
 
 
+def test_bfloat16(simulated):
+    x, y, z = simulated["conversions"].values()
+    with np.errstate(invalid="ignore"):  # NaN that signals
+        wanted = x.astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(np.isnan(z), np.isnan(x))
+    np.testing.assert_array_equal(y.view(np.uint16)[~np.isnan(x)], wanted.view(np.uint16)[~np.isnan(x)])
+    np.testing.assert_array_equal(z, wanted.astype(np.float32))
+
+
+def test_one_tree_after_another(simulated):
+    """A thread that is ahead doesn't overwrite what another one has still to read."""
+    for k, found in enumerate(simulated["trees"]):
+        lanes = 1 << k % 4
+        means = np.resize(np.arange(8.0).reshape(-1, lanes).mean(0), 8)
+        np.testing.assert_array_equal(found, [means + 10 * k, means - 10 * k])
+
+
 def test_copies(simulated):
     assert len(simulated["copies"]) == 8
     for wanted, got in simulated["copies"]:

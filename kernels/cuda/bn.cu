@@ -1,19 +1,19 @@
 // Batch normalization, forward and backward, for arrays (O, C, I). One source for NVRTC, nvcc and, in the tests, g++.
 // No includes on the device: <cooperative_groups.h> alone costs NVRTC 1.6 s.
 //
-//   forward    y  = a ((x - hi) - lo) + beta                                        a = gamma invstd
-//   backward   dx = a (((dy - ghi) - glo) - (((x - hi) - lo) invstd) invstd cov)    cov = cov(dy, x), ghi + glo = mean dy
+//   forward    y  = a ((x - hi) - lo) + beta                                       a = gamma invstd, hi + lo = mean x
+//   backward   dx = a (((dy - ghi) - glo) - (((x - hi) - lo) invstd) invstd cov)   cov of dy and x, ghi + glo = mean dy
 //
-// One kernel template. Each item, a channel or a tile of columns, is read by K blocks, its ranks. Twice: for sums, and for
-// the map. What a thread reads first it keeps in shared memory as far as there is room (`keep`), and takes it from there
-// the second time: one read and one write forward, two reads and one write backward. The rest is read again, last first,
-// because that is the likeliest to be in L2 still.
+// One kernel template. Each item, a channel or a tile of columns, is read by K blocks, its ranks. Twice: for sums, and
+// for the map. What a thread reads first it keeps in shared memory as far as there is room (`keep`), and takes it from
+// there the second time: one read and one write forward, two reads and one write backward. The rest is read again, last
+// first, because that is the likeliest to be in L2 still.
 //
-// Sums are right at any offset. A thread takes its vectors in small batches: the mean of a batch, then the squares about
-// that mean while the batch is in registers; batches merge by Chan, Golub & LeVeque (1983) with means relative to a pivot
-// (the mean of the thread's first batch); threads, warps, blocks and ranks merge so in float64, each in a fixed tree. There
-// are no float atomics, and every contraction is spelled out as fma (compile with -fmad=false): the same arguments, ranks,
-// threads and tile give the same bits on every way.
+// Sums are right at any offset. A thread takes its vectors in small batches: the mean of a batch, then the squares
+// about it while the batch is in registers; batches merge by Chan, Golub & LeVeque (1983), their means relative to a
+// pivot (the mean of the thread's first batch); threads, warps, blocks and ranks merge so in float64, each in a fixed
+// tree. There are no float atomics, and every contraction is spelled out as fma (compile with -fmad=false): the same
+// arguments, ranks, threads and tile give the same bits on every way.
 #ifdef FASTBN_EMULATOR
 #include "emulator.h"
 #else
@@ -111,7 +111,7 @@ template <class T, int V> union Vector {
 };
 
 #ifndef FASTBN_EMULATOR
-// In asm, because the compiler takes vector accesses apart where it sees single lanes. What is read once needn't fill L1.
+// In asm, because the compiler takes vector accesses apart where it sees lanes. What is read once needn't fill L1.
 FASTBN_DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 FASTBN_DEVICE void load(Raw<16> &r, const void *p) {
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -195,8 +195,8 @@ template <class P> FASTBN_DEVICE void fetch_peer(Bytes<P> &to, const P *from, in
   for (int i = 0; i < (int)(sizeof(P) / 16); i++) load_peer(to.raw[i], (const Raw<16> *)from + i, rank);
 }
 
-// The K blocks of a group meet; all of them must be resident (cooperative launch). Rank 0 adds what makes the K arrivals
-// flip the word's top bit and leave the rest as it was, so nothing is reset between rounds or launches.
+// The K blocks of a group meet; all of them must be resident (cooperative launch). Rank 0 adds what makes the K
+// arrivals flip the word's top bit and leave the rest as it was, so nothing is reset between rounds or launches.
 FASTBN_DEVICE void group_barrier(u32 *word, int K, int rank) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -326,7 +326,7 @@ template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
     }
     return q;
   }
-  // A window is read whole: it lies inside 16 aligned bytes, one of which is the run's. A window past the run isn't read.
+  // A window is read whole: it lies inside 16 aligned bytes, one of which is the run's. One past the run isn't read.
   FASTBN_DEVICE bool any(const Place &q) const { return LAYOUT != WINDOWS || q.begin < q.end; }
   FASTBN_DEVICE bool has(const Place &q, int lane) const {
     return LAYOUT != WINDOWS || (lane >= q.begin && lane < q.end);
@@ -354,11 +354,11 @@ template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
   }
 };
 
-// Sums of the thread's vectors by batches: forward of x, backward of dy and of x - hi. N channels at once, n elements of
-// each. `keep(i, x, dy)` is called with every vector.
+// Sums of the thread's vectors by batches: forward of x, backward of dy and of x - hi. N channels at once, n elements
+// of each. `keep(i, x, dy)` is called with every vector.
 template <int BATCH, int N, class A, class T, int V, bool BACKWARD, int LAYOUT, class Keep>
-FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const A (&hi)[N], Sum<A, BACKWARD> (&sums)[N], A &n,
-                          Keep keep) {
+FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const A (&hi)[N],
+                          Sum<A, BACKWARD> (&sums)[N], A &n, Keep keep) {
   constexpr int FULL = BATCH * V / N;  // elements of a channel in a full batch, a power of two
   A pivot[N], mean[N], other[N], product[N], have = 0;
 #pragma unroll
@@ -440,12 +440,16 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const A (&
   }
 }
 
-// Forward once more, element by element in float64, a channel after the other: for squares beyond float32, of deviations
-// from 1e19 on (or a NaN's, which stay NaN).
+// Forward once more, element by element in float64, for channels with squares beyond float32, of deviations from 1e19
+// on (or a NaN's, which stay NaN).
 template <int N, class A, class T, int V, int LAYOUT>
 FASTBN_DEVICE void sum_up_beyond(const Share<T, V, false, LAYOUT> &share, Sum<A, false> (&sums)[N]) {
 #pragma unroll 1
   for (int j = 0; j < N; j++) {
+    bool beyond = false;
+#pragma unroll
+    for (int i = 0; i < N; i++) beyond |= i == j && !(sums[i].c <= 3.4028235e38);
+    if (!beyond) continue;
     Sum<A, false> s, one;
     A n = 0;
 #pragma unroll 1
@@ -470,7 +474,7 @@ FASTBN_DEVICE void sum_up_beyond(const Share<T, V, false, LAYOUT> &share, Sum<A,
   }
 }
 
-// -------------------------------------------------------------------------------------------------- a channel's numbers
+// -------------------------------------------------------------------------------------------------- the coefficients
 
 // What the map needs of a channel, in shared memory.
 template <class A, bool BACKWARD> struct __align__(16) Coefficients { A hi, lo, a, beta; };
@@ -532,11 +536,11 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
   typedef Partial<A, BACKWARD> Part;
   typedef Coefficients<A, BACKWARD> Coef;
   constexpr int N = LAYOUT == COLUMNS ? V : 1;  // channels that a thread sees at once
-  // What is in flight, as much as 128 registers hold: vectors of each array in the first pass and in the second, and other
-  // ranks' sums; plan.py's `in_flight` and `sums_in_flight`.
+  // What is in flight, as much as 128 registers hold: vectors of each array in the first pass and in the second, and
+  // other ranks' sums; plan.py's `in_flight` and `sums_in_flight`.
   constexpr bool TIGHT = LAYOUT == COLUMNS, WIDE = sizeof(T) == 8;
   constexpr int BATCH = (WIDE || (TIGHT && sizeof(T) == 2) ? 4 : 8) / (BACKWARD ? 2 : 1);
-  constexpr int AGAIN = TIGHT && WAY != APPLY && (BACKWARD || WIDE) ? 1 : BACKWARD || WIDE ? 2 : 4;
+  constexpr int AGAIN = TIGHT && WAY != APPLY ? (BACKWARD || WIDE ? 1 : 2) : BACKWARD || WIDE ? 2 : 4;
   constexpr int RANKS = WAY == CLUSTER || WIDE ? 1 : TIGHT ? 2 : 4;
   const int t = threadIdx.x, threads = blockDim.x, lane = t & 31, warp = t >> 5, warps = threads >> 5;
   const int K = p.K, rank = blockIdx.x % K, group = blockIdx.x / K, groups = gridDim.x / K, G = p.G;
@@ -577,12 +581,7 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
         for (int j = 0; j < N; j++)
           if (share.n) sums[j].e -= (A)((p.table[channel(j)] - (double)hi[j]) + p.table[p.C + channel(j)]);
       }
-      if constexpr (!BACKWARD && sizeof(A) == 4) {
-        bool beyond = false;
-#pragma unroll
-        for (int j = 0; j < N; j++) beyond |= !(sums[j].c <= 3.4028235e38);
-        if (beyond) sum_up_beyond(share, sums);
-      }
+      if constexpr (!BACKWARD && sizeof(A) == 4) sum_up_beyond(share, sums);
 
       // ---- the block's: warps by shuffles, then rows in their order, then the columns of a channel
       const int last = LAYOUT == COLUMNS ? p.tx : 1;
@@ -636,7 +635,8 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
 
     // ---- all ranks: every block merges the same partials in the same order
     // GRID: two sets of them, because those of a round are still read while the next round's are written.
-    const i64 slot = WAY == GRID ? item / groups % 2 * groups + group : item, slots = WAY == GRID ? 2 * groups : p.items;
+    const i64 slot = WAY == GRID ? item / groups % 2 * groups + group : item;
+    const i64 slots = WAY == GRID ? 2 * groups : p.items;
     Part *partials = (Part *)p.partials + slot * G * K;
     A *counts = (A *)((Part *)p.partials + slots * G * K) + slot * K;
     if (WAY == STATS || WAY == GRID) {

@@ -1,9 +1,9 @@
 // Runs CUDA C++ kernels on the CPU, one fiber a CUDA thread, so that a .cu can be tested where there is no GPU.
 //
-// Threads switch only where CUDA threads talk: __syncthreads, shuffles, atomics, polling, cluster barriers. Who runs next
-// is a policy: 0 in order, 1 in reverse, other even numbers at random, odd ones block after block in a random order, so
-// that the last block starves; the number is the seed. Shared memory is full of NaN at a block's start and again when it
-// has left. So a missing barrier shows as a wrong value, as a NaN, or as bits that depend on the policy.
+// Threads switch only where CUDA threads talk: __syncthreads, shuffles, atomics, polling, cluster barriers. Who runs
+// next is a policy: 0 in order, 1 in reverse, other even numbers at random, odd ones block after block in a random
+// order, so that the last block starves; the number is the seed. Shared memory is full of NaN at a block's start and
+// again when it has left. So a missing barrier shows as a wrong value, as a NaN, or as bits that depend on the policy.
 //
 // Not emulated: PTX, a weak memory model (fences do nothing here), contraction (bn.cu spells its fma out), time.
 #pragma once
@@ -65,7 +65,8 @@ inline uint64_t random() { state ^= state << 13; state ^= state >> 7; return sta
 
 inline void fail(const std::string &what) {
   if (!error.empty()) return;
-  error = "block " + std::to_string(current->block->index.x) + " thread " + std::to_string(current->index.x) + ": " + what;
+  const unsigned block = current->block->index.x, thread = current->index.x;
+  error = "block " + std::to_string(block) + " thread " + std::to_string(thread) + ": " + what;
 }
 
 // swapcontext makes system calls, 1.7 us; jumping between stacks takes 0.2 us.
@@ -130,7 +131,8 @@ inline void store(void *p, const void *from, int n) { if (check(writable, p, n, 
 inline void load_shared(void *to, const void *p, int n) { if (check_shared(p, n)) memcpy(to, p, n); }
 inline void store_shared(void *p, const void *from, int n) { if (check_shared(p, n)) memcpy(p, from, n); }
 inline void load_peer(void *to, const void *p, int n, int rank) {
-  if (check_shared(p, n)) memcpy(to, current->block->leader[rank].shared + ((unsigned char *)p - current->block->shared), n);
+  const size_t at = (const unsigned char *)p - current->block->shared;
+  if (check_shared(p, n)) memcpy(to, current->block->leader[rank].shared + at, n);
 }
 inline unsigned poll(const unsigned *p) { spins++; yield(); return *p; }
 inline unsigned add(unsigned *p, unsigned v) { yield(); const unsigned old = *p; *p += v; return old; }

@@ -22,15 +22,18 @@ static Arrays arrays(const uint64_t *pairs, int count) {
 }
 
 // instance: type (0 float, 1 f16, 2 bf16, 3 double), V, backward, layout, way. Returns "" or what went wrong.
-extern "C" const char *fastbn_launch(const int *instance, const Params *p, unsigned grid, unsigned block, unsigned shared,
-                                     int cluster, unsigned resident, int policy, const uint64_t *readable, int readables,
-                                     const uint64_t *writable, int writables) {
+extern "C" const char *fastbn_launch(const int *instance, const Params *p, unsigned grid, unsigned block,
+                                     unsigned shared, int cluster, unsigned resident, int policy,
+                                     const uint64_t *readable, int readables, const uint64_t *writable, int writables) {
   const Params params = *p;
   const int *i = instance, way = i[4];
   std::function<void()> f;
 #define INSTANCE(TYPE, T, WIDTH, LAYOUT)                                            \
   if (i[0] == TYPE && i[1] == WIDTH && i[3] == LAYOUT)                              \
     f = i[2] ? pick<T, WIDTH, true, LAYOUT>(way, params) : pick<T, WIDTH, false, LAYOUT>(way, params);
+#define ONE(TYPE, T, WIDTH, BACKWARD, LAYOUT, WAY)                                                 \
+  if (i[0] == TYPE && i[1] == WIDTH && (i[2] != 0) == BACKWARD && i[3] == LAYOUT && way == WAY)   \
+    f = [&params] { bn<T, WIDTH, BACKWARD, LAYOUT, WAY>(params); };
 #define WIDEST(TYPE, T, WIDTH) \
   INSTANCE(TYPE, T, WIDTH, RUNS) INSTANCE(TYPE, T, WIDTH, WINDOWS) INSTANCE(TYPE, T, WIDTH, COLUMNS)
 #define NARROWER(TYPE, T, WIDTH) INSTANCE(TYPE, T, WIDTH, RUNS) INSTANCE(TYPE, T, WIDTH, COLUMNS)

@@ -1,0 +1,168 @@
+"""bn.cu for real targets, without a GPU: NVRTC compiles it, PTX has whole vectors, ptxas reports no spills.
+
+Needs the wheels cuda-bindings, nvidia-cuda-nvrtc and nvidia-cuda-nvcc. sm_70 is tried where NVRTC still knows it (12).
+"""
+
+import itertools
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from emulator import planner
+
+nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="needs the wheel cuda-bindings")
+
+TYPES = {"f": ("float", 4), "e": ("fastbn::f16", 8), "E": ("fastbn::bf16", 8), "d": ("double", 2)}
+LAYOUTS = ("RUNS", "WINDOWS", "COLUMNS")
+WAYS = ("BLOCK", "CLUSTER", "GRID", "STATS", "APPLY")
+
+
+class Build(NamedTuple):
+    capability: int
+    letter: str
+    layouts: tuple[str, ...] = LAYOUTS
+    ways: tuple[str, ...] = WAYS
+
+    def names(self):
+        kind, V = TYPES[self.letter]
+        ways = [way for way in self.ways if way != "CLUSTER" or self.capability >= 90]
+        for backward, layout, way in itertools.product(("false", "true"), self.layouts, ways):
+            yield f"fastbn::bn<{kind}, {V}, {backward}, fastbn::{layout}, fastbn::{way}>"
+
+
+# All types, layouts and ways on Hopper; a part of them elsewhere, for 0.3 s an instance.
+BUILDS = [
+    Build(90, "f"),
+    Build(90, "e"),
+    Build(90, "d"),
+    Build(80, "E", ("RUNS", "COLUMNS")),
+    Build(75, "f", ("RUNS", "COLUMNS"), ("BLOCK", "STATS", "APPLY")),
+    Build(100, "f", ("WINDOWS", "COLUMNS"), ("CLUSTER", "GRID")),
+    Build(70, "f", ("RUNS",), ("BLOCK", "GRID")),
+]
+
+# Columns of half types are eight channels a thread, backward 56 coefficients of 128 registers. Off Hopper up to 16
+# bytes go out.
+SPILLS = {(80, "E", "COLUMNS"): 16}
+
+
+class Compiled(NamedTuple):
+    ptx: dict[str, str]  # by name expression
+    spills: dict[str, int]
+    registers: dict[str, int]
+
+
+def checked(result):
+    error, *values = result
+    assert int(error) == 0, nvrtc.nvrtcGetErrorString(error)[1]
+    return values[0] if values else None
+
+
+def ptxas():
+    """From the wheel nvidia-cuda-nvcc, wherever this version puts it."""
+    spec = PathFinder.find_spec("nvidia")
+    folders = [] if spec is None else [Path(folder) for folder in spec.submodule_search_locations or ()]
+    found = [path for folder in folders for path in folder.rglob("bin/ptxas")]
+    return str(found[0]) if found else None
+
+
+def compile_(build, folder):
+    names = list(build.names())
+    program = checked(nvrtc.nvrtcCreateProgram(planner.SOURCE.read_bytes(), b"bn.cu", 0, [], []))
+    for name in names:
+        checked(nvrtc.nvrtcAddNameExpression(program, name.encode()))
+    options = [*planner.COMPILE_OPTIONS, "-default-device", f"-arch=compute_{build.capability}"]
+    options += ["-DFASTBN_CLUSTER=4"] if any("CLUSTER" in name for name in names) else []
+    error = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]
+    log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
+    nvrtc.nvrtcGetProgramLog(program, log)
+    assert int(error) == 0, log.decode()
+    text = b" " * checked(nvrtc.nvrtcGetPTXSize(program))
+    checked(nvrtc.nvrtcGetPTX(program, text))
+    lowered = {checked(nvrtc.nvrtcGetLoweredName(program, name.encode())).decode(): name for name in names}
+    path = folder / f"{build.capability}{build.letter}.ptx"
+    path.write_bytes(text.rstrip(b"\0"))
+    command = [ptxas(), f"-arch=sm_{build.capability}", "-v", str(path), "-o", str(path.with_suffix(".cubin"))]
+    report = subprocess.run(command, capture_output=True, text=True)
+    assert report.returncode == 0, report.stderr
+
+    parts = re.split(r"\.entry (\w+)\(", path.read_text())[1:]
+    ptx = {lowered[name]: body for name, body in zip(parts[::2], parts[1::2], strict=True)}
+    spills, registers = {}, {}
+    for part in report.stderr.split("Compiling entry function '")[1:]:
+        name = lowered[part.split("'")[0]]
+        spills[name] = int(re.search(r"(\d+) bytes spill stores", part)[1])
+        registers[name] = int(re.search(r"Used (\d+) registers", part)[1])
+    assert set(ptx) == set(spills) == set(registers) == set(names)
+    return Compiled(ptx, spills, registers)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """All builds, two at a time; a build that NVRTC has no target for is None."""
+    try:
+        known = nvrtc.nvrtcGetSupportedArchs()[-1]
+    except Exception as cause:
+        pytest.skip(f"needs the wheel nvidia-cuda-nvrtc: {cause}")
+    if ptxas() is None:
+        pytest.skip("needs the wheel nvidia-cuda-nvcc, for ptxas")
+    folder = tmp_path_factory.mktemp("ptx")
+    builds = [build for build in BUILDS if build.capability in known]
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(builds, pool.map(lambda build: compile_(build, folder), builds), strict=True))
+
+
+def result(compiled, build):
+    if build not in compiled:
+        pytest.skip(f"this NVRTC doesn't compile for sm_{build.capability}")
+    return compiled[build]
+
+
+each_build = pytest.mark.parametrize("build", BUILDS, ids=lambda build: f"sm_{build.capability}-{build.letter}")
+
+
+@each_build
+def test_no_register_is_spilled(compiled, build):
+    """Two blocks of 256 threads a multiprocessor: 128 registers a thread."""
+    found = result(compiled, build)
+    for name, size in found.spills.items():
+        layout = re.search("RUNS|WINDOWS|COLUMNS", name)[0]
+        allowed = SPILLS.get((build.capability, build.letter, layout), 0)
+        assert size <= allowed, name
+        assert found.registers[name] <= 128
+
+
+@each_build
+def test_elements_move_in_whole_vectors(compiled, build):
+    """x, dy and y: 16 bytes an access. Only what is left of windows at the ends of runs is stored by elements."""
+    for name, text in result(compiled, build).ptx.items():
+        loads = re.findall(r"\bld\.global\S*", text)
+        stores = re.findall(r"\bst\.global\S*", text)
+        # Single elements move as u32 or u16 (bn.cu's `load`), a compiler that took vectors apart would move b16 or u8;
+        # gamma, sums and the like are f32, f64 or b32.
+        narrow = [op for op in loads + stores if re.search(r"\.(u32|[ubs]16|[ubs]8)$", op) and ".v" not in op]
+        assert "ld.global.L1::no_allocate.v4.u32" in loads, name
+        assert "STATS" in name or "st.global.v4.u32" in stores, name
+        if "WINDOWS" not in name or "STATS" in name:
+            assert narrow == [], name
+        else:
+            assert {op for op in narrow if op.startswith("ld")} == set(), name
+        kept = {"BLOCK", "CLUSTER", "GRID"} & set(re.findall("[A-Z]+", name))
+        assert not kept or ("ld.shared.v4.u32" in text and "st.shared.v4.u32" in text), name
+
+
+@each_build
+def test_nothing_lies_in_local_memory(compiled, build):
+    """An array that is indexed by a variable would."""
+    for name, text in result(compiled, build).ptx.items():
+        assert ".local" not in text, name
+
+
+def test_clusters_are_of_the_size_they_are_compiled_for(compiled):
+    for name, text in result(compiled, BUILDS[0]).ptx.items():
+        assert (".reqnctapercluster 4" in text) or "CLUSTER" not in name
+        assert ("ld.shared::cluster" in text) == ("CLUSTER" in name), name

@@ -1,0 +1,288 @@
+"""The planner by its properties, on random arrays and devices: launches fit, cover everything once, agree."""
+
+import itertools
+import struct
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from emulator import planner
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+SIZES = {"f": 4, "d": 8, "e": 2, "E": 2}
+settings.register_profile("plan", deadline=None, derandomize=True)
+THOROUGH = settings(settings.get_profile("plan"), max_examples=500)
+
+letters = st.sampled_from("fdeE")
+devices = st.builds(
+    planner.Device,
+    sms=st.integers(1, 200),
+    smem_block=st.sampled_from([48, 64, 99, 163, 227]).map(lambda kib: kib << 10),
+    smem_sm=st.sampled_from([64, 100, 164, 228]).map(lambda kib: kib << 10),
+    cluster=st.sampled_from([1, 2, 4, 8]),
+    cooperative=st.booleans(),
+    l2=st.integers(1, 100).map(lambda mib: mib << 20),
+).filter(lambda d: d.smem_block <= d.smem_sm)
+outers = st.one_of(st.integers(1, 40), st.sampled_from([1 << 10, 65536, 100003, 1 << 24]))
+channels = st.one_of(st.integers(1, 70), st.sampled_from([256, 1000, 2048, 100000]))
+inners = st.one_of(st.integers(1, 70), st.sampled_from([1, 1, 49, 196, 729, 3025, 3136, 12544]))
+
+
+@st.composite
+def calls(draw):
+    """(view, letter, backward): arrays on one of the walkable layouts, with gaps, any start, some left out."""
+    O, C, I, letter = draw(outers), draw(channels), draw(inners), draw(letters)  # noqa: E741
+    size, order = SIZES[letter], draw(st.sampled_from(["OCI", "COI", "OIC"] if I == 1 else ["OCI", "COI"]))
+    backward = draw(st.booleans())
+
+    def strides():
+        step, found = size, {}
+        for axis in reversed(order):
+            found[axis] = step
+            n = {"O": O, "C": C, "I": I}[axis]
+            gap = draw(st.sampled_from([0, 0, 0, 1, 8])) if axis != order[0] else 0
+            step *= n + gap
+        return found["O"], found["C"], found["I"]
+
+    own = strides()
+    x, y = own, draw(st.sampled_from([own, None, strides()]))
+    dy = draw(st.sampled_from([own, strides()])) if backward else None
+    bases = tuple(draw(st.sampled_from([0, 0, size])) for _ in range(3))
+    return planner.View((O, C, I), x, y, dy, size, bases), letter, backward
+
+
+def planned(call, device=planner.HOPPER, **how):
+    """The plan, or nothing to look at where the arrays must be copied first."""
+    view, letter, backward = call
+    try:
+        return planner.plan(view, letter, backward, device, **how)
+    except planner.Unwalkable:
+        assume(False)
+
+
+def contiguous(O, C, I, size, backward=False):  # noqa: E741
+    strides = (C * I * size, I * size, size)
+    return planner.View((O, C, I), strides, strides, strides if backward else None, size)
+
+
+@THOROUGH
+@given(calls(), devices)
+def test_what_is_launched_fits(call, device):
+    p = planned(call, device)
+    for plan, launch in [(q, one) for q in (p, p.split()) for one in q.launches]:
+        assert 32 <= launch.threads <= 256
+        assert launch.threads % 32 == 0
+        assert launch.shared <= device.smem_block
+        assert 1 <= launch.grid < 1 << 31
+        assert launch.grid % launch.cluster == 0
+        assert launch.cluster <= device.cluster
+        assert launch.cooperative == (plan.way == "GRID")
+        assert not launch.cooperative or (device.cooperative and launch.grid <= device.slots)
+        if launch.cooperative:  # two blocks a multiprocessor, in shared memory, too
+            assert (launch.shared + 1024) * planner.PER_SM <= device.smem_sm
+        assert launch.options == ((f"-DFASTBN_CLUSTER={plan.K}",) if plan.way == "CLUSTER" else ())
+    assert len(p.split().launches) == 2
+    assert p.split().way == "SPLIT"
+
+
+@THOROUGH
+@given(calls(), devices)
+def test_ranks_and_threads_cover_everything_once(call, device):
+    """Ranks are consecutive pieces that end where the work ends; so are tiles; a tile's threads don't overlap."""
+    p = planned(call, device)
+    w, (O, C, I) = p.walk, call[0].shape  # noqa: E741
+    assert w.M * w.fold * w.S == O * I
+    work = w.M if w.layout == "COLUMNS" else w.M * w.vectors
+    assert p.K * p.per >= work
+    assert p.way == "CLUSTER" or (p.K - 1) * p.per < work
+    if w.layout == "COLUMNS":
+        tile = p.tx * w.V
+        assert p.tx * p.ty <= p.threads
+        assert (p.items - 1) * tile < w.width <= p.items * tile
+        assert tile // w.fold == p.G * w.S
+        assert w.width % w.V == 0
+        assert p.items == 1 or w.fold == 1
+        assert (p.items - 1) * p.G < C <= p.items * p.G
+    else:
+        assert (p.items, p.G, p.tx) == (C, 1, 1)
+        assert w.M * w.vectors < 1 << 32
+        if w.layout == "RUNS":
+            assert w.vectors * w.V == w.S
+        else:  # a run that starts at lane h takes ceil((h + S) / V) windows
+            assert w.vectors == max(-(-(h + w.S) // w.V) for h in range(w.V))
+    assert p.grid == p.K * (p.items if p.way != "GRID" else min(p.items, max(1, device.slots // p.K)))
+
+
+@settings(settings.get_profile("plan"), max_examples=200)
+@given(calls(), st.randoms(use_true_random=False))
+def test_walks_touch_the_arrays_elements(call, random):
+    """The addresses of a walk's rows, channels and elements are those of the array's."""
+    view, _, _ = call
+    O, C, I = view.shape  # noqa: E741
+    assume(O * C * I <= 100_000)
+    try:
+        w = planner.walk(view)
+    except planner.Unwalkable:
+        assume(False)
+    for name, strides in (("x", view.x), ("y", view.y), ("dy", view.dy)):
+        assert (strides is not None) == (name in w.strides)
+        if strides is None:
+            continue
+        row, channel = w.strides[name]
+        m, c, s = np.ogrid[: w.M, : w.C, : w.S * w.fold]
+        if w.layout == "COLUMNS":  # a tile of columns: channels lie side by side, folded rows one after another
+            walked = m * row + (s // w.S) * (w.C * w.S) + c * w.S + s % w.S
+            assert w.fold == 1 or row == w.width
+        else:
+            walked = m * row + c * channel + s
+        o, c, i = np.ogrid[:O, :C, :I]
+        wanted = (o * strides[0] + c * strides[1] + i * strides[2]) // view.itemsize
+        for k in random.sample(range(C), min(C, 5)):
+            assert (np.sort(walked[:, k].reshape(-1)) == np.sort(wanted[:, k].reshape(-1))).all()
+
+
+@THOROUGH
+@given(calls())
+def test_accesses_are_as_wide_as_they_can_be(call):
+    """Every vector is aligned to its width; 16 bytes wherever shape, strides and start allow."""
+    view = call[0]
+    try:
+        w = planner.walk(view)
+    except planner.Unwalkable:
+        assume(False)
+    size = view.itemsize
+    full = 16 // size
+    starts = [base // size for base, strides in zip(view.bases, (view.x, view.y, view.dy), strict=True) if strides]
+    for row, channel in w.strides.values():
+        steps = ([row] if w.M > 1 else []) + ([channel] if w.C > 1 and w.layout != "COLUMNS" else [])
+        if w.layout != "WINDOWS":
+            assert all(s % w.V == 0 for s in (*steps, *starts))
+        else:
+            assert full == w.V
+            assert len({s % full for s in starts}) == 1
+    if (
+        view.shape[2] * size >= 256
+        and len({view.x, view.y or view.x, view.dy or view.x}) == 1
+        and len(set(starts)) == 1
+    ):
+        assert full == w.V
+
+
+@settings(settings.get_profile("plan"), max_examples=1000)
+@given(st.integers(1, (1 << 32) - 1), st.integers(0, (1 << 32) - 1))
+def test_division_by_multiplication(d, j):
+    multiplier, shift = planner._division(d)
+    for n in (j, j // d * d, max(0, j // d * d - 1)):
+        assert (((n * multiplier) >> 32) + n) >> shift == n // d
+
+
+def same_bits(p):
+    return p.walk, p.K, p.threads, p.tx, p.per
+
+
+@THOROUGH
+@given(calls(), devices)
+def test_stable_plans_sum_alike_everywhere(call, device):
+    home, there = planned(call, stable=True), planned(call, device, stable=True)
+    # empty ranks add nothing: a cluster has them, a grid leaves them out
+    assert same_bits(replace(home, K=0)) == same_bits(replace(there, K=0))
+    assert home.K == there.K or max(home.K, there.K) <= 8
+    assert there.shared <= device.smem_block
+
+
+@THOROUGH
+@given(calls(), devices)
+def test_the_split_path_sums_alike(call, device):
+    p = planned(call, device)
+    assert same_bits(p.split()) == same_bits(p)
+    assert (p.split().keep, p.split().barriers) == (0, 0)
+
+
+@THOROUGH
+@given(calls(), devices)
+def test_the_model_counts_bytes(call, device):
+    """The floor is every array once; what is read twice is what isn't kept."""
+    p = planned(call, device)
+    view = call[0]
+    time, moved, floor = planner.model(p, device)
+    elements = np.prod(view.shape, dtype=object) * view.itemsize
+    arrays = sum(a is not None for a in (view.x, view.y, view.dy))
+    assert floor >= arrays * elements
+    assert moved >= floor
+    assert (p.reread == 0) or (moved <= floor + 2 * p.reread * p.walk.V * view.itemsize)
+    assert 0 < time < float("inf")
+    if view.y is None:
+        assert (p.keep, p.reread) == (0, 0)
+    tight = planner._workspace(p.letter, p.G, p.K, {"GRID": 2 * p.barriers, "SPLIT": p.items}.get(p.way, 0))
+    assert p.workspace == tight
+
+
+def test_ways_can_be_forced():
+    view = contiguous(32, 64, 3136, 4)
+    assert {way: planner.plan(view, "f", False, way=way).way for way in ("BLOCK", "CLUSTER", "GRID", "SPLIT")} == {
+        way: way for way in ("BLOCK", "CLUSTER", "GRID", "SPLIT")
+    }
+    old = planner.Device(cluster=1, cooperative=False)
+    for way in ("CLUSTER", "GRID"):
+        with pytest.raises(ValueError, match=f"{way} isn't possible"):
+            planner.plan(view, "f", False, old, way=way)
+    assert planner.plan(view, "f", False, old).way in ("BLOCK", "SPLIT")
+
+
+def test_known_arrays_are_held_on_chip():
+    """ResNet-50's layers at batch 32, and (N, C): Hopper reads each array once from its memory, by the model."""
+    shapes = [(32, 64, 12544), (32, 256, 3136), (32, 512, 784), (32, 1024, 196), (32, 2048, 49), (32, 64, 3025)]
+    shapes += [(100352, 64, 1), (25088, 256, 1), (1568, 2048, 1), (4096, 1024, 1), (128, 1024, 1)]
+    for shape, letter, backward in itertools.product(shapes, "fe", (False, True)):
+        p = planner.plan(contiguous(*shape, SIZES[letter], backward), letter, backward)
+        assert p.walk.V * SIZES[letter] == 16
+        _, moved, floor = planner.model(p)
+        assert moved == floor, (shape, letter, backward)
+
+
+def test_frozen_forward_is_one_pass():
+    for shape in [(32, 64, 3136), (25088, 256, 1), (1, 1, 1)]:
+        p = planner.plan(contiguous(*shape, 4), "f", False, frozen=True)
+        assert (p.way, p.workspace, p.keep, p.reread) == ("MAP", 0, 0, 0)
+        assert [launch.expression.split("::")[-1] for launch in p.launches] == ["APPLY>"]
+        assert p.split() is p
+
+
+@pytest.mark.parametrize(
+    ("view", "match"),
+    [
+        (planner.View((4, 5, 40), (1600, 320, 8), None, None, 4), "runs of 40 elements with strides"),
+        (planner.View((40, 5, 1), (40, 8, 4), None, None, 4), "neither rows nor channels lie side by side"),
+        (planner.View((4, 5, 40), (802, 160, 4), None, None, 4), "isn't aligned to its elements of 4 bytes"),
+        (planner.View((4, 5, 40), (800, 160, 4), None, None, 4, (2, 0, 0)), "x with strides .* isn't aligned"),
+        (planner.View((1, 2, 1 << 33), (1 << 36, 1 << 35, 4), (4, 8, 8), None, 4), "runs of"),
+    ],
+    ids=["steps", "no unit stride", "odd strides", "odd start", "two layouts"],
+)
+def test_what_cannot_be_walked(view, match):
+    with pytest.raises(planner.Unwalkable, match=match):
+        planner.plan(view, "f", False)
+
+
+def test_a_channel_beyond_32_bits_of_vectors():
+    odd = planner.View((1, 2, (1 << 32) + 1), (0, 4 << 32, 4), (0, 4 * ((1 << 32) + 1), 4), None, 4)
+    with pytest.raises(planner.Unwalkable, match="they are counted in 32 bits"):
+        planner.plan(odd, "f", False)
+
+
+def test_the_argument_byte_by_byte():
+    """pack's bytes: twelve addresses, eps, wide; strides, count; the plan's numbers."""
+    view = planner.View((6, 5, 131), (4000, 600, 4), (2620, 524, 4), (4016, 600, 4), 4, (4, 4, 4))
+    p = planner.build(planner.walk(view), "f", True, way="GRID", K=3, threads=96)
+    pointers = planner.Pointers(*range(16, 16 * 13, 16))
+    argument = planner.pack(p, pointers, 1e-3, True)
+    assert len(argument) == planner.PARAMS_SIZE == 240
+    numbers = struct.unpack("<12QdQ6qd3q8i4I", argument)
+    assert numbers[:14] == (*range(16, 16 * 13, 16), 1e-3, 1)
+    assert numbers[14:20] == (1000, 150, 1004, 150, 655, 131)
+    assert numbers[20:24] == (6 * 131, 6, 131, p.per)
+    assert numbers[24:32] == (5, 5, 3, p.keep, 1, 1, 1, 1)
+    assert numbers[32] == p.walk.vectors == 131
+    assert p.walk.layout == "RUNS"  # y disagrees with x modulo 16
+    assert numbers[35] == 0
