@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_example_runs(capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
     assert len([line for line in example.splitlines() if line]) <= 11
     exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
     evaluated, variance = map(float, capsys.readouterr().out.split())
