@@ -104,9 +104,11 @@ class Truth:
         reference.backward(dy, x, self.dx, self.table, sums[0], sums[1], False)
         reference.backward(dy, x, self.dx_frozen, self.table_frozen, sums[2], sums[3], True)
         self.dgamma, self.dbeta, self.dgamma_frozen, self.dbeta_frozen = sums
-        deviation = np.abs((x - self.table[0, :, None] - self.table[1, :, None]) * self.table[3, :, None])
         self.size_dbeta = np.abs(dy).sum((0, 2), dtype=np.float64)
-        self.size_dgamma = (np.abs(dy) * deviation).sum((0, 2), dtype=np.float64)
+        self.size_dgamma, self.size_dgamma_frozen = (
+            np.abs(dy * (x - table[0, :, None] - table[1, :, None]) * table[3, :, None]).sum((0, 2), dtype=np.float64)
+            for table in (self.table, self.table_frozen)
+        )
 
     def _within(self, rng: np.random.Generator, offset: float) -> np.ndarray:
         full = np.full(self.shape.full, np.nan)
@@ -165,6 +167,7 @@ def check(device: Any, truth: Truth, way: str | None, repeats: int) -> dict[str,
         errors["invstd"] = truth.off(got[4][3] / truth.table[3], np.ones(C), unit=unit)
         errors["dgamma"] = truth.off(got[6], truth.dgamma, truth.size_dgamma, unit)
         errors["dbeta"] = truth.off(got[7], truth.dbeta, truth.size_dbeta, unit)
+        errors["dgamma frozen"] = truth.off(got[8], truth.dgamma_frozen, truth.size_dgamma_frozen, unit)
         errors["dbeta frozen"] = truth.off(got[9], truth.dbeta_frozen, truth.size_dbeta, unit)
     same = all(bits == seen[0] for bits in seen)
     limit = LIMITS[truth.dtype]
