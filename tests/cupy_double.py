@@ -12,6 +12,7 @@ import ctypes
 import functools
 import re
 import threading
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import cupy
@@ -32,6 +33,10 @@ HOPPER = {
 }
 TYPES = ["float", "f16", "bf16", "double"]  # by their numbers in instances.cpp
 WALL = 64  # bytes of canaries on both sides of an allocation
+# In eps of the type, relative to max(1, |result|). A half type is rounded once; float32 has coefficients, deviation and
+# product rounded, 3 eps of |y - beta|, hence of |y| + |beta| < 3 max(1, |y|); float64 much the same beside a reference
+# that is as exact. dx has two products and three sums.
+MOST = {"float32": 10.0, "float64": 64.0, "float16": 0.52, "bfloat16": 0.52}
 
 
 class Refused(driver.CUDADriverError):  # type: ignore[misc]
@@ -314,3 +319,12 @@ def emulation(library: ctypes.CDLL) -> Any:
         assert failed == b"", f"{launch.expression}: {failed.decode()}"
 
     return emulate
+
+
+def small_devices(monkeypatch: Any, emulator: Any) -> Iterator[Double]:
+    """Launches are emulated, on devices of four multiprocessors: a grid over 132 takes the emulator seconds."""
+    double = Double(monkeypatch, emulate=emulator)
+    for facts in double.devices:
+        facts["multiProcessorCount"] = 4
+    yield double
+    double.close()

@@ -13,7 +13,7 @@ pytest.importorskip("cupy", reason="CuPy isn't installed")
 
 import cupy
 from cupy.cuda import nvrtc
-from cupy_double import Double, Refused, emulation
+from cupy_double import MOST, Double, Refused, emulation, small_devices
 from emulator import library
 from fastbn.kernels import reference
 from fastbn.kernels.cuda import compile as compiler
@@ -623,10 +623,6 @@ LAYOUTS = {
     "one value": ((1, 8, 1), lambda a: a, "hardly anything"),
 }
 TYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": np.int16}
-# In eps of the type, relative to max(1, |result|). A half type is rounded once; float32 has coefficients, deviation and
-# product rounded, 3 eps of |y - beta|, hence of |y| + |beta| < 3 max(1, |y|); float64 much the same beside a reference
-# that is as exact. dx has two products and three sums.
-MOST = {"float32": 10.0, "float64": 64.0, "float16": 0.52, "bfloat16": 0.52}
 UNIT = {"float32": 2.0**-23, "float64": 2.0**-52, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
@@ -637,12 +633,7 @@ def emulator():
 
 @pytest.fixture
 def emulated(monkeypatch, emulator):
-    """Launches are emulated, on devices of four multiprocessors: a grid over 132 takes the emulator seconds."""
-    double = Double(monkeypatch, emulate=emulator)
-    for facts in double.devices:
-        facts["multiProcessorCount"] = 4
-    yield double
-    double.close()
+    yield from small_devices(monkeypatch, emulator)
 
 
 def elements(values, dtype):

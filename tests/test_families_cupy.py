@@ -7,12 +7,10 @@ import pytest
 pytest.importorskip("cupy", reason="CuPy isn't installed")
 
 import cupy
-from cupy_double import Double, emulation
+from cupy_double import MOST, emulation, small_devices
 from emulator import library
 
 import fastbn
-
-MOST = {"float32": 10, "float64": 64, "float16": 0.52, "bfloat16": 0.52}  # as in test_cupy.py, and why
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +20,7 @@ def emulator():
 
 @pytest.fixture
 def gpu(monkeypatch, emulator):
-    """Small devices: a grid over the 132 multiprocessors of a large one takes the emulator seconds."""
-    double = Double(monkeypatch, emulate=emulator)
-    for facts in double.devices:
-        facts["multiProcessorCount"] = 4
-    yield double
-    double.close()
+    yield from small_devices(monkeypatch, emulator)
 
 
 # Eight channels and more: the emulator has the half types in words of eight.

@@ -75,7 +75,7 @@ def compile_(build, folder):
     program = checked(nvrtc.nvrtcCreateProgram(planner.SOURCE.read_bytes(), b"bn.cu", 0, [], []))
     for name in names:
         checked(nvrtc.nvrtcAddNameExpression(program, name.encode()))
-    options = [*planner.COMPILE_OPTIONS, "-default-device", f"-arch=compute_{build.capability}"]
+    options = [*planner.COMPILE_OPTIONS, f"-arch=compute_{build.capability}"]
     options += ["-DFASTBN_CLUSTER=4"] if any("CLUSTER" in name for name in names) else []
     error = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]
     log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))

@@ -29,7 +29,7 @@ from .blocks import (
     merge_moments,
 )
 from .lanes import LANES
-from .rows import AHEAD, EXACT, GATHER, PAST
+from .rows import EXACT, GATHER, NEXT, PAST
 from .schedule import FINISH, MAP, SUM, backward_item, backward_kernel, forward_item, forward_kernel
 
 __all__ = [
@@ -110,10 +110,10 @@ def backward(
         stages = SUM | FINISH | (MAP if mapped else 0)
         _carry_out(backward_kernel, (dy, x, target), (table, table[4:], grads), 5, stages)
     with np.errstate(all="ignore"):
-        if dgamma is not None:
+        if dgamma is not None and frozen:  # given statistics are not x's own: the mean of x - hi isn't 0
+            dgamma[...] = (x.shape[0] * x.shape[2] * grads[2] + grads[5] * grads[3]) * table[3]
+        elif dgamma is not None:
             dgamma[...] = grads[4]
-            if frozen:  # given statistics are not x's own: the mean of x - hi isn't 0
-                dgamma[...] = (x.shape[0] * x.shape[2] * grads[2] + grads[5] * grads[3]) * table[3]
         if dbeta is not None:
             dbeta[...] = grads[5]
         if frozen and dx is not None:  # by the forward map, after the sums, as it may overwrite dy and x
@@ -168,7 +168,7 @@ def _by_rows(
         if flags & GATHER:
             tile = max(tile, 16)  # whose elements share lines
         tile = min(tile, _ceil(channels, 16))
-        flags |= AHEAD if reads * tile * outer * inner * itemsize <= sizes.ahead else 0
+        flags |= NEXT if reads * tile * outer * inner * itemsize <= sizes.ahead else 0
     else:  # a map alone goes in the order of memory
         length, runs = min(inner, 16 * sizes.block), 1
         tile = channels if outer >= 16 else _ceil(channels, 16)
@@ -212,8 +212,8 @@ def _carry_out(kernel: Any, arrays: tuple[np.ndarray, ...], numbers: tuple[Any, 
     twins = _twins(kernel, x.dtype)
     count = 1 if x.size < (SIZES.asleep if threads.SLEEPY else SIZES.serial) else threads.threads()
 
-    def run(items: int, stages: int) -> None:
-        args = (*arrays, *numbers, part, np.zeros(items, np.int64), plan.numbers, stages)
+    def run(items: int, some: int) -> None:
+        args = (*arrays, *numbers, part, np.zeros(items, np.int64), plan.numbers, some)
         threads.run(twins, items, *args, parallel=items > 1)
 
     # Tile by tile, all stages of each; where tiles are too few for the threads, stage by stage, piece by piece.

@@ -203,11 +203,6 @@ def _float_to_bfloat(builder: Any, number: Any) -> Any:
     return builder.trunc(builder.lshr(bits, _all(_I32, 16)), _vector(_I16))
 
 
-def _stored(element: Any) -> Any:
-    """The LLVM type of an element in memory."""
-    return {types.float64: _DOUBLE, types.float32: _FLOAT}.get(element, _I16)
-
-
 def _decode(context: Any, builder: Any, bits: Any, element: Any, wanted: Lanes) -> Any:
     if element == types.float64:
         return bits

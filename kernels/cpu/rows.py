@@ -22,14 +22,13 @@ from .lanes import (
     pointer,
     save,
     save_part,
-    shifted,
     spread,
     stream,
     total,
 )
 
 # Flags of a plan: store past the caches; gather; all in float64; fetch the next tile while one is mapped.
-PAST, GATHER, EXACT, AHEAD = 1, 2, 4, 8
+PAST, GATHER, EXACT, NEXT = 1, 2, 4, 8
 
 
 @part()
@@ -216,8 +215,7 @@ def rows_normalize(x, y, k, c0, ca, doubles, singles, rare, plan, scratch):  # t
         return
     for o in range(o1 - 1, o0 - 1, -1):  # what was read last is in cache
         for c in range(0, g, g if whole else 1):
-            run = _at(x, o, c0 + c, i0)
-            ahead = shifted(run, 4096)
+            ahead = run = _at(x, o, c0 + c, i0)
             if ca >= 0:
                 ahead = _at(x, min(oa + o1 - 1 - o, x.shape[0] - 1), min(ca + c, x.shape[1] - 1), ia)
             if whole:

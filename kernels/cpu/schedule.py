@@ -33,9 +33,9 @@ from .columns import (
 from .compile import Kernel, compiled, part
 from .lanes import LANES, borrowed, call, claim, fence, finest, hold, keep_whole, narrowest
 from .rows import (
-    AHEAD,
     EXACT,
     GATHER,
+    NEXT,
     add_up,
     rows_count,
     rows_deviations,
@@ -275,7 +275,7 @@ def forward_item(k, items, x, y, stats, affine, eps, part, claims, plan, stage):
                 for c in range(c0, min(c0 + plan[1], x.shape[1])):
                     _forward_finish(c, stats, part, eps)
             if stage & MAP:
-                ahead = c0 + plan[1] if (t + 1) * pieces < stop and plan[7] & AHEAD else -1
+                ahead = c0 + plan[1] if (t + 1) * pieces < stop and plan[7] & NEXT else -1
                 _forward_map(p0, p1, c0, ahead, x, y, stats, affine, part.shape[0] > 0, plan, memory)
         u = _claimed(k, items, claims)
     fence()
@@ -448,7 +448,7 @@ def backward_item(k, items, dy, x, dx, stats, affine, grads, part, claims, plan,
                 for c in range(c0, min(c0 + plan[1], x.shape[1])):
                     _backward_finish(c, stats, grads, part)
             if stage & MAP:
-                ahead = c0 + plan[1] if (t + 1) * pieces < stop and plan[7] & AHEAD else -1
+                ahead = c0 + plan[1] if (t + 1) * pieces < stop and plan[7] & NEXT else -1
                 _backward_map(p0, p1, c0, ahead, dy, x, dx, stats, affine, grads, plan, memory)
         u = _claimed(k, items, claims)
     fence()

@@ -18,15 +18,13 @@ from .plan import COMPILE_OPTIONS, SOURCE
 
 _log = logging.getLogger(__name__)
 
-_OWN = ("-default-device",)  # NVRTC 12 takes a generic lambda inside a kernel for a host function, NVRTC 13 doesn't
-
 
 def machine_code(expression: str, options: tuple[str, ...], capability: tuple[int, int]) -> tuple[bytes, str]:
     """The code of `expression` (a C++ name) for a compute capability, and the name of the kernel in it.
 
     A file holds a checksum, the name and the code. Whatever goes wrong around it means: compile again.
     """
-    options = (*COMPILE_OPTIONS, *_OWN, *options, f"--gpu-architecture={_target(capability)}")
+    options = (*COMPILE_OPTIONS, *options, f"--gpu-architecture={_target(capability)}")
     key = repr((_source(), expression, options, nvrtc.getVersion())).encode()
     name = hashlib.sha256(key).hexdigest()[:32] + ".cubin"
     try:

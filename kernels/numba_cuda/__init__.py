@@ -40,7 +40,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import bounds, copy, device, empty, flat, host, is_array, launch, on, put, stream_of, view
+from .arrays import bounds, copy, device, empty, flat, host, launch, on, put, stream_of, view
 from .blocks import (
     block_comoments,
     block_moments,
@@ -65,7 +65,6 @@ __all__ = [
     "forward",
     "gradient",
     "host",
-    "is_array",
     "merge_comoments",
     "merge_moments",
     "normalize",

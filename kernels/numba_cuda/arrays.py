@@ -12,11 +12,6 @@ from .plan import ceil
 from .target import SIMULATED, cuda
 
 
-def is_array(a: Any) -> bool:
-    """Whether it is a Numba device array."""
-    return bool(getattr(type(a), "__cuda_ndarray__", False))
-
-
 def address(a: Any) -> int:
     """Of its first element."""
     described = a.__array_interface__ if SIMULATED else a.__cuda_array_interface__
