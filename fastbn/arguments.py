@@ -32,8 +32,11 @@ def describe(value: Any) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-def check_array(function: str, name: str, value: Any) -> Any:
-    """`value`, if it is an array of a floating type that is normalized, else TypeError; one on a GPU as a Span."""
+def check_array(function: str, name: str, value: Any, whole: bool = False) -> Any:
+    """`value`, if it is an array of a floating type that is normalized, else TypeError; one on a GPU as a Span.
+
+    With `whole`, whole numbers of up to 16 bits are taken too, in main memory.
+    """
     if type(value) is not np.ndarray:
         if (family := on_device(value)) is not None:
             return _check_span(function, name, family.locate(value))
@@ -51,7 +54,7 @@ def check_array(function: str, name: str, value: Any) -> Any:
         if isinstance(value, np.matrix):
             raise TypeError(f"{function}: {name} is an np.matrix, which can't be 3-D; pass np.asarray({name})")
     dtype = value.dtype
-    if _is_normalized(dtype):
+    if _is_normalized(dtype) or (whole and dtype.kind in "iu" and dtype.itemsize <= 2):
         return value
     if dtype.kind in "biu":
         advice = f"Convert it: {name}.astype(np.float32)"

@@ -408,15 +408,28 @@ class _Kernels:
     def element_view(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
         return dtype
 
-    def forward(self, x: Span, y: Span | None, table: Any, given: tuple[Any, ...], eps: float) -> None:
+    def forward(
+        self, x: Span, y: Span | None, table: Any, given: tuple[Any, ...], eps: float, more: Any = None
+    ) -> None:
+        self._plain(x, more)
         with self._on([x]):
             small = self._small(x.family, (table, *given))
             self._kernels.forward(self._array(x), y and self._array(y), small[0], small[1:], eps)
 
-    def backward(self, dy: Span, x: Span, dx: Span | None, table: Any, dgamma: Any, dbeta: Any, frozen: bool) -> None:
+    def backward(
+        self, dy: Span, x: Span, dx: Span | None, table: Any, dgamma: Any, dbeta: Any, frozen: bool, more: Any = None
+    ) -> None:
+        self._plain(x, more)
         with self._on([x, dy]):
             small = self._small(x.family, (table, dgamma, dbeta))
             self._kernels.backward(self._array(dy), self._array(x), dx and self._array(dx), *small, frozen)
+
+    def _plain(self, x: Span, more: Any) -> None:
+        if more is not None:
+            raise TypeError(
+                f"fastbn: weights, groups, residual, activation and save='y' are for NumPy arrays so far; x is a {x}. "
+                "Copy it to main memory, or do that part with your array library"
+            )
 
     def _small(self, family: OnDevice, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
         """Arrays of C numbers as the library's own."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,11 +23,13 @@ from .arguments import (
     check_place,
     check_real,
     describe,
+    finite,
     native,
     same_memory,
 )
 from .arrays import FLOAT32, FLOAT64, Span, family_of, family_of_values
 from .dispatch import Kernels, kernels
+from .extras import Asked, ask, inverse_table, poorly_kept
 from .layout import Views, channels_of, empty
 from .moments import Moments
 
@@ -48,17 +51,24 @@ class OneValueWarning(UserWarning):
 class Saved:
     """What `forward` keeps for `backward`: x itself (no copy), and C numbers.
 
-    `moments` is what forward found in x: pass it to `RunningStats.update`. None with frozen statistics.
+    `moments` is what forward found in x: pass it to `RunningStats.update`. None with frozen statistics; a list, with
+    groups.
 
     >>> import numpy as np, fastbn
     >>> fastbn.forward(np.ones((4, 2), np.float32))[1]
     Saved(float32 x of shape (4, 2), channel axes (1,), frozen=False)
     """
 
-    __slots__ = ("_axes", "_like", "_shape", "_strides", "_table", "_x", "dtype", "frozen")
+    __slots__ = (
+        *("_asked", "_axes", "_like", "_lost", "_masses", "_shape", "_strides", "_table", "_units", "_x"),
+        *("dtype", "frozen"),
+    )
 
-    def __init__(self, walked: Any, x: Any, axes: tuple[int, ...], table: Any, frozen: bool) -> None:
-        self._x = walked  # x, or the copy of it that the kernels could walk; None if overwritten
+    def __init__(
+        self, walked: Any, x: Any, axes: tuple[int, ...], table: Any, frozen: bool, asked: Asked | None = None,
+        masses: np.ndarray | None = None, lost: Any = None, units: tuple[float, float] | None = None,
+    ) -> None:  # fmt: skip
+        self._x = walked  # x, or the copy of it that the kernels could walk; None if overwritten; y if asked to
         self._like = None  # the Span of x, without its memory unless that is kept anyway
         self.dtype = x.dtype
         if isinstance(x, Span):
@@ -66,13 +76,19 @@ class Saved:
         self._shape = x.shape
         self._strides = x.strides
         self._axes = axes
-        self._table = table  # (6, C): mean hi, mean lo, var, 1 / sqrt(var + eps), gamma, beta
+        self._table = table  # (6, C): mean hi, mean lo, var, 1 / sqrt(var + eps), gamma, beta; (6, G C) with groups
         self.frozen = frozen
+        self._asked = asked
+        self._masses = masses  # (G,), by set: sums of weights, or numbers of values; None without weights and groups
+        self._lost = lost  # with save="y": the channels that can't be had back from y, and their x
+        self._units = units  # scale and zero point of whole numbers
 
     @property
-    def moments(self) -> Moments | None:
+    def moments(self) -> Any:
         """Moments of x (None if frozen), made when asked for: that takes as long as normalizing a small array."""
-        return None if self.frozen else _moments(self._shape, self._axes, self._table, self.dtype.itemsize)
+        if self.frozen:
+            return None
+        return _moments(self._shape, self._axes, self._table, self.dtype, self._asked, self._masses, self._units)
 
     def __repr__(self) -> str:
         return f"Saved({self.dtype} x of shape {self._shape}, channel axes {self._axes}, frozen={self.frozen})"
@@ -87,6 +103,14 @@ def forward(
     eps: float = 1e-5,
     frozen: Any = None,
     out: Array | None = None,
+    weights: Any = None,
+    masked: str = "normalize",
+    groups: Any = None,
+    residual: Array | None = None,
+    activation: Any = None,
+    save: str = "x",
+    scale: float = 1.0,
+    zero_point: float = 0.0,
 ) -> tuple[Array, Saved]:
     """Normalize each channel by its own mean and variance (training), or by given ones (evaluation).
 
@@ -111,7 +135,30 @@ def forward(
         not looked for, as that would wait for the device: y is NaN there.
     out : array of x's shape and dtype, optional
         Where y goes, without any other memory of that size. It may be x; then only the gradients that don't need
-        x can be had from `saved`.
+        x can be had from `saved`, unless `save` is "y".
+    weights : bools or numbers of 0 or more, optional
+        How much each position counts in mean and variance: ``mean = sum w x / sum w``, and so on. Of x's shape with 1
+        (or nothing) for the channels, or 1 where it is the same for all; (N,) is one for each sample. True and False
+        are a mask: x is normalized as if the positions with 0 were not there, whatever they hold.
+    masked : "normalize", "zero" or "keep"
+        What y holds where the weight is 0: what it would hold elsewhere, 0, or x. Where all weights are 0, there are no
+        statistics, and what is normalized is beta.
+    groups : int, list of int, or array of int, optional
+        Samples with statistics of their own: so many groups of equal size (the first ones have one more if need be),
+        groups of these sizes, or the group of each sample. A sample is an index of the first axis that is no channel
+        axis. Then `frozen` has statistics of shape (groups, channels), and `saved.moments` is a list.
+    residual : array of y's shape and dtype, optional
+        Added before the activation.
+    activation : str, or (str, float), optional
+        What is done to y in the same pass: "relu", "leaky_relu" (slope, 0.01), "relu6", "elu" (scale, 1), "silu",
+        "gelu" (by erf), "sigmoid", "tanh" or "hardswish"; in brackets the parameter of those that have one.
+    save : "x" or "y"
+        What is kept for `backward`. With "y", x may be overwritten by `out=x`, as x is had back from y: without an
+        activation or with one that can be inverted (leaky_relu, elu). x is kept for channels whose gamma is below
+        beta / 64.
+    scale, zero_point : float
+        x may be of whole numbers q (uint8, int8, uint16, int16), which stand for ``scale (q - zero_point)``. y is
+        float32 then, and x isn't copied.
 
     Returns
     -------
@@ -137,16 +184,19 @@ def forward(
     >>> saved.moments.mean.tolist()
     [2.0, 1000002.0]
     """
-    return _forward("fastbn.forward", x, gamma, beta, axis, eps, frozen, out)
+    more = None
+    if not (weights is groups is residual is activation is None and masked == "normalize" and save == "x"):
+        more = (weights, masked, groups, residual, activation, save)
+    return _forward("fastbn.forward", x, gamma, beta, axis, eps, frozen, out, more, scale, zero_point)
 
 
 def backward(
     dy: Array,
     saved: Saved,
     *,
-    need: tuple[bool, bool, bool] = (True, True, True),
+    need: Sequence[bool] = (True, True, True),
     out: Any = None,
-) -> tuple[Array | None, Array | None, Array | None]:
+) -> tuple[Any, ...]:
     """The gradients of a loss with respect to x, gamma and beta, from that with respect to y.
 
     With xhat = (x - mean) / std and std = sqrt(var + eps), over all values of a channel (Ioffe & Szegedy 2015,
@@ -155,13 +205,17 @@ def backward(
     ``dbeta = sum dy``, ``dgamma = sum dy xhat``, and in training
     ``dx = gamma / std (dy - mean(dy) - xhat mean(dy xhat))``; with frozen statistics ``dx = gamma / std dy``.
 
+    With an activation, dy is first multiplied by its slope, which is computed from x again: nothing else was kept. The
+    product is the gradient of a residual. With weights w, of sum W, the true gradient of what `forward` computed is
+    ``dx = gamma / std (dy - w (sum dy + xhat sum dy xhat) / W)``.
+
     Parameters
     ----------
     dy : array of y's shape and dtype
         Any strides.
     saved : Saved
         From `forward`; it may be used again.
-    need : three bools
+    need : three bools (four with a residual)
         Which of dx, dgamma and dbeta to compute. The others are None.
     out : array, or (dx, dgamma, dbeta) with None where there is none, optional
         Where results go; dx may go to dy, or to x, of which nothing is left for another `backward` then.
@@ -170,6 +224,7 @@ def backward(
     -------
     dx : array of x's shape, dtype and memory layout
     dgamma, dbeta : float32 arrays of the channels' shape (float64 for float64 x)
+    dresidual : array like dx, if forward had a residual
 
     Raises
     ------
@@ -188,32 +243,45 @@ def backward(
     like = saved._like
     given_dy = check_array(where, "dy", dy)
     check_place(where, "dy", dy, like)
-    dtype = saved.dtype if like is None else like.dtype
+    dtype = FLOAT32 if saved._units is not None else saved.dtype if like is None else like.dtype
     if given_dy.shape != saved._shape or (given_dy.dtype != dtype and native(given_dy.dtype) != native(dtype)):
         advice = (
             "Is it for another forward pass?" if given_dy.shape != saved._shape else "Convert it: dy.astype(y.dtype)"
         )
-        raise ValueError(
-            f"{where}: dy is a {describe(dy)}; expected {saved.dtype} of shape {saved._shape}, like y. {advice}"
-        )
-    need_dx, need_dgamma, need_dbeta = _need(where, need)
-    given_dx, given_dgamma, given_dbeta = _three(where, out)
+        kind = dtype if like is None else saved.dtype
+        raise ValueError(f"{where}: dy is a {describe(dy)}; expected {kind} of shape {saved._shape}, like y. {advice}")
+    asked = saved._asked
+    results = 4 if asked is not None and asked.residual is not None else 3
+    need_dx, need_dgamma, need_dbeta, need_dr = _need(where, need, results)
+    given_dx, given_dgamma, given_dbeta, given_dr = _places(where, out, results)
     x = saved._x
     frozen = saved.frozen
-    if x is None and (need_dgamma or (need_dx and not frozen)):
+    if need_dx and saved._units is not None:
         raise ValueError(
-            f"{where}: saved has no x, which `out` overwrote; expected x for dgamma, and for dx in training. "
-            "Give forward an `out` of its own, or backward need=(False, False, True)"
+            f"{where}: dx of whole numbers ({saved.dtype}) is asked for; they have no gradient. "
+            "Pass need=(False, True, True)"
+        )
+    sloped = asked is not None and asked.activation != ""
+    if x is None and (need_dgamma or (need_dx and not frozen) or sloped):
+        raise ValueError(
+            f"{where}: saved has no x, which `out` overwrote; expected x for dgamma, and for dx in training or "
+            "with an activation. Give forward an `out` of its own, or backward need=(False, False, True)"
         )
     channels = channels_of(saved._shape, saved._axes)
     numbers = _number_type(dtype.itemsize)
-    dx = None
+    dx = dr = None
+
+    def large(name: str, given: Any, apart: dict[str, Any]) -> Any:
+        if given is not None:
+            may_be = {"dy": given_dy, "x": x} if name == "dx" else {"dy": given_dy}
+            return check_out(where, f"out ({name})", given, saved._shape, dtype, given_dy, may_be, apart)
+        return empty(saved._shape, saved._strides, dtype) if like is None else like.family.like(like, like.strides)
+
     if need_dx:
-        if given_dx is not None:
-            dx = check_out(where, "out (dx)", given_dx, saved._shape, dtype, given_dy, {"dy": given_dy, "x": x}, {})
-        else:
-            dx = empty(saved._shape, saved._strides, dtype) if like is None else like.family.like(like, like.strides)
-    apart = {"dy": given_dy, "x": x, "dx": dx}
+        dx = large("dx", given_dx, {})
+    if need_dr:
+        dr = large("dresidual", given_dr, {"x": x, "dx": dx})
+    apart = {"dy": given_dy, "x": x, "dx": dx, "dresidual": dr}
     if need_dgamma and given_dgamma is not None:
         given_dgamma = check_out(where, "out (dgamma)", given_dgamma, channels.shape, numbers, given_dy, {}, apart)
         apart["dgamma"] = given_dgamma
@@ -221,11 +289,17 @@ def backward(
         given_dbeta = check_out(where, "out (dbeta)", given_dbeta, channels.shape, numbers, given_dy, {}, apart)
     dgamma = _flat(given_dgamma, channels.number, numbers, like) if need_dgamma else None
     dbeta = _flat(given_dbeta, channels.number, numbers, like) if need_dbeta else None
-    _run_backward(where, given_dy, given_dy if x is None else x, dx, saved, dgamma, dbeta)
+    read = given_dy if x is None else x
+    if asked is None:
+        _run_backward(where, given_dy, read, dx, saved, dgamma, dbeta)
+    else:
+        _run_backward_with(where, given_dy, read, dx, dr, saved, dgamma, dbeta, asked)
     if given_dx is not None and dx is not None and x is not None and same_memory(dx, x):
         saved._x = None
-    dx = dx if like is None else _own(dx)
-    return dx, _shaped(dgamma, given_dgamma, channels.shape), _shaped(dbeta, given_dbeta, channels.shape)
+    if like is not None:
+        dx, dr = _own(dx), _own(dr)
+    found = dx, _shaped(dgamma, given_dgamma, channels.shape), _shaped(dbeta, given_dbeta, channels.shape)
+    return found if results == 3 else (*found, dr)
 
 
 def infer(
@@ -238,6 +312,13 @@ def infer(
     axis: Axis = 1,
     eps: float = 1e-5,
     out: Array | None = None,
+    weights: Any = None,
+    masked: str = "normalize",
+    groups: Any = None,
+    residual: Array | None = None,
+    activation: Any = None,
+    scale: float = 1.0,
+    zero_point: float = 0.0,
 ) -> Array:
     """Normalize by given statistics, keeping nothing: ``y = gamma (x - mean) / sqrt(var + eps) + beta``.
 
@@ -248,48 +329,110 @@ def infer(
     >>> fastbn.infer(np.float32([[7, 1], [5, 1]]), mean=[5, 0], var=[4, 1], eps=1e-8).tolist()
     [[1.0, 1.0], [0.0, 1.0]]
     """
-    y: Array = _forward("fastbn.infer", x, gamma, beta, axis, eps, (mean, var), out)[0]
+    more = None
+    if not (weights is groups is residual is activation is None and masked == "normalize"):
+        more = (weights, masked, groups, residual, activation)
+    y: Array = _forward("fastbn.infer", x, gamma, beta, axis, eps, (mean, var), out, more, scale, zero_point)[0]
     return y
 
 
-def moments(x: Any, *, axis: Axis = 1) -> Moments:
+def moments(x: Any, *, axis: Axis = 1, weights: Any = None, scale: float = 1.0, zero_point: float = 0.0) -> Moments:
     """Count, mean and M2 of each channel over all other axes, by blocks (Chan, Golub & LeVeque 1983).
 
-    `x` and `axis` are as in `forward`, and so are the errors. An empty x gives a count of 0.
+    `x`, `axis` and the rest are as in `forward`, and so are the errors. An empty x gives a count of 0; with weights,
+    the count is their sum.
 
     >>> import numpy as np, fastbn
     >>> fastbn.moments(np.float32([[1, 10], [3, 10]]))
     Moments(count=2, mean=[2, 10], var=[1, 0])
     """
     where = "fastbn.moments"
-    x = check_array(where, "x", x)
+    x = check_array(where, "x", x, whole=True)
     axes = check_axis(where, x, axis)
     table = _new((6, channels_of(x.shape, axes).number), FLOAT64, x)
-    _run_forward(where, x, None, axes, table, (None, None, None, None), 1.0)
-    return _moments(x.shape, axes, table, x.dtype.itemsize)
+    asked = None if weights is None else ask(where, x, axes, x.dtype, weights)
+    units = _units(where, x, scale, zero_point)
+    masses, _ = _run_forward(where, x, None, axes, table, (None, None, None, None), 1.0, asked)
+    found: Moments = _moments(x.shape, axes, table, x.dtype, asked, masses, units)
+    return found
 
 
 def _forward(
-    where: str, x: Any, gamma: Any, beta: Any, axis: Axis, eps: float, frozen: Any, out: Any
-) -> tuple[Any, Saved]:
-    x = check_array(where, "x", x)
+    where: str, x: Any, gamma: Any, beta: Any, axis: Axis, eps: float, frozen: Any, out: Any,
+    more: tuple[Any, ...] | None, scale: float, zero_point: float,
+) -> tuple[Any, Saved]:  # fmt: skip
+    x = check_array(where, "x", x, whole=True)
     axes = check_axis(where, x, axis)
     eps = check_eps(where, eps)
     channels = channels_of(x.shape, axes)
     gamma = None if gamma is None else check_real(where, "gamma", gamma, channels.shape, x)
     beta = None if beta is None else check_real(where, "beta", beta, channels.shape, x)
-    mean, var = (None, None) if frozen is None else check_frozen(where, frozen, channels.shape, x)
+    units = _units(where, x, scale, zero_point)
+    result = x.dtype if units is None else FLOAT32
+    asked = None if more is None else ask(where, x, axes, result, *more)
+    mean = var = None
+    if frozen is not None:
+        shape = channels.shape if asked is None or asked.groups is None else (asked.sets, *channels.shape)
+        mean, var = check_frozen(where, frozen, shape, x)
     if out is not None:
-        y = check_out(where, "out", out, x.shape, x.dtype, x, {"x": x}, {})
+        y = check_out(where, "out", out, x.shape, result, x, {"x": x}, {})
+        if asked is not None and asked.residual is not None:
+            check_out(where, "out", out, x.shape, result, x, {"residual": asked.residual}, {})
     else:
-        y = x.family.like(x, x.strides) if isinstance(x, Span) else np.empty_like(x, subok=False)
+        y = x.family.like(x, x.strides) if isinstance(x, Span) else np.empty_like(x, dtype=result, subok=False)
     if frozen is None and channels.values == 1:
         _warn_of_one_value(x, axis)
-    table = _new((6, channels.number), FLOAT64, x)
-    kept = _run_forward(where, x, y, axes, table, (gamma, beta, mean, var), eps)
-    if out is not None and same_memory(x, y):
+    table = _new((6, channels.number * (1 if asked is None else asked.sets)), FLOAT64, x)
+    lost = None
+    if asked is not None and asked.save == "y":
+        lost = _lost(x, axes, gamma, beta, channels)
+    if units is not None:
+        mean, var, eps = _in_whole_numbers(mean, var, eps, units)
+    masses, kept = _run_forward(where, x, y, axes, table, (gamma, beta, mean, var), eps, asked)
+    if asked is not None and asked.save == "y":
+        kept = y
+    elif out is not None and same_memory(x, y):
         kept = None
-    return _own(y), Saved(kept, x, axes, table, frozen is not None)
+    return _own(y), Saved(kept, x, axes, table, frozen is not None, asked, masses, lost, units)
+
+
+def _units(where: str, x: Any, scale: Any, zero_point: Any) -> tuple[float, float] | None:
+    """Scale and zero point of whole numbers; None for numbers that stand for themselves."""
+    if isinstance(x, Span) or x.dtype.kind not in "iu":
+        if scale != 1.0 or zero_point != 0.0:
+            raise ValueError(
+                f"{where}: scale or zero_point is given with x of {x.dtype}; expected them with whole numbers only"
+            )
+        return None
+    if (step := finite(scale)) is None or step == 0 or (zero := finite(zero_point)) is None:
+        raise ValueError(
+            f"{where}: scale is {describe(scale)} and zero_point {describe(zero_point)}; expected finite numbers, and "
+            "a scale that isn't 0"
+        )
+    return step, zero
+
+
+def _in_whole_numbers(mean: Any, var: Any, eps: float, units: tuple[float, float]) -> tuple[Any, Any, float]:
+    """Statistics and eps of x in the unit of its whole numbers: y is the same by both."""
+    step, zero = units
+    if mean is not None:
+        mean, var = mean.astype(np.float64) / step + zero, var.astype(np.float64) / step**2
+    return mean, var, eps / step**2
+
+
+def _lost(x: Any, axes: tuple[int, ...], gamma: Any, beta: Any, channels: Any) -> Any:
+    """Which channels can't be had back from y, and a copy of their x (..., n); None: there are none."""
+    if isinstance(x, Span):
+        return None
+    table = np.zeros((6, channels.number))
+    table[4], table[5] = 1.0 if gamma is None else gamma, 0.0 if beta is None else beta
+    lost = poorly_kept(table)
+    return (lost, _at_channels(x, axes)[..., lost.reshape(channels.shape)]) if lost.any() else None
+
+
+def _at_channels(x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """With the channel axes last."""
+    return x.transpose(*[a for a in range(x.ndim) if a not in axes], *axes)
 
 
 def _new(shape: tuple[int, ...], dtype: np.dtype[Any], x: Any) -> Any:
@@ -315,13 +458,26 @@ def _warn_of_one_value(x: Any, axis: Axis) -> None:
     )
 
 
-def _moments(shape: tuple[int, ...], axes: tuple[int, ...], table: Any, itemsize: int) -> Moments:
+def _moments(
+    shape: tuple[int, ...], axes: tuple[int, ...], table: Any, dtype: Any, asked: Asked | None,
+    masses: np.ndarray | None, units: tuple[float, float] | None,
+) -> Any:  # fmt: skip
+    """Moments, or with groups a list of them."""
     channels = channels_of(shape, axes)
     numbers = family_of_values(table).numbers(table)
+    kind = _number_type(dtype.itemsize)
     with np.errstate(all="ignore"):
-        mean, m2 = numbers[0] + numbers[1], channels.values * numbers[2]
-    mean, m2 = mean.reshape(channels.shape), m2.reshape(channels.shape)
-    return Moments.found(channels.values, mean, m2, _number_type(itemsize))
+        mean, var = numbers[0] + numbers[1], numbers[2]
+        if units is not None:
+            mean, var = units[0] * (mean - units[1]), units[0] ** 2 * var
+        if asked is None or masses is None:
+            m2 = channels.values * var
+            return Moments.found(channels.values, mean.reshape(channels.shape), m2.reshape(channels.shape), kind)
+        sets = asked.sets
+        mean, var = mean.reshape(sets, *channels.shape), var.reshape(sets, *channels.shape)
+        counts = [float(m) if asked.weights is not None else int(m) for m in masses]
+        found = [Moments.found(n, mean[g], n * var[g], kind) for g, n in enumerate(counts)]
+    return found[0] if asked.groups is None else found
 
 
 def _number_type(itemsize: int) -> np.dtype[Any]:
@@ -329,18 +485,20 @@ def _number_type(itemsize: int) -> np.dtype[Any]:
     return FLOAT64 if itemsize == 8 else FLOAT32
 
 
-def _need(where: str, need: Any) -> tuple[bool, bool, bool]:
-    if not isinstance(need, (tuple, list)) or len(need) != 3:
-        raise TypeError(f"{where}: need is {describe(need)}; expected three bools, for dx, dgamma and dbeta")
-    return bool(need[0]), bool(need[1]), bool(need[2])
+def _need(where: str, need: Any, results: int) -> tuple[bool, bool, bool, bool]:
+    if not isinstance(need, (tuple, list)) or len(need) not in (3, results):
+        named = "dx, dgamma and dbeta" if results == 3 else "dx, dgamma and dbeta (and dresidual)"
+        raise TypeError(f"{where}: need is {describe(need)}; expected three bools, for {named}")
+    rest = results == 4 and (bool(need[3]) if len(need) == 4 else True)
+    return bool(need[0]), bool(need[1]), bool(need[2]), rest
 
 
-def _three(where: str, out: Any) -> tuple[Any, Any, Any]:
+def _places(where: str, out: Any, results: int) -> tuple[Any, Any, Any, Any]:
     if not isinstance(out, (tuple, list)):
-        return out, None, None
-    if len(out) != 3:
+        return out, None, None, None
+    if len(out) not in (3, results):
         raise ValueError(f"{where}: out has {len(out)} entries; expected three: dx, dgamma and dbeta, or None for each")
-    return out[0], out[1], out[2]
+    return out[0], out[1], out[2], out[3] if len(out) == 4 else None
 
 
 def _flat(given: Any, number: int, dtype: np.dtype[Any], like: Span | None) -> Any:
@@ -373,18 +531,38 @@ def _elements(views: list[Any], backend: Kernels) -> list[Any]:
 
 
 def _run_forward(
-    where: str, x: Any, y: Any, axes: tuple[int, ...], table: Any, given: tuple[Any, ...], eps: float
-) -> Any:
-    """Fills y and table; returns x as the kernels walked it, which `backward` will walk again."""
+    where: str, x: Any, y: Any, axes: tuple[int, ...], table: Any, given: tuple[Any, ...], eps: float,
+    asked: Asked | None,
+) -> tuple[np.ndarray | None, Any]:  # fmt: skip
+    """Fills y and table; returns the masses of sets, and x as the kernels walked it, which `backward` walks again."""
     backend = kernels(where, x)
+    masses = None
+    if asked is not None and (asked.weights is not None or asked.groups is not None):
+        masses = asked.masses(channels_of(x.shape, axes), x.shape)
     if x.size == 0:
         family_of_values(table).clear(table)
-        return x
-    views = Views(axes, [x], [y])
-    read, written = _elements(views.views, backend)
-    backend.forward(read, written, table, given, eps)
+        return masses, x
+    if asked is None and x.dtype is (x if y is None else y).dtype:  # nearly every call
+        views = Views(axes, [x], [y])
+        read, written = _elements(views.views, backend)
+        backend.forward(read, written, table, given, eps)
+        views.finish()
+        return None, views.inputs[0]
+    residual = None if asked is None else asked.residual
+    inputs = [x] if residual is None else [x, residual]
+    views = Views(axes, inputs, [y], _samples(asked))
+    read, *rest = (_elements([v], backend)[0] if v is not None else None for v in views.views)
+    more = None
+    if asked is not None:
+        more = asked.seen(views, masses, None if residual is None else rest[0], None, False)
+    backend.forward(read, rest[-1], table, given, eps, more)
     views.finish()
-    return views.inputs[0]
+    return masses, views.inputs[0]
+
+
+def _samples(asked: Asked | None) -> int | None:
+    """The axis that must come first, if groups of samples are asked for."""
+    return None if asked is None or asked.groups is None else asked.samples
 
 
 def _run_backward(where: str, dy: Any, x: Any, dx: Any, saved: Saved, dgamma: Any, dbeta: Any) -> None:
@@ -396,6 +574,65 @@ def _run_backward(where: str, dy: Any, x: Any, dx: Any, saved: Saved, dgamma: An
                 family_of_values(sums).clear(sums)
         return
     views = Views(saved._axes, [x, dy], [dx])  # x first: results take its memory layout
-    read_x, read_dy, written = _elements(views.views, backend)
+    if saved._units is None:
+        read_x, read_dy, written = _elements(views.views, backend)
+    else:
+        read_x, read_dy, written = (_elements([v], backend)[0] if v is not None else None for v in views.views)
     backend.backward(read_dy, read_x, written, saved._table, dgamma, dbeta, saved.frozen)
     views.finish()
+
+
+def _run_backward_with(
+    where: str, dy: Any, x: Any, dx: Any, dr: Any, saved: Saved, dgamma: Any, dbeta: Any, asked: Asked
+) -> None:
+    """The same, with what was asked for beyond batch norm."""
+    backend = kernels(where, dy)
+    if dy.size == 0:
+        _run_backward(where, dy, x, dx, saved, dgamma, dbeta)
+        return
+    residual = asked.residual
+    inputs = [x, dy] if residual is None else [x, dy, residual]
+    outputs = [dx] if dr is None else [dx, dr]
+    views = Views(saved._axes, inputs, outputs, _samples(asked))
+    seen = [_elements([v], backend)[0] if v is not None else None for v in views.views]
+    read_residual = None if residual is None else seen[2]
+    written, written_dr = seen[len(inputs)], None if dr is None else seen[-1]
+    inverse = asked.save == "y"
+    more = asked.seen(views, saved._masses, read_residual, written_dr, inverse)
+    table = inverse_table(saved._table) if inverse else saved._table
+    sums = [dgamma, dbeta]
+    if asked.groups is not None:
+        sums = [None if a is None else _new((table.shape[1],), a.dtype, dy) for a in sums]
+    if inverse and saved._lost is not None:
+        dy_lost = _at_channels(dy, saved._axes)[..., saved._lost[0].reshape(channels_of(dy.shape, saved._axes).shape)]
+    backend.backward(seen[1], seen[0], written, table, sums[0], sums[1], saved.frozen, more)
+    views.finish()
+    if asked.groups is not None:
+        for total, parts in zip((dgamma, dbeta), sums, strict=True):
+            if total is not None and parts is not None:
+                total[...] = parts.reshape(asked.sets, -1).sum(axis=0, dtype=np.float64)
+    if inverse and saved._lost is not None:
+        _lost_backward(where, dy_lost, dx, saved, dgamma, asked)
+
+
+def _lost_backward(where: str, dy: np.ndarray, dx: Any, saved: Saved, dgamma: Any, asked: Asked) -> None:
+    """dx and dgamma of the channels that can't be had back from y, from their x, which was kept."""
+    lost, x = saved._lost
+    table = np.ascontiguousarray(saved._table.reshape(6, asked.sets, -1)[:, :, lost].reshape(6, -1))
+    last = x.ndim - 1
+    weights = asked.weights
+    if weights is not None:
+        others = tuple(n for a, n in enumerate(weights.shape) if a not in saved._axes)
+        weights = weights.reshape(*others, 1)
+    samples = sum(a not in saved._axes for a in range(asked.samples))
+    own = asked._replace(weights=weights, samples=samples, save="x")
+    part = Saved(x, x, (last,), table, saved.frozen, own, saved._masses)
+    number = x.shape[-1]
+    found_dx = None if dx is None else np.empty(x.shape, x.dtype)
+    found = None if dgamma is None else np.empty(number, dgamma.dtype)
+    _run_backward_with(where, dy, x, found_dx, None, part, found, None, own)
+    if dx is not None:
+        shape = channels_of(dx.shape, saved._axes).shape
+        _at_channels(dx, saved._axes)[..., lost.reshape(shape)] = found_dx
+    if dgamma is not None:
+        dgamma[lost] = found

@@ -12,6 +12,7 @@ import numpy as np
 
 from .arguments import describe
 from .arrays import CuPyKernels, NumbaKernels, Span
+from .extras import Extras
 
 BACKENDS = ("auto", "cpu", "cupy", "numba-cuda", "reference")
 _NUMPY_KERNELS = {"auto": "cpu", "cpu": "cpu", "reference": "reference"}
@@ -23,9 +24,13 @@ class Kernels(Protocol):
 
     def element_view(self, dtype: np.dtype[Any]) -> np.dtype[Any] | None: ...
 
-    def forward(self, x: Any, y: Any, table: Any, given: tuple[Any, ...], eps: float) -> None: ...
+    def forward(
+        self, x: Any, y: Any, table: Any, given: tuple[Any, ...], eps: float, more: Extras | None = None
+    ) -> None: ...
 
-    def backward(self, dy: Any, x: Any, dx: Any, table: Any, dgamma: Any, dbeta: Any, frozen: bool) -> None: ...
+    def backward(
+        self, dy: Any, x: Any, dx: Any, table: Any, dgamma: Any, dbeta: Any, frozen: bool, more: Extras | None = None
+    ) -> None: ...
 
 
 def _known(name: str, where: str) -> str:

@@ -102,8 +102,8 @@ class BatchNorm:
         """dx for the last forward pass; sets `dgamma` and `dbeta`, or adds to them. `out` is where dx goes."""
         if self._saved is None:
             raise RuntimeError("fastbn.BatchNorm.backward: no forward pass came before; call bn(x) first")
+        dx: Array
         dx, dgamma, dbeta = backward(dy, self._saved, out=out)
-        assert dx is not None  # all three are needed by default
         if self.accumulate:
             self.dgamma[...], self.dbeta[...] = self.dgamma + dgamma, self.dbeta + dbeta
         else:

@@ -60,10 +60,13 @@ class Collapse:
 
 
 @functools.lru_cache(maxsize=4096)
-def collapse(shape: tuple[int, ...], axes: tuple[int, ...], *strides: tuple[int, ...]) -> Collapse | None:
+def collapse(
+    shape: tuple[int, ...], axes: tuple[int, ...], *strides: tuple[int, ...], samples: int | None = None
+) -> Collapse | None:
     """The common view of arrays of one shape (no axis of size 0) and these strides, or None if there is none.
 
-    `axes` are the channel axes, ascending. The first array's strides set the order of the axes.
+    `axes` are the channel axes, ascending. The first array's strides set the order of the axes. With `samples`, that
+    axis comes first in O, so that a sample is some outer indices, one behind the other.
 
     >>> collapse((8, 3, 4, 4), (1,), (192, 64, 16, 4))  # float32, NCHW
     Collapse(order=(0, 1, 2, 3), shape=(8, 3, 16))
@@ -92,6 +95,11 @@ def collapse(shape: tuple[int, ...], axes: tuple[int, ...], *strides: tuple[int,
     else:
         outer, inner = [], others[0] if others else []
     ones = [a for a in range(len(shape)) if shape[a] == 1]
+    if samples is not None and samples not in ones:
+        if not outer and inner[0] == samples:
+            outer, inner = inner[:1], inner[1:]
+        elif not outer or outer[0] != samples:
+            return None
 
     def size(group: list[int]) -> int:
         return math.prod(shape[a] for a in group)
@@ -115,19 +123,32 @@ class Views:
     in another way than those of the first input. An output of that kind is written by `finish`.
     """
 
-    __slots__ = ("_copied", "inputs", "views")
+    __slots__ = ("_axes", "_copied", "_plan", "inputs", "views")
 
-    def __init__(self, axes: tuple[int, ...], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    def __init__(
+        self, axes: tuple[int, ...], inputs: Sequence[Any], outputs: Sequence[Any], samples: int | None = None
+    ) -> None:
         given = len(inputs)
         arrays: list[Any] = [*inputs, *outputs]
-        used, plan = arrays, _common(axes, arrays)
+        used, plan = arrays, _common(axes, arrays, samples)
         spans = isinstance(arrays[0], Span)
         if plan is None or not all(map(_is_aligned if spans else _is_plain, arrays)):
-            used, plan = _walkable(axes, arrays, given)
+            used, plan = _walkable(axes, arrays, given, samples)
+        self._axes, self._plan = axes, plan
         self.inputs = used[:given]  # what was walked in place of the inputs, in their own shape
         view: Any = plan.seen if spans else plan.view
         self.views = [None if a is None else view(a) for a in used]
         self._copied = [] if used is arrays else list(zip(arrays[given:], used[given:], strict=True))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(O, C, I)."""
+        return self._plan.shape
+
+    def positions(self, values: np.ndarray) -> np.ndarray:
+        """What is the same for all channels, of x's shape with 1 on the channel axes, as (O, 1, I)."""
+        outer, _, inner = self._plan.shape
+        return values.transpose(self._plan.order).reshape(outer, 1, inner)
 
     def finish(self) -> None:
         for target, result in self._copied:
@@ -143,25 +164,30 @@ def _is_plain(a: np.ndarray | None) -> bool:
     return a is None or (a.dtype.isnative and a.flags.aligned)
 
 
-def _common(axes: tuple[int, ...], arrays: Sequence[Any]) -> Collapse | None:
+def _common(axes: tuple[int, ...], arrays: Sequence[Any], samples: int | None) -> Collapse | None:
     """The common view of arrays and of None, which stands for a result that nobody wants."""
-    return collapse(arrays[0].shape, axes, *[a.strides for a in arrays if a is not None])
+    strides = [a.strides for a in arrays if a is not None]
+    if samples is None:
+        return collapse(arrays[0].shape, axes, *strides)
+    return collapse(arrays[0].shape, axes, *strides, samples=samples)
 
 
-def _walkable(axes: tuple[int, ...], arrays: Sequence[Any], given: int) -> tuple[list[Any], Collapse]:
+def _walkable(
+    axes: tuple[int, ...], arrays: Sequence[Any], given: int, samples: int | None
+) -> tuple[list[Any], Collapse]:
     """The arrays, the first `given` of them inputs, with copies for those that need one; and their common view."""
     plain: Any = _is_aligned if isinstance(arrays[0], Span) else _is_plain
     used = [a if plain(a) else _dense(a, a, i < given) for i, a in enumerate(arrays)]
-    plan = _common(axes, used)
+    plan = _common(axes, used, samples)
     if plan is None:
-        if _common(axes, used[:1]) is None:
-            used[0] = _packed(axes, used[0])
-        fits = [_common(axes, [used[0], a]) is not None for a in used]
+        if _common(axes, used[:1], samples) is None:
+            used[0] = _packed(axes, used[0], samples)
+        fits = [_common(axes, [used[0], a], samples) is not None for a in used]
         used = [a if fits[i] else _dense(a, used[0], i < given) for i, a in enumerate(used)]
-        plan = _common(axes, used)
+        plan = _common(axes, used, samples)
     if plan is None:
         used = [a if a is None else _dense(a, used[0], i < given) for i, a in enumerate(used)]
-        plan = _common(axes, used)
+        plan = _common(axes, used, samples)
     assert plan is not None, "arrays of equal strides collapse alike"
     return used, plan
 
@@ -177,10 +203,10 @@ def _dense(a: Any, like: Any, filled: bool) -> Any:
     return new
 
 
-def _packed(axes: tuple[int, ...], a: Any) -> Any:
+def _packed(axes: tuple[int, ...], a: Any, samples: int | None) -> Any:
     """A copy of `a` that collapses: in its own order if that will do, else with the channel axes last."""
     new = _dense(a, a, True)
-    if _common(axes, [new]) is None:
+    if _common(axes, [new], samples) is None:
         order = [*(i for i in range(a.ndim) if i not in axes), *axes]
         if not isinstance(a, Span):
             return np.ascontiguousarray(a.transpose(order)).transpose(np.argsort(order))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .arguments import check_channels, check_variances, describe
+from .arguments import check_channels, check_variances, describe, finite
 from .arrays import NUMPY, family_of_values, place_of
 
 
@@ -19,8 +19,8 @@ class Moments:
 
     Parameters
     ----------
-    count : int
-        How many values each channel has.
+    count : int or float
+        How many values each channel has, or the sum of their weights.
     mean, m2 : array of the channels' shape
         Mean, in the unit of the data, and M2, in its square.
     dtype : optional
@@ -48,17 +48,17 @@ class Moments:
 
     __slots__ = ("_m2", "_mean", "count", "dtype", "shape")
 
-    def __init__(self, count: int, mean: Any, m2: Any, dtype: Any = np.float32) -> None:
-        if not isinstance(count, (int, np.integer)) or count < 0:
+    def __init__(self, count: float, mean: Any, m2: Any, dtype: Any = np.float32) -> None:
+        if finite(count) is None or count < 0:
             raise ValueError(f"fastbn.Moments: count is {describe(count)}; expected a number of values, 0 or more")
         self.shape: tuple[int, ...] = tuple(np.shape(mean))
-        self.count = int(count)
+        self.count = _whole(count)
         self.dtype: np.dtype[Any] = np.dtype(dtype)
         self._mean = check_channels("fastbn.Moments", "mean", mean, self.shape, mean).reshape(self.shape)
         self._m2 = check_variances("fastbn.Moments", m2, self.shape, "m2", mean).reshape(self.shape)
 
     @classmethod
-    def found(cls, count: int, mean: Any, m2: Any, dtype: Any) -> Moments:
+    def found(cls, count: float, mean: Any, m2: Any, dtype: Any) -> Moments:
         """From float64 results of our own, unchecked: the checks take as long as normalizing a small array."""
         new = cls.__new__(cls)
         new.count, new._mean, new._m2, new.shape, new.dtype = count, mean, m2, tuple(mean.shape), np.dtype(dtype)
@@ -124,6 +124,11 @@ class Moments:
             return "[" + ", ".join([f"{v:.4g}" for v in flat[:6]] + ["..."] * (flat.size > 6)) + "]"
 
         return f"Moments(count={self.count}, mean={few(self._mean)}, var={few(self.exact()[1])})"
+
+
+def _whole(count: float) -> float:
+    """As an int where it is one."""
+    return int(count) if int(count) == count else float(count)
 
 
 def _rounded(values: Any, dtype: np.dtype[Any]) -> Any:

@@ -4,7 +4,7 @@ A kernel sees three-dimensional views (O, C, I): outer, channels, inner, with an
 proportional to the data, and the arithmetic on C numbers that goes with it; what is asked of it, and on which
 arrays, is in `fastbn/batchnorm.py`. A backend has two functions:
 
-``forward(x, y, table, given, eps)``
+``forward(x, y, table, given, eps, more=None)``
     x (O, C, I) read; y (O, C, I) written, or None; table (6, C) float64 written: mean as an unevaluated pair hi + lo,
     biased variance, invstd, gamma, beta. given = (gamma, beta, mean, var), each None or a contiguous (C,) array of
     float32 or float64; gamma None is 1, and beta None is 0. With mean and var (both or none) the statistics are these,
@@ -12,7 +12,7 @@ arrays, is in `fastbn/batchnorm.py`. A backend has two functions:
 
     ``invstd = 1 / sqrt(var + eps)``, ``y = gamma invstd ((x - hi) - lo) + beta``.
 
-``backward(dy, x, dx, table, dgamma, dbeta, frozen)``
+``backward(dy, x, dx, table, dgamma, dbeta, frozen, more=None)``
     dy, x (O, C, I) and table (6, C) read; dx (O, C, I) written, or None; dgamma, dbeta (C,) written, or None,
     contiguous, of float64 for float64 x and else of float32. Where x doesn't count (dgamma is None, and dx too unless
     `frozen`), it may be dy. With sums and means over the O I values of a channel,
@@ -21,11 +21,26 @@ arrays, is in `fastbn/batchnorm.py`. A backend has two functions:
     ``dx = a (dy - mean dy) + b ((x - hi) - lo)``, ``a = gamma invstd``, ``b = -a invstd^2 cov(dy, x)``;
     `frozen`, statistics are constants: ``dx = a dy``.
 
+`more`, a `fastbn.extras.Extras`, is what a call asks for beyond that (None: nothing). All of it composes.
+
+- `starts` (G + 1,), `order` (O,) or None: the outer indices order[starts[g]:starts[g + 1]] (without order, these
+  indices themselves) are set g of G, with statistics of its own. table is (6, G C) then, set by set, and so are given
+  mean and var, dgamma and dbeta; gamma and beta stay (C,). A set may be empty; its table is 0 but for gamma and beta.
+- `weights` w (O, 1, I) and their sum `mass` W (G,) by set: ``mean = sum w x / W``, ``var = sum w (x - mean)^2 / W``, in
+  which x counts as absent where w is 0, NaN or not. Where W is 0, mean, var and invstd are 0. In backward
+
+  ``dx = a g + w (b ((x - hi) - lo) - a sum g / W)``, ``b = -a invstd^2 sum g ((x - hi) - lo) / W``.
+- `residual` r and `activation` f: ``y = f(gamma invstd (x - mean) + beta + r)``. backward takes ``g = dy f'(that)`` in
+  place of dy, computed from x as forward did, and writes g to `dresidual` if that is given.
+- `masked` "zero" or "keep": where w is 0, y is 0 or x. In backward g is 0 there, and dx is 0 or dy.
+- `inverse`, in backward: x holds forward's y, and ``f^-1(y)`` is x, with a table to go with it.
+
 Both formulas are those of Ioffe & Szegedy (2015), algorithm 1 and section 3, with dy centred before it is
 scaled: a constant dy then gives dx = 0 exactly, at any offset. y may be x, and dx may be dy or x; otherwise
 outputs overlap nothing. O, C and I are at least 1; the stride of an axis of size 1 means nothing. All arrays are of
-one kind and on one device. float16 comes as uint16 bits and bfloat16 as int16 bits where `element_view` says so. The
-same arguments give the same bits, whatever the number of threads.
+one kind and on one device. float16 comes as uint16 bits and bfloat16 as int16 bits where `element_view` says so. Whole
+numbers (uint8, int8, uint16, int16) may be x, on the CPU; then y, dy and dx are float32. The same arguments give the
+same bits, whatever the number of threads.
 
 **In your own kernels.** The CPU backend's building blocks are plain `@njit` functions on contiguous runs, for
 use in other `@njit` code (fused pipelines, other reductions):

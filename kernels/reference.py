@@ -6,6 +6,8 @@ that float64 needs to be right at any offset; `tests/test_reference.py` holds it
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -45,12 +47,90 @@ def gradient(
         return np.asarray(gamma / std * (g - xhat * average(g * xhat, axes)))
 
 
+# Activations f of z, their slopes, and the inverses of those that have one.
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def _sigmoid(z: np.ndarray) -> np.ndarray:
+    return np.asarray(np.exp(-np.logaddexp(0.0, -z)))
+
+
+def activate(name: str, p: float, z: np.ndarray) -> np.ndarray:
+    """f(z)."""
+    with np.errstate(all="ignore"):
+        return np.asarray({
+            "": lambda: z,
+            "relu": lambda: np.where(z <= 0, 0.0, z),
+            "leaky_relu": lambda: np.where(z <= 0, p * z, z),
+            "relu6": lambda: np.clip(z, 0.0, 6.0),
+            "elu": lambda: np.where(z <= 0, p * np.expm1(np.minimum(z, 0)), z),
+            "silu": lambda: z * _sigmoid(z),
+            "gelu": lambda: 0.5 * z * (1.0 + _erf(z / math.sqrt(2.0))),
+            "sigmoid": lambda: _sigmoid(z),
+            "tanh": lambda: np.tanh(z),
+            "hardswish": lambda: z * np.clip(z + 3.0, 0.0, 6.0) / 6.0,
+        }[name]())  # fmt: skip
+
+
+def slope(name: str, p: float, z: np.ndarray) -> np.ndarray:
+    """f'(z); at a kink that of the left side."""
+    with np.errstate(all="ignore"):
+        s = _sigmoid(z)
+        return np.asarray({
+            "": lambda: np.ones(z.shape),
+            "relu": lambda: np.where(z <= 0, 0.0, 1.0),
+            "leaky_relu": lambda: np.where(z <= 0, p, 1.0),
+            "relu6": lambda: np.where((z <= 0) | (z >= 6), 0.0, 1.0),
+            "elu": lambda: np.where(z <= 0, p * np.exp(np.minimum(z, 0)), 1.0),
+            "silu": lambda: s + z * s * (1.0 - s),
+            "gelu": lambda: 0.5 * (1.0 + _erf(z / math.sqrt(2.0))) + z * np.exp(-0.5 * z * z) / math.sqrt(2 * math.pi),
+            "sigmoid": lambda: s * (1.0 - s),
+            "tanh": lambda: 1.0 - np.tanh(z) ** 2,
+            "hardswish": lambda: np.where(z <= -3, 0.0, np.where(z < 3, z / 3.0 + 0.5, 1.0)),
+        }[name]())  # fmt: skip
+
+
+def deactivate(name: str, p: float, y: np.ndarray) -> np.ndarray:
+    """z of y = f(z)."""
+    with np.errstate(all="ignore"):
+        return {
+            "": lambda: y,
+            "leaky_relu": lambda: np.where(y <= 0, y / p, y),
+            "elu": lambda: np.where(y <= 0, np.log1p(y / p), y),
+        }[name]()
+
+
 # The contract of `fastbn.kernels`, on (O, C, I) views.
 
 
 def element_view(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
     """NumPy computes with every element as it is."""
-    return dtype if dtype in (np.float16, np.float32, np.float64) or dtype.name == "bfloat16" else None
+    known = dtype in (np.float16, np.float32, np.float64, np.uint8, np.int8, np.uint16, np.int16)
+    return dtype if known or dtype.name == "bfloat16" else None
+
+
+def _sets(outer: int, more: Any) -> list[np.ndarray]:
+    """The outer indices of each set."""
+    order = np.arange(outer) if more.order is None else more.order
+    starts = [0, outer] if more.starts is None else more.starts
+    return [order[i:j] for i, j in itertools.pairwise(starts)]
+
+
+def _counted(x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
+    """x in float64, with 0 in place of what doesn't count."""
+    x = x.astype(np.float64)
+    return x if w is None else np.where(w == 0, 0.0, x)
+
+
+def _weighted(x: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean as hi and lo, and variance, by weights (O, 1, I) that aren't all 0."""
+    x, mass = _counted(x, w), w.sum()
+    with np.errstate(all="ignore"):
+        hi = np.sum(w * x, axis=(0, 2), keepdims=True) / mass
+        lo = np.sum(w * (x - hi), axis=(0, 2), keepdims=True) / mass
+        d = np.where(w == 0, 0.0, (x - hi) - lo)
+        return hi, lo, np.sum(w * d * d, axis=(0, 2), keepdims=True) / mass
 
 
 def forward(
@@ -59,21 +139,44 @@ def forward(
     table: np.ndarray,
     given: tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None, np.ndarray | None],
     eps: float,
+    more: Any = None,
 ) -> None:
     gamma, beta, mean, var = given
-    table[4] = 1.0 if gamma is None else gamma
-    table[5] = 0.0 if beta is None else beta
-    with np.errstate(all="ignore"):
-        if mean is None:
-            d, hi, lo = centred(x, (0, 2))
-            table[0], table[1] = hi[0, :, 0], lo[0, :, 0]
-            table[2] = average(d * d, (0, 2))[0, :, 0]
+    channels = x.shape[1]
+    for g, rows in enumerate(_sets(x.shape[0], more) if more is not None else [np.arange(x.shape[0])]):
+        part = slice(g * channels, (g + 1) * channels)
+        t, xs = table[:, part], x[rows]
+        w = None if more is None or more.weights is None else more.weights[rows].astype(np.float64)
+        t[4] = 1.0 if gamma is None else gamma
+        t[5] = 0.0 if beta is None else beta
+        if mean is not None and var is not None:
+            t[0], t[1], t[2] = mean[part], 0.0, var[part]
+        elif xs.size == 0 or (w is not None and not w.any()):
+            t[:4] = 0.0
+        elif w is not None:
+            t[0], t[1], t[2] = (a[0, :, 0] for a in _weighted(xs, w))
         else:
-            d = x.astype(np.float64) - mean[:, None]
-            table[0], table[1], table[2] = mean, 0.0, var
-        table[3] = 1.0 / np.sqrt(table[2] + eps)
-        if y is not None:
-            y[...] = normalize(d, table[2, :, None], table[4, :, None], table[5, :, None], eps)
+            d, hi, lo = centred(xs, (0, 2))
+            t[0], t[1] = hi[0, :, 0], lo[0, :, 0]
+            t[2] = average(d * d, (0, 2))[0, :, 0]
+        with np.errstate(all="ignore"):
+            if mean is not None or (xs.size and (w is None or w.any())):
+                t[3] = 1.0 / np.sqrt(t[2] + eps)
+            if y is None or not xs.size:
+                continue
+            result = _linear(xs, t)
+            if more is not None:
+                if more.residual is not None:
+                    result = result + more.residual[rows]
+                result = activate(more.activation, more.parameter, result)
+                if w is not None and more.masked != "normalize":
+                    result = np.where(w == 0, 0.0 if more.masked == "zero" else xs, result)
+            y[rows] = result
+
+
+def _linear(x: np.ndarray, table: np.ndarray) -> np.ndarray:
+    hi, lo, _, invstd, gamma, beta = table[:, :, None]
+    return np.asarray(gamma * (((x.astype(np.float64) - hi) - lo) * invstd) + beta)
 
 
 def backward(
@@ -84,7 +187,11 @@ def backward(
     dgamma: np.ndarray | None,
     dbeta: np.ndarray | None,
     frozen: bool,
+    more: Any = None,
 ) -> None:
+    if more is not None:
+        _backward_with(dy, x, dx, table, dgamma, dbeta, frozen, more)
+        return
     hi, lo, _, invstd, gamma, _ = table[:, :, None]
     n = x.shape[0] * x.shape[2]
     g, mean, rest = centred(dy, (0, 2))
@@ -99,3 +206,51 @@ def backward(
             dgamma[...] = ((n * covariance + off) * invstd)[0, :, 0]
         if dx is not None:
             dx[...] = gamma * invstd * (dy.astype(np.float64) if frozen else g - d * invstd * (covariance * invstd))
+
+
+def _backward_with(
+    dy: np.ndarray,
+    x: np.ndarray,
+    dx: np.ndarray | None,
+    table: np.ndarray,
+    dgamma: np.ndarray | None,
+    dbeta: np.ndarray | None,
+    frozen: bool,
+    more: Any,
+) -> None:
+    channels = x.shape[1]
+    for k, rows in enumerate(_sets(x.shape[0], more)):
+        part = slice(k * channels, (k + 1) * channels)
+        t, raw, v = table[:, part], dy[rows].astype(np.float64), x[rows].astype(np.float64)
+        hi, lo, _, invstd, gamma, _ = t[:, :, None]
+        w = None if more.weights is None else more.weights[rows].astype(np.float64)
+        absent = None if w is None or more.masked == "normalize" else w == 0
+        with np.errstate(all="ignore"):
+            if more.inverse:
+                v = z = deactivate(more.activation, more.parameter, v)
+            else:
+                z = _linear(v, t)
+                if more.residual is not None:
+                    z = z + more.residual[rows].astype(np.float64)
+            g = raw * slope(more.activation, more.parameter, z)
+            d = (v - hi) - lo
+            if absent is not None:
+                g, d = np.where(absent, 0.0, g), np.where(absent, 0.0, d)
+            sums, products = g.sum((0, 2)), (g * d).sum((0, 2))
+            if dbeta is not None:
+                dbeta[part] = sums
+            if dgamma is not None:
+                dgamma[part] = products * invstd[:, 0]
+            if more.dresidual is not None:
+                more.dresidual[rows] = g
+            if dx is None or not v.size:
+                continue
+            a = gamma * invstd
+            mass = more.mass[k] if w is not None else v.shape[0] * v.shape[2]
+            result = a * g
+            if not frozen and mass > 0:
+                term = a * (sums[:, None] / mass) + a * invstd * (d * invstd) * (products[:, None] / mass)
+                result = result - (term if w is None else np.where(w == 0, 0.0, w * term))
+            if absent is not None and more.masked == "keep":
+                result = np.where(absent, raw, result)
+            dx[rows] = result

@@ -65,7 +65,7 @@ WRONG_X = {
     "masked": (lambda x: np.ma.masked_greater(x, 3), TypeError, r"mask would be ignored.*x\.filled"),
     "masked, no mask": (lambda x: np.ma.asarray(x), TypeError, r"x is a masked array"),
     "int64": (lambda x: x.astype(np.int64), TypeError, r"int64 array of shape \(6, 4, 5\).*x\.astype\(np\.float32\)"),
-    "uint8": (lambda x: x.astype(np.uint8), TypeError, r"uint8 array.*x\.astype\(np\.float32\)"),
+    "int32": (lambda x: x.astype(np.int32), TypeError, r"int32 array.*x\.astype\(np\.float32\)"),
     "bool": (lambda x: x > 3, TypeError, r"bool array.*x\.astype\(np\.float32\)"),
     "complex64": (lambda x: x.astype(np.complex64), TypeError, r"complex64 array.*x\.real and x\.imag"),
     "object": (lambda x: x.astype(object), TypeError, r"object array.*x\.astype\(np\.float64\)"),

@@ -80,6 +80,7 @@ def forward(
     table: np.ndarray,
     given: tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None, np.ndarray | None],
     eps: float,
+    more: Any = None,
 ) -> None:
     gamma, beta, mean, var = given
     stages = FINISH | (0 if y is None else MAP)
@@ -102,6 +103,7 @@ def backward(
     dgamma: np.ndarray | None,
     dbeta: np.ndarray | None,
     frozen: bool,
+    more: Any = None,
 ) -> None:
     if not frozen or dgamma is not None or dbeta is not None:
         grads = np.empty((6, x.shape[1]))

@@ -1,0 +1,252 @@
+"""What a call may ask for beyond batch norm alone: weights, groups, a residual, an activation.
+
+`Asked` is what the caller asked for, checked, in the shape of x; `Extras` is the same in the kernels' view. Both are
+None in a plain call, which then pays nothing for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .arguments import check_array, check_place, describe, finite
+from .arrays import FLOAT32, FLOAT64, Span
+from .layout import Channels, Views
+
+# Activations, and the parameter that those have that take one.
+ACTIVATIONS: dict[str, float | None] = {
+    "relu": None,
+    "leaky_relu": 0.01,  # slope below 0
+    "relu6": None,
+    "elu": 1.0,  # scale below 0
+    "silu": None,
+    "gelu": None,  # by erf
+    "sigmoid": None,
+    "tanh": None,
+    "hardswish": None,
+}
+INVERTIBLE = "", "leaky_relu", "elu"
+MASKED = "normalize", "zero", "keep"
+
+
+class Extras(NamedTuple):
+    """As kernels take it: `fastbn.kernels` says what each is for."""
+
+    activation: str = ""
+    parameter: float = 0.0
+    residual: Any = None  # (O, C, I) of y's type
+    dresidual: Any = None  # the same, to be written by backward
+    weights: Any = None  # (O, 1, I) contiguous, float32, or float64 for float64 x
+    masked: str = "normalize"
+    mass: Any = None  # (G,) float64: the sum of the weights of a group; given with weights
+    order: Any = None  # (O,) int64: the outer indices, group by group; None: as they come
+    starts: Any = None  # (G + 1,) int64: where a group starts in `order`; None: one group
+    inverse: bool = False  # in backward, x holds the y that forward gave
+
+
+class Asked(NamedTuple):
+    """What the caller asked for, in the shape of x."""
+
+    activation: str
+    parameter: float
+    residual: Any  # of x's shape
+    weights: np.ndarray | None  # of x's shape, with 1 on the channel axes
+    masked: str
+    samples: int  # the axis of the samples
+    groups: Groups | None
+    save: str
+
+    @property
+    def sets(self) -> int:
+        """How many sets of statistics there are."""
+        return 1 if self.groups is None else self.groups.number
+
+    def masses(self, channels: Channels, shape: tuple[int, ...]) -> np.ndarray:
+        """(G,) float64: the sum of the weights of each set, or the number of its values without weights."""
+        samples = shape[self.samples]
+        if self.weights is None:
+            by_sample = np.full(samples, channels.values // max(1, samples), np.float64)
+        else:
+            others = tuple(a for a in range(len(shape)) if a != self.samples)
+            by_sample = self.weights.sum(axis=others, dtype=np.float64)
+        if self.groups is None:
+            return np.array([by_sample.sum()])
+        ordered = by_sample if self.groups.order is None else by_sample[self.groups.order]
+        first, last = self.groups.starts[:-1], self.groups.starts[1:]
+        sums = np.zeros(self.groups.number)
+        if samples:  # an empty group has the value at its start here
+            sums = np.where(first < last, np.add.reduceat(ordered, np.minimum(first, samples - 1)), 0.0)
+        return sums
+
+    def seen(self, views: Views, masses: np.ndarray | None, residual: Any, dresidual: Any, inverse: bool) -> Extras:
+        """For the kernels, in the view that they have of x; residuals are seen so already."""
+        outer = views.shape[0]
+        weights = None
+        if self.weights is not None:
+            weights = np.ascontiguousarray(views.positions(self.weights))
+        order = starts = None
+        if self.groups is not None:
+            rows = outer // max(1, self.groups.samples)  # outer indices of a sample, one behind the other
+            starts = self.groups.starts * rows
+            order = self.groups.order
+            if order is not None and rows > 1:
+                order = (order[:, None] * rows + np.arange(rows)).reshape(-1)
+        return Extras(
+            self.activation, self.parameter, residual, dresidual, weights, self.masked, masses, order, starts, inverse
+        )  # fmt: skip
+
+
+class Groups(NamedTuple):
+    """Sets of samples with statistics of their own."""
+
+    number: int
+    samples: int
+    order: np.ndarray | None  # (N,) int64: the samples, group by group; None: as they come
+    starts: np.ndarray  # (G + 1,) int64
+
+
+def ask(
+    where: str,
+    x: Any,
+    axes: tuple[int, ...],
+    result: Any,
+    weights: Any = None,
+    masked: str = "normalize",
+    groups: Any = None,
+    residual: Any = None,
+    activation: Any = None,
+    save: str = "x",
+) -> Asked:
+    """Check what a caller asked for. `result` is the dtype of y."""
+    if masked not in MASKED:
+        raise ValueError(f"{where}: masked is {describe(masked)}; expected one of {', '.join(MASKED)}")
+    if masked != "normalize" and weights is None:
+        raise ValueError(f"{where}: masked={masked!r} without weights; expected weights, whose zeros it is about")
+    if save not in ("x", "y"):
+        raise ValueError(f"{where}: save is {describe(save)}; expected 'x' or 'y'")
+    name, parameter = _activation(where, activation)
+    if save == "y":
+        if name not in INVERTIBLE:
+            raise ValueError(
+                f"{where}: save='y' needs an activation that can be inverted: none, leaky_relu or elu; {name} came. "
+                "Leave save='x', which keeps x alone"
+            )
+        if name and parameter <= 0:
+            raise ValueError(f"{where}: save='y' needs a {name} with a parameter above 0; {parameter} came")
+        if residual is not None:
+            raise ValueError(f"{where}: save='y' can't be had with a residual, which would be needed too; use save='x'")
+    samples = next((a for a in range(x.ndim) if a not in axes), 0)
+    if residual is not None:
+        residual = check_place(where, "residual", check_array(where, "residual", residual), x)
+        if residual.shape != x.shape or residual.dtype != result:
+            raise ValueError(
+                f"{where}: residual is a {describe(residual)}; expected {result} of shape {x.shape}, like y. Convert it"
+            )
+    checked = None if weights is None else _weights(where, weights, x, axes)
+    parted = None if groups is None else _groups(where, groups, x.shape[samples])
+    return Asked(name, parameter, residual, checked, masked, samples, parted, save)
+
+
+def _activation(where: str, activation: Any) -> tuple[str, float]:
+    name, given = activation, None
+    if isinstance(activation, (tuple, list)) and len(activation) == 2:
+        name, given = activation
+    if name is None and given is None:
+        return "", 0.0
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise ValueError(
+            f"{where}: activation is {describe(activation)}; expected one of {', '.join(ACTIVATIONS)}, or a pair of "
+            "one and its parameter, such as ('leaky_relu', 0.1)"
+        )
+    usual = ACTIVATIONS[name]
+    if given is None:
+        return name, usual or 0.0
+    number = finite(given)
+    if usual is None or number is None:
+        what = "which takes no parameter" if usual is None else "expected a finite number as its parameter"
+        raise ValueError(f"{where}: activation is {describe(activation)}, {what}")
+    return name, number
+
+
+def _weights(where: str, weights: Any, x: Any, axes: tuple[int, ...]) -> np.ndarray:
+    if isinstance(x, Span):
+        raise TypeError(
+            f"{where}: weights with arrays on a GPU are not there yet; expected NumPy arrays. Copy x to main memory"
+        )
+    check_place(where, "weights", weights, x)
+    if isinstance(weights, np.ma.MaskedArray):
+        raise TypeError(f"{where}: weights is a masked array; expected a plain array. Pass ~weights.mask")
+    array = np.asarray(weights)
+    if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
+        raise TypeError(f"{where}: weights is a {describe(array)}; expected bools, or real numbers of 0 or more")
+    others = [a for a in range(x.ndim) if a not in axes]
+    came = array.shape
+    if array.ndim == 1 and (x.ndim > 2 or len(others) == 1):  # one for each sample
+        array = array.reshape([-1 if a == others[0] else 1 for a in range(x.ndim)])
+    elif array.ndim == len(others):  # x's shape without the channels
+        array = np.expand_dims(array, axes)
+    full = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+    if array.ndim != x.ndim or any(n not in (1, m) for n, m in zip(array.shape, full, strict=True)):
+        raise ValueError(
+            f"{where}: weights has shape {came}; expected {full}, 1 where it is the same for all, or "
+            f"({x.shape[others[0]] if others else 1},) for one a sample"
+        )
+    # In the type that x is computed in; where it has to be converted it is, to the size of x without its channels.
+    checked: Any = array.astype(FLOAT64 if x.dtype.itemsize == 8 and x.dtype.kind == "f" else FLOAT32)
+    if not np.all(checked >= 0) or not np.all(np.isfinite(checked)):
+        bad = checked[~(np.isfinite(checked) & (checked >= 0))][0]
+        raise ValueError(f"{where}: weights has {bad:g}; expected finite numbers of 0 or more")
+    return np.broadcast_to(checked, full)
+
+
+def _groups(where: str, groups: Any, samples: int) -> Groups:
+    if isinstance(groups, (int, np.integer)) and not isinstance(groups, bool):
+        number = int(groups)
+        if not 1 <= number <= max(1, samples):
+            raise ValueError(
+                f"{where}: groups is {number}; expected a number of groups from 1 to {samples}, the number of samples"
+            )
+        sizes = np.full(number, samples // number, np.int64)
+        sizes[: samples % number] += 1
+        return Groups(number, samples, None, np.concatenate([[0], np.cumsum(sizes)]))
+    if isinstance(groups, np.ndarray):
+        if groups.shape != (samples,) or groups.dtype.kind not in "iu" or (groups.size and groups.min() < 0):
+            raise ValueError(
+                f"{where}: groups is a {describe(groups)}; expected one whole number of 0 or more for each of "
+                f"{samples} samples. For sizes of groups, pass a list"
+            )
+        number = int(groups.max()) + 1 if samples else 1
+        if number > max(1024, 4 * samples):
+            raise ValueError(
+                f"{where}: groups names group {number - 1} among {samples} samples; expected numbers from 0 on. "
+                "Number them by np.unique(groups, return_inverse=True)[1]"
+            )
+        order = np.argsort(groups, kind="stable").astype(np.int64)
+        starts = np.searchsorted(groups[order], np.arange(number + 1)).astype(np.int64)
+        return Groups(number, samples, None if np.all(np.diff(groups) >= 0) else order, starts)
+    if isinstance(groups, Sequence) and groups and all(isinstance(n, (int, np.integer)) and n >= 0 for n in groups):
+        if sum(groups) != samples:
+            raise ValueError(
+                f"{where}: groups has sizes that add up to {sum(groups)}; expected {samples}, the number of samples. "
+                "For an id of each sample, pass an array"
+            )
+        return Groups(len(groups), samples, None, np.concatenate([[0], np.cumsum(np.asarray(groups, np.int64))]))
+    raise TypeError(
+        f"{where}: groups is {describe(groups)}; expected a number of groups, a list of their sizes, or an array with "
+        "the group of each sample"
+    )
+
+
+def inverse_table(table: np.ndarray) -> np.ndarray:
+    """For `backward` on z = gamma xhat + beta in place of x: its mean is beta, and its 1 / std 1 / gamma, with sign."""
+    _, _, var, invstd, gamma, beta = table
+    with np.errstate(all="ignore"):
+        return np.stack([beta, np.zeros_like(beta), gamma**2 * var * invstd**2, 1 / gamma, gamma**2 * invstd, beta])
+
+
+def poorly_kept(table: np.ndarray) -> Any:
+    """(C,): channels whose x can't be had back from y: eps |beta / gamma| is what xhat is off by then."""
+    gamma, beta = np.abs(table[4]), np.abs(table[5])
+    return ~((gamma >= beta * 2.0**-6) & (gamma > 1e-30) & (gamma < 1e30))
