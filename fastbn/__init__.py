@@ -7,8 +7,9 @@ y = fastbn.infer(x, running.mean, running.var, gamma, beta)
 """
 
 from . import reference
-from .batchnorm import OneValueWarning, Saved, backward, forward, infer, moments
+from .batchnorm import OneValueWarning, Saved, backward, forward, infer, moments, normalize
 from .dispatch import get_backend, set_backend
+from .distributed import Ranks, RanksError
 from .layer import BatchNorm
 from .moments import Moments
 from .running import RunningStats
@@ -19,6 +20,8 @@ __all__ = [
     "BatchNorm",
     "Moments",
     "OneValueWarning",
+    "Ranks",
+    "RanksError",
     "RunningStats",
     "Saved",
     "backward",
@@ -26,6 +29,7 @@ __all__ = [
     "get_backend",
     "infer",
     "moments",
+    "normalize",
     "reference",
     "set_backend",
 ]

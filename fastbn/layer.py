@@ -9,6 +9,7 @@ import numpy as np
 
 from .arguments import Axis, check_channels, check_eps, check_variances, describe
 from .batchnorm import Array, Saved, backward, forward
+from .distributed import ranks_of
 from .running import RunningStats, check_like
 
 _STATE = "gamma", "beta", "running_mean", "running_var", "batches", "variances"
@@ -39,6 +40,12 @@ class BatchNorm:
     like : array, optional
         Parameters, gradients and running statistics live where it lives, as x must: NumPy (not given), or a GPU's CuPy
         arrays or PyTorch tensors. (Numba device arrays can't be computed with: use the functions.)
+    comm : communicator or fastbn.Ranks, optional
+        Batches are spread over these ranks, as in `fastbn.forward`; in training `bn(x)` and `bn.backward(dy)` are
+        collectives, and the running statistics are the same on all ranks.
+    reduce_params : bool
+        With `comm`: `dgamma` and `dbeta` are summed over the ranks. Leave it False where the gradients of all
+        parameters are summed or averaged over the ranks anyway.
 
     Attributes
     ----------
@@ -75,7 +82,11 @@ class BatchNorm:
         accumulate: bool = False,
         dtype: Any = np.float32,
         like: Any = None,
+        comm: Any = None,
+        reduce_params: bool = False,
     ) -> None:
+        self.comm = None if comm is None else ranks_of("fastbn.BatchNorm", comm)
+        self.reduce_params = reduce_params
         self.axis = axis
         self.eps = check_eps("fastbn.BatchNorm", eps)
         self._family, self._device = check_like("fastbn.BatchNorm", like)
@@ -93,7 +104,9 @@ class BatchNorm:
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:
         """y; in training the running statistics take x in."""
         frozen = None if self.training else self.running
-        y, self._saved = forward(x, self.gamma, self.beta, axis=self.axis, eps=self.eps, frozen=frozen, out=out)
+        y, self._saved = forward(
+            x, self.gamma, self.beta, axis=self.axis, eps=self.eps, frozen=frozen, out=out, comm=self.comm
+        )
         if (moments := self._saved.moments) is not None:
             self.running.update(moments)
         return y
@@ -103,7 +116,7 @@ class BatchNorm:
         if self._saved is None:
             raise RuntimeError("fastbn.BatchNorm.backward: no forward pass came before; call bn(x) first")
         dx: Array
-        dx, dgamma, dbeta = backward(dy, self._saved, out=out)
+        dx, dgamma, dbeta = backward(dy, self._saved, out=out, reduce_params=self.reduce_params)
         if self.accumulate:
             self.dgamma[...], self.dbeta[...] = self.dgamma + dgamma, self.dbeta + dbeta
         else:
