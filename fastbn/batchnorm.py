@@ -91,7 +91,7 @@ class Saved:
         """Moments of x (None if frozen), made when asked for: that takes as long as normalizing a small array."""
         if self.frozen:
             return None
-        total = None if self._shared is None else self._shared.count
+        total = None if self._shared is None else self._shared.values
         return _moments(self._shape, self._axes, self._table, self.dtype, self._asked, self._masses, self._units, total)
 
     def __repr__(self) -> str:
@@ -424,7 +424,8 @@ def normalize(
         raise TypeError(
             f"{where}: moments is {describe(moments)}; expected those of the batch, as of fastbn.moments(x)"
         )
-    x_shape = channels_of(x.shape, check_axis(where, check_array(where, "x", x), axis)).shape
+    checked = check_array(where, "x", x)
+    x_shape = channels_of(checked.shape, check_axis(where, checked, axis)).shape
     if moments.shape != x_shape:
         raise ValueError(
             f"{where}: moments has channels of shape {moments.shape}; expected {x_shape}. Is axis the same?"
@@ -497,7 +498,7 @@ def _shared_statistics(
         masses, _ = _run_forward(where, x, None, axes, table, (None, None, None, None), eps, own)
         count = float(channels.values if masses is None else masses[0])
         shared, rows = statistics(where, ranks, family_of_values(table).host(table), count, x.dtype, eps, units)
-    if shared.count == 1:
+    if shared.values == 1:
         _warn_of_one_value(x, axis)
     return shared, rows
 
@@ -522,7 +523,7 @@ def _run_shared(
         table[:4] = family.put(np.stack([hi, lo, var, invstd]), device)
     elif exact:
         table[1], table[5] = lo, 0.0 if beta is None else beta
-    return shared, None if masses is None else np.array([shared.count]), kept
+    return shared, None if masses is None else np.array([shared.values]), kept
 
 
 def _units(where: str, x: Any, scale: Any, zero_point: Any) -> tuple[float, float] | None:
@@ -781,7 +782,7 @@ def _run_backward_shared(
     if dbeta is not None:
         dbeta[...] = chosen[0]
     if dx is not None:
-        _map(dy, x, dx, saved, total, shared.count)
+        _map(dy, x, dx, saved, total, shared.values)
 
 
 def _sums(dy: Any, x: Any, saved: Saved) -> np.ndarray:
@@ -789,7 +790,7 @@ def _sums(dy: Any, x: Any, saved: Saved) -> np.ndarray:
     found = np.zeros((2, saved._table.shape[1]))
     if dy.size:
         views = Views(saved._axes, [x, dy], [])
-        x, dy = (v.astype(np.float64) for v in views.views)
+        x, dy = (np.asarray(v, np.float64) for v in views.views)
         hi, lo = saved._table[:2, :, None]
         found[0], found[1] = dy.sum((0, 2)), (dy * ((x - hi) - lo)).sum((0, 2))
     return found

@@ -22,6 +22,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
+from importlib import import_module
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -134,11 +135,11 @@ class Ranks:
 
     @property
     def rank(self) -> int:
-        return self._engine.rank
+        return int(self._engine.rank)
 
     @property
     def size(self) -> int:
-        return self._engine.size
+        return int(self._engine.size)
 
     def __repr__(self) -> str:
         return f"Ranks({type(self.comm).__name__}, timeout={self.timeout})"
@@ -420,7 +421,7 @@ class Shared(NamedTuple):
 
     ranks: Ranks
     number: int  # of the forward pass
-    count: float  # of values of a channel, or the sum of their weights, on all ranks
+    values: float  # of a channel on all ranks: how many, or the sum of their weights
     eps: float
 
 
@@ -607,7 +608,8 @@ class _Torch(_Frames):
         if "nccl" in str(dist.get_backend(self._comm)):
             tensor = tensor.cuda()
         out = tensor.new_empty(self.size * frame.size)
-        work = dist.all_gather_into_tensor(out, tensor, group=self._comm, async_op=True)
+        start: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its older name
+        work = start(out, tensor, group=self._comm, async_op=True)
         while not work.is_completed():
             if time.monotonic() > pending.limit:
                 raise TimeoutError(f"no answer within {self._ranks.timeout:g} s. End the job")
@@ -627,7 +629,7 @@ class _Nccl(_Frames):
         self._stream: Any = None
 
     def gathered(self, frame: np.ndarray, pending: Pending[Any]) -> Iterator[Any]:
-        import cupy
+        cupy = import_module("cupy")
 
         if self._stream is None:
             self._stream = cupy.cuda.Stream(non_blocking=True)
