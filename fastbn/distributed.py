@@ -225,12 +225,13 @@ class Pending(Generic[Result]):
             return True
         try:
             found = next(self._steps)
-        except RanksError as error:
-            found, self._error = np.empty(0), error
         except Exception as cause:  # of the engine: a connection that is gone, say
             found, self._error = np.empty(0), RanksError(f"{self._where}: other ranks can't be reached: {cause}")
             self._error.__cause__ = cause
             self._ranks.lost("other ranks were lost")
+        except BaseException:  # Ctrl-C: the others get no answer from here
+            self._ranks.lost("a call was interrupted")
+            raise
         if found is None:
             return False
         self._steps = None

@@ -377,7 +377,7 @@ def lose(ranks, how):
         fastbn.forward(x, comm=ranks)
     except fastbn.RanksError as error:
         print(f"AGAIN rank {ranks.rank}: {error}", flush=True)
-    time.sleep(1)  # let the others speak
+    time.sleep(0.5)  # let the others speak
     if hasattr(ranks.comm, "Abort"):
         ranks.comm.Abort(3)
     os._exit(3)
