@@ -321,7 +321,7 @@ def _backward(where: str, dy: Any, saved: Saved, need: Any, out: Any, reduce_par
     dbeta = _flat(given_dbeta, channels.number, numbers, like) if need_dbeta else None
     read = given_dy if x is None else x
     if saved._shared is not None:
-        _run_backward_shared(where, given_dy, read, dx, saved, dgamma, dbeta, reduce_params, saved._shared)
+        _run_backward_shared(where, given_dy, read, dx, dr, saved, dgamma, dbeta, reduce_params)
     elif asked is None:
         _run_backward(where, given_dy, read, dx, saved, dgamma, dbeta)
     else:
@@ -430,6 +430,8 @@ def normalize(
         raise ValueError(
             f"{where}: moments has channels of shape {moments.shape}; expected {x_shape}. Is axis the same?"
         )
+    if moments.count == 0 and checked.size:
+        raise ValueError(f"{where}: moments has a count of 0, and x {checked.size} values; expected those of the batch")
     ranks = ranks_of(where, ALONE if comm is None else comm)
     return _forward(where, x, gamma, beta, axis, eps, None, out, None, 1.0, 0.0, ranks, moments)
 
@@ -489,6 +491,8 @@ def _shared_statistics(
     channels = channels_of(x.shape, axes)
     if asked is not None and asked.groups is not None:
         raise ValueError(f"{where}: groups and comm are both given; expected one. Groups are each rank's own")
+    if asked is not None and asked.save == "y":
+        raise ValueError(f"{where}: save='y' and comm are both given; expected save='x', from which gradients are made")
     if known is not None:
         mean, m2 = (family_of_values(a).host(a).reshape(-1) for a in (known._mean, known._m2))
         rows = np.stack([mean, np.zeros_like(mean), m2 / (known.count or 1)])
@@ -511,6 +515,8 @@ def _run_shared(
     family, device = place_of(table)
     hi, lo, var = rows
     gamma, beta = affine
+    if shared.values == 0:  # no statistics anywhere, and none here
+        return shared, *_run_forward(where, x, y, axes, table, (gamma, beta, None, None), eps, asked)
     exact = isinstance(table, np.ndarray) and x.dtype == FLOAT64 and bool(lo.any())
     shift = beta
     with np.errstate(all="ignore"):
@@ -770,39 +776,72 @@ def _lost_backward(where: str, dy: np.ndarray, dx: Any, saved: Saved, dgamma: An
 
 
 def _run_backward_shared(
-    where: str, dy: Any, x: Any, dx: Any, saved: Saved, dgamma: Any, dbeta: Any, reduce_params: bool, shared: Shared
+    where: str, dy: Any, x: Any, dx: Any, dr: Any, saved: Saved, dgamma: Any, dbeta: Any, reduce_params: bool
 ) -> None:
     """With the sums of all ranks: one message."""
-    local = total = _sums(dy, x, saved)
+    shared = saved._shared
+    assert shared is not None, "of a forward pass with comm"
+    local = total = _sums(dy, x, dr, saved)
     if dx is not None or (reduce_params and not (dgamma is dbeta is None)):
         total = sums(where, shared, local, saved.dtype)
     chosen = total if reduce_params else local
-    if dgamma is not None:
-        dgamma[...] = chosen[1] * saved._table[3]
-    if dbeta is not None:
-        dbeta[...] = chosen[0]
+    with np.errstate(all="ignore"):
+        if dgamma is not None:
+            dgamma[...] = chosen[1] * saved._table[3]
+        if dbeta is not None:
+            dbeta[...] = chosen[0]
     if dx is not None:
         _map(dy, x, dx, saved, total, shared.values)
 
 
-def _sums(dy: Any, x: Any, saved: Saved) -> np.ndarray:
-    """(2, C) float64: sum dy, sum dy (x - mean)."""
+def _sums(dy: Any, x: Any, dr: Any, saved: Saved) -> np.ndarray:
+    """(2, C) float64: sum g and sum g (x - mean); g is dy times the activation's slope, and goes to dr."""
     found = np.zeros((2, saved._table.shape[1]))
     if dy.size:
-        views = Views(saved._axes, [x, dy], [])
-        x, dy = (np.asarray(v, np.float64) for v in views.views)
-        hi, lo = saved._table[:2, :, None]
-        found[0], found[1] = dy.sum((0, 2)), (dy * ((x - hi) - lo)).sum((0, 2))
+        views, g, d, _ = _terms(dy, x, saved, dr)
+        with np.errstate(all="ignore"):
+            found[0], found[1] = g.sum((0, 2)), (g * d).sum((0, 2))
+        if dr is not None:
+            views.views[-1][...] = g
+            views.finish()
     return found
 
 
-def _map(dy: Any, x: Any, dx: Any, saved: Saved, sums: np.ndarray, count: float) -> None:
-    """dx, from sums over `count` values."""
+def _map(dy: Any, x: Any, dx: Any, saved: Saved, sums: np.ndarray, values: float) -> None:
+    """dx, from sums over so many values, or over weights of this sum."""
     if dy.size == 0:
         return
-    views = Views(saved._axes, [x, dy], [dx])
-    x, dy, dx = views.views
-    hi, lo, _, invstd, gamma, _ = saved._table[:, :, None]
-    a, (s, t) = gamma * invstd, sums[:, :, None] / count
-    dx[...] = a * (dy.astype(np.float64) - s) - a * invstd * invstd * t * ((x.astype(np.float64) - hi) - lo)
+    views, g, d, w = _terms(dy, x, saved, dx)
+    invstd, gamma = saved._table[3:5, :, None]
+    with np.errstate(all="ignore"):
+        a, (s, t) = gamma * invstd, sums[:, :, None] / (values or 1.0)
+        own = s + invstd * (d * invstd) * t
+        found = a * (g - own if w is None else g - np.where(w == 0, 0.0, w * own))
+    if saved._asked is not None and saved._asked.masked == "keep":
+        found = np.where(w == 0, views.views[1], found)
+    views.views[-1][...] = found
     views.finish()
+
+
+def _terms(dy: Any, x: Any, saved: Saved, out: Any) -> tuple[Views, Any, Any, Any]:
+    """g, x - mean and weights as float64 (O, C, I)."""
+    from .kernels.reference import slope
+
+    asked = saved._asked
+    residual = None if asked is None else asked.residual
+    views = Views(saved._axes, [x, dy] if residual is None else [x, dy, residual], [out])
+    v, g = (np.asarray(a, np.float64) for a in views.views[:2])
+    hi, lo, _, invstd, gamma, beta = saved._table[:, :, None]
+    w = None
+    with np.errstate(all="ignore"):
+        d = (v - hi) - lo
+        if asked is not None:
+            z = gamma * invstd * d + beta
+            if residual is not None:
+                z = z + np.asarray(views.views[2], np.float64)
+            g = g * slope(asked.activation, asked.parameter, z)
+            if asked.weights is not None:
+                w = np.asarray(views.positions(asked.weights), np.float64)
+                if asked.masked != "normalize":
+                    g, d = np.where(w == 0, 0.0, g), np.where(w == 0, 0.0, d)
+    return views, g, d, w

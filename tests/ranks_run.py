@@ -202,6 +202,40 @@ def frozen_statistics_send_nothing(ranks, comm):
     assert ranks.calls == before
 
 
+def with_weights_activation_and_residual(ranks, comm):
+    """All that a call may ask for beside; weights of 0 on all of one rank, and NaN where they are 0."""
+    batch = Batch(ranks, sizes_of(ranks))
+    rng = np.random.default_rng(8)
+    weights = rng.random((len(batch.x), 4, 3)) * (rng.random((len(batch.x), 4, 3)) > 0.3)
+    weights[: sizes_of(ranks)[0]] = 0
+    residual = rng.normal(size=batch.x.shape)
+    for masked in ("normalize", "zero", "keep"):
+        x = batch.x if masked == "normalize" else np.where(weights[:, None] == 0, np.nan, batch.x)
+        more = {"activation": "gelu", "masked": masked}
+        _, whole = fastbn.forward(x, batch.gamma, batch.beta, weights=weights, residual=residual, **more)
+        want = fastbn.backward(batch.dy, whole)
+        _, saved = fastbn.forward(
+            *(batch.mine(x), batch.gamma, batch.beta), weights=batch.mine(weights), residual=batch.mine(residual),
+            comm=ranks, **more
+        )  # fmt: skip
+        np.testing.assert_allclose(saved.moments.exact()[1], whole.moments.exact()[1], rtol=1e-12)
+        assert saved.moments.count == pytest.approx(weights.sum(), rel=1e-14)
+        dx, dgamma, dbeta, dr = fastbn.backward(batch.mine(batch.dy), saved, reduce_params=True)
+        np.testing.assert_allclose(dx, batch.mine(want[0]), atol=1e-12)
+        np.testing.assert_allclose(dgamma, want[1], atol=1e-11)
+        np.testing.assert_allclose(dbeta, want[2], atol=1e-11)
+        np.testing.assert_allclose(dr, batch.mine(want[3]), atol=1e-13)
+
+
+def all_weights_0(ranks, comm):
+    """No statistics: what is normalized is beta."""
+    x = np.random.default_rng(ranks.rank).normal(size=(3, C))
+    y, saved = fastbn.forward(x, beta=np.arange(C), weights=np.zeros(3), comm=ranks)
+    np.testing.assert_array_equal(y, np.broadcast_to(np.arange(C), (3, C)))
+    dx, _, _ = fastbn.backward(x, saved)
+    assert not dx.any()
+
+
 def not_finite_on_one_rank(ranks, comm):
     batch = Batch(ranks, sizes_of(ranks))
     x = batch.mine(batch.x).copy()
@@ -322,7 +356,15 @@ SCENARIOS = [
     *(uneven_ranks, parameters_of_this_rank, float32_far_from_0, float64_far_from_0, channels_last, float16),
     *(an_empty_rank, one_rank_with_all, all_ranks_empty, one_value_on_each_rank, one_value_in_all),
     *(the_same_bits_every_time, the_same_bits_as_any_engine, one_message_a_pass, frozen_statistics_send_nothing),
-    *(not_finite_on_one_rank, other_channels, other_dtype, other_eps, a_rank_that_refuses_its_arguments),
+    *(
+        with_weights_activation_and_residual,
+        all_weights_0,
+        not_finite_on_one_rank,
+        other_channels,
+        other_dtype,
+        other_eps,
+        a_rank_that_refuses_its_arguments,
+    ),
     *(a_backward_pass_too_few, another_layers_backward, a_call_too_few_at_the_end, many_channels, no_channels),
     *(in_parts, a_layer),
 ]
