@@ -1,7 +1,7 @@
 """What synchronizing costs: measured under mpiexec on this machine, and modelled past it. Written up in RANKS.md.
 
-`python -m fastbn.bench.ranks --json FILE` measures (2 minutes) and prints the tables of RANKS.md; with `--read`, from a
-file measured before. Needs fastbn[mpi].
+`python -m fastbn.bench.ranks --json FILE` measures (2 minutes) and prints the tables of RANKS.md; `--read FILE` takes
+what was measured before, and `--page RANKS.md` puts the tables there. Needs fastbn[mpi].
 """
 
 from __future__ import annotations
@@ -297,8 +297,8 @@ def page(found: dict[str, Any]) -> Iterator[str]:
     yield (
         f"Fitted: alpha {us(line.alpha)} us, beta {1e9 * line.beta:.3f} ns a byte, merging {us(line.merge)} us and "
         f"{1e9 * line.gamma:.1f} ns a channel, {us(wait)} us for a turn where two ranks share a core. Of the points "
-        f"that it was not fitted to, the model misses half by less than {100 * misses(found)[0]:.0f} %, and the worst by "
-        f"{100 * misses(found)[1]:.0f} %."
+        f"that it was not fitted to, the model misses half by less than {100 * misses(found)[0]:.0f} %, and the worst "
+        f"by {100 * misses(found)[1]:.0f} %."
     )
     for name, (latency, bandwidth) in NETWORKS.items():
         far = on_network(line, latency, bandwidth)
@@ -316,9 +316,19 @@ def page(found: dict[str, Any]) -> Iterator[str]:
         )
 
 
+BEGIN, END = "<!-- tables: python -m fastbn.bench.ranks --read ... --page ... -->\n", "<!-- end of tables -->\n"
+
+
+def with_tables(text: str, found: dict[str, Any]) -> str:
+    """The page with its tables made anew."""
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + "\n" + "\n".join(page(found)) + "\n\n" + END + rest.split(END)[1]
+
+
 def gather_pays_to(line: Line, channels: int) -> int:
     """The first power of 2 at which gather takes twice as long as doubling."""
-    return next(p for p in (2**k for k in range(1, 20)) if gather(line, p, channels) > 2 * doubling(line, p, channels))
+    numbers: list[int] = [2**k for k in range(1, 20)]
+    return next(p for p in numbers if gather(line, p, channels) > 2 * doubling(line, p, channels))
 
 
 def misses(found: dict[str, Any]) -> tuple[float, float]:
@@ -338,11 +348,16 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="fastbn.bench.ranks", description="What synchronizing costs.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there")
     parser.add_argument("--read", type=Path, metavar="FILE", help="show what was measured before")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="put the tables into this page, between its marks")
     args = parser.parse_args(words)
-    found = measure() if args.read is None else json.loads(args.read.read_text(encoding="utf-8"))
+    found: dict[str, Any] = measure() if args.read is None else json.loads(args.read.read_text(encoding="utf-8"))
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print("\n".join(page(found)))
+    if args.page is not None:
+        text = args.page.read_text(encoding="utf-8")
+        args.page.write_text(with_tables(text, found), encoding="utf-8")
+    else:
+        print("\n".join(page(found)))
 
 
 if __name__ == "__main__":

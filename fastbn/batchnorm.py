@@ -802,7 +802,8 @@ def _sums(dy: Any, x: Any, dr: Any, saved: Saved) -> np.ndarray:
         with np.errstate(all="ignore"):
             found[0], found[1] = g.sum((0, 2)), (g * d).sum((0, 2))
         if dr is not None:
-            views.views[-1][...] = g
+            written: Any = views.views[-1]
+            written[...] = g
             views.finish()
     return found
 
@@ -819,7 +820,8 @@ def _map(dy: Any, x: Any, dx: Any, saved: Saved, sums: np.ndarray, values: float
         found = a * (g - own if w is None else g - np.where(w == 0, 0.0, w * own))
     if saved._asked is not None and saved._asked.masked == "keep":
         found = np.where(w == 0, views.views[1], found)
-    views.views[-1][...] = found
+    written: Any = views.views[-1]
+    written[...] = found
     views.finish()
 
 
