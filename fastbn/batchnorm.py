@@ -636,3 +636,24 @@ def _lost_backward(where: str, dy: np.ndarray, dx: Any, saved: Saved, dgamma: An
         _at_channels(dx, saved._axes)[..., lost.reshape(shape)] = found_dx
     if dgamma is not None:
         dgamma[lost] = found
+
+
+def _sums(dy: np.ndarray, saved: Saved) -> np.ndarray:
+    """(2, C) float64: sum dy and sum dy (x - mean), by saved's mean, which may be that of more values than x has."""
+    backend = kernels("fastbn.backward", dy)
+    if dy.size == 0:
+        return np.zeros((2, saved._table.shape[1]))
+    read_x, read_dy = _elements(Views(saved._axes, [saved._x, dy], []).views, backend)
+    sums: np.ndarray = backend.gradient_sums(read_dy, read_x, saved._table)
+    return sums
+
+
+def _map(dy: np.ndarray, saved: Saved, sums: np.ndarray, count: float, dx: np.ndarray) -> None:
+    """dx by such sums over `count` values."""
+    backend = kernels("fastbn.backward", dy)
+    if dy.size == 0:
+        return
+    views = Views(saved._axes, [saved._x, dy], [dx])
+    read_x, read_dy, written = _elements(views.views, backend)
+    backend.gradient_map(read_dy, read_x, written, saved._table, sums, count)
+    views.finish()
