@@ -797,6 +797,12 @@ def _run_backward_shared(
 def _sums(dy: Any, x: Any, dr: Any, saved: Saved) -> np.ndarray:
     """(2, C) float64: sum g and sum g (x - mean); g is dy times the activation's slope, and goes to dr."""
     found = np.zeros((2, saved._table.shape[1]))
+    if dy.size and saved._asked is None:
+        backend = kernels("fastbn.backward", dy)
+        views = Views(saved._axes, [x, dy], [])
+        read_x, read_dy = (_elements([v], backend)[0] for v in views.views)
+        sums: np.ndarray = backend.gradient_sums(read_dy, read_x, saved._table)
+        return sums
     if dy.size:
         views, g, d, _ = _terms(dy, x, saved, dr)
         with np.errstate(all="ignore"):
@@ -811,6 +817,13 @@ def _sums(dy: Any, x: Any, dr: Any, saved: Saved) -> np.ndarray:
 def _map(dy: Any, x: Any, dx: Any, saved: Saved, sums: np.ndarray, values: float) -> None:
     """dx, from sums over so many values, or over weights of this sum."""
     if dy.size == 0:
+        return
+    if saved._asked is None:
+        backend = kernels("fastbn.backward", dy)
+        views = Views(saved._axes, [x, dy], [dx])
+        read_x, read_dy, target = (_elements([v], backend)[0] for v in views.views)
+        backend.gradient_map(read_dy, read_x, target, saved._table, sums, values)
+        views.finish()
         return
     views, g, d, w = _terms(dy, x, saved, dx)
     invstd, gamma = saved._table[3:5, :, None]

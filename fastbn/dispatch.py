@@ -32,6 +32,10 @@ class Kernels(Protocol):
         self, dy: Any, x: Any, dx: Any, table: Any, dgamma: Any, dbeta: Any, frozen: bool, more: Extras | None = None
     ) -> None: ...
 
+    def gradient_sums(self, dy: Any, x: Any, table: Any) -> Any: ...
+
+    def gradient_map(self, dy: Any, x: Any, dx: Any, table: Any, sums: Any, count: float) -> None: ...
+
 
 def _known(name: str, where: str) -> str:
     if name not in BACKENDS:

@@ -21,6 +21,10 @@ arrays, is in `fastbn/batchnorm.py`. A backend has two functions:
     ``dx = a (dy - mean dy) + b ((x - hi) - lo)``, ``a = gamma invstd``, ``b = -a invstd^2 cov(dy, x)``;
     `frozen`, statistics are constants: ``dx = a dy``.
 
+For statistics of more than one array, in main memory, backward comes in two steps as well:
+``gradient_sums(dy, x, table)`` gives sum dy and sum dy ((x - hi) - lo), (2, C) float64, and
+``gradient_map(dy, x, dx, table, sums, count)`` writes dx by such sums over `count` values of all arrays.
+
 `more`, a `fastbn.extras.Extras`, is what a call asks for beyond that (None: nothing). All of it composes.
 
 - `starts` (G + 1,), `order` (O,) or None: the outer indices order[starts[g]:starts[g + 1]] (without order, these

@@ -254,3 +254,20 @@ def _backward_with(
             if absent is not None and more.masked == "keep":
                 result = np.where(absent, raw, result)
             dx[rows] = result
+
+
+def gradient_sums(dy: np.ndarray, x: np.ndarray, table: np.ndarray) -> np.ndarray:
+    hi, lo = table[:2, :, None]
+    with np.errstate(all="ignore"):
+        g, d = dy.astype(np.float64), (x.astype(np.float64) - hi) - lo
+        return np.stack([g.sum((0, 2)), (g * d).sum((0, 2))])
+
+
+def gradient_map(
+    dy: np.ndarray, x: np.ndarray, dx: np.ndarray, table: np.ndarray, sums: np.ndarray, count: float
+) -> None:
+    hi, lo, _, invstd, gamma, _ = table[:, :, None]
+    with np.errstate(all="ignore"):
+        d = (x.astype(np.float64) - hi) - lo
+        term = sums[0][:, None] / count + d * invstd * (sums[1][:, None] / count * invstd)
+        dx[...] = gamma * invstd * (dy.astype(np.float64) - term)

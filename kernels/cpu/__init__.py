@@ -1,6 +1,7 @@
 """The CPU backend: NumPy arrays, by Numba. The contract is in `fastbn.kernels`.
 
 lanes     sixteen numbers at a time, and the element formats
+activations  residuals, activations and masks, sixteen numbers at a time
 blocks    sums and maps over one contiguous run; the building blocks for your own @njit code
 rows      a block of runs inside one channel (NCHW)
 columns   a block of rows across the channels (NHWC)
@@ -20,6 +21,7 @@ import numba
 import numpy as np
 
 from . import threads
+from .activations import PLAIN, How
 from .blocks import (
     block_comoments,
     block_gradient,
@@ -28,7 +30,7 @@ from .blocks import (
     merge_comoments,
     merge_moments,
 )
-from .lanes import LANES
+from .lanes import LANES, SIGNED16, UNSIGNED16
 from .rows import EXACT, GATHER, NEXT, PAST
 from .schedule import FINISH, MAP, SUM, backward_item, backward_kernel, forward_item, forward_kernel
 
@@ -40,6 +42,8 @@ __all__ = [
     "block_normalize",
     "element_view",
     "forward",
+    "gradient_map",
+    "gradient_sums",
     "merge_comoments",
     "merge_moments",
 ]
@@ -65,12 +69,18 @@ class Sizes:
 SIZES = Sizes()
 
 
+# uint16 and int16 are the bits of the half types here; whole numbers of 16 bits come under dtypes of their own.
+_UNSIGNED16, _SIGNED16 = np.dtype([("unsigned", np.uint16)]), np.dtype([("signed", np.int16)])
+
+
 def element_view(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
     """The dtype under which elements of `dtype` come to the kernels, or None if they can't."""
-    if dtype in (np.float32, np.float64):
+    if dtype in (np.float32, np.float64, np.uint8, np.int8):
         return dtype
     if dtype == np.float16:
         return np.dtype(np.uint16)
+    if dtype in (np.uint16, np.int16):
+        return _UNSIGNED16 if dtype == np.uint16 else _SIGNED16
     return np.dtype(np.int16) if dtype.name == "bfloat16" else None
 
 
@@ -88,11 +98,47 @@ def forward(
         stages |= SUM
     else:
         table[0], table[1], table[2] = mean, 0.0, var
-    affine = table[4:]
+    sets, channels = _sets(more), x.shape[1]
+    affine = table[4:] if sets == 1 else np.empty((2, channels))
     affine[0] = 1.0 if gamma is None else gamma
     affine[1] = 0.0 if beta is None else beta
-    target = np.empty((0, 0, 0), x.dtype) if y is None else y
-    _carry_out(forward_kernel, (x, target), (table, affine, float(eps)), 4, stages)
+    if sets > 1:
+        table[4:].reshape(2, sets, channels)[...] = affine[:, None]
+    _forward(x, y, table, affine, float(eps), stages, more)
+
+
+def _forward(
+    x: np.ndarray, y: np.ndarray | None, table: np.ndarray, affine: np.ndarray, eps: float, stages: int, more: Any
+) -> None:
+    target = np.empty((0, 0, 0), np.float32 if _is_whole(x.dtype) else x.dtype) if y is None else y
+    extras: tuple[Any, ...] = (_NO_ORDER, _PLAINLY, None, None)
+    how = PLAIN
+    if more is not None:
+        weights = more.weights if stages & SUM or more.masked != "normalize" else None
+        how, value = _how(more, False, more.residual is None and (weights is None or more.masked == "normalize"))
+        extras = _order(more), value, more.residual, weights
+    _carry_out(forward_kernel, (x, target), (table, affine, eps), 4, stages, how, more, extras)
+
+
+_NO_ORDER, _PLAINLY = np.zeros(0, np.int64), (0.0, 1.0, 0.0, 0.0)
+
+
+def _order(more: Any) -> np.ndarray:
+    return _NO_ORDER if more.order is None else np.ascontiguousarray(more.order, np.int64)
+
+
+def _how(more: Any, frozen: bool, simple: bool) -> tuple[Any, tuple[float, ...]]:
+    """The type by which extras are compiled, and its value; `simple` where an activation at most is asked for."""
+    how = How(more.activation, more.inverse, simple and not more.activation and not more.inverse)
+    return how, (float(more.parameter), float(more.masked == "normalize"), float(more.masked == "keep"), float(frozen))
+
+
+def _sets(more: Any) -> int:
+    return 1 if more is None or more.starts is None else len(more.starts) - 1
+
+
+def _is_whole(dtype: np.dtype[Any]) -> bool:
+    return dtype.itemsize == 1 or dtype.kind == "V"
 
 
 def backward(
@@ -105,12 +151,16 @@ def backward(
     frozen: bool,
     more: Any = None,
 ) -> None:
+    if more is not None:
+        _backward_with(dy, x, dx, table, dgamma, dbeta, frozen, more)
+        return
     if not frozen or dgamma is not None or dbeta is not None:
         grads = np.empty((6, x.shape[1]))
         mapped = dx is not None and not frozen
-        target = dx if mapped else np.empty((0, 0, 0), x.dtype)
+        target = dx if mapped else np.empty((0, 0, 0), dy.dtype)
         stages = SUM | FINISH | (MAP if mapped else 0)
-        _carry_out(backward_kernel, (dy, x, target), (table, table[4:], grads), 5, stages)
+        extras = _NO_ORDER, _PLAINLY, None, None, None, None
+        _carry_out(backward_kernel, (dy, x, target), (table, table[4:], grads), 5, stages, PLAIN, None, extras)
     with np.errstate(all="ignore"):
         if dgamma is not None and frozen:  # given statistics are not x's own: the mean of x - hi isn't 0
             dgamma[...] = (x.shape[0] * x.shape[2] * grads[2] + grads[5] * grads[3]) * table[3]
@@ -121,6 +171,51 @@ def backward(
         if frozen and dx is not None:  # by the forward map, after the sums, as it may overwrite dy and x
             nothing = np.zeros(x.shape[1])
             forward(dy, dx, np.empty_like(table), (table[4] * table[3], None, nothing, nothing), 1.0)
+
+
+def _backward_with(
+    dy: np.ndarray, x: np.ndarray, dx: np.ndarray | None, table: np.ndarray, dgamma: Any, dbeta: Any, frozen: bool,
+    more: Any,
+) -> None:  # fmt: skip
+    mapped = dx is not None or more.dresidual is not None
+    summed = dgamma is not None or dbeta is not None or (dx is not None and not frozen)
+    sets, channels = _sets(more), x.shape[1]
+    grads = np.zeros((6, sets * channels))
+    affine = table[4:] if sets == 1 else np.ascontiguousarray(table[4:, :channels])
+    target: np.ndarray = np.empty((0, 0, 0), dy.dtype)
+    if mapped:
+        target = np.empty(dy.shape, dy.dtype) if dx is None else dx  # dresidual alone is rare: it costs a buffer
+    weights = more.weights if not frozen or more.masked != "normalize" else None
+    how, value = _how(more, frozen, not frozen and weights is None and more.dresidual is None)
+    residual = more.residual if more.activation else None
+    extras = _order(more), value, residual, weights, more.dresidual, None if weights is None else more.mass
+    stages = (SUM | FINISH if summed else 0) | (MAP if mapped else 0)
+    _carry_out(backward_kernel, (dy, x, target), (table, affine, grads), 5, stages, how, more, extras)
+    with np.errstate(all="ignore"):
+        if dgamma is not None:
+            sizes = x.shape[0] if more.starts is None else np.repeat(np.diff(more.starts), channels)
+            dgamma[...] = (sizes * x.shape[2] * grads[2] + grads[5] * grads[3]) * table[3]
+        if dbeta is not None:
+            dbeta[...] = grads[5]
+
+
+def gradient_sums(dy: np.ndarray, x: np.ndarray, table: np.ndarray) -> np.ndarray:
+    grads = np.empty((6, x.shape[1]))
+    target = np.empty((0, 0, 0), dy.dtype)
+    extras = _NO_ORDER, _PLAINLY, None, None, None, None
+    _carry_out(backward_kernel, (dy, x, target), (table, table[4:], grads), 5, SUM | FINISH, PLAIN, None, extras)
+    with np.errstate(all="ignore"):
+        return np.stack([grads[5], x.shape[0] * x.shape[2] * grads[2] + grads[5] * grads[3]])
+
+
+def gradient_map(
+    dy: np.ndarray, x: np.ndarray, dx: np.ndarray, table: np.ndarray, sums: np.ndarray, count: float
+) -> None:
+    grads = np.zeros((6, x.shape[1]))
+    with np.errstate(all="ignore"):
+        grads[0], grads[2] = sums[0] / count, sums[1] / count
+    extras = _NO_ORDER, _PLAINLY, None, None, None, None
+    _carry_out(backward_kernel, (dy, x, dx), (table, table[4:], grads), 5, MAP, PLAIN, None, extras)
 
 
 class _Plan(NamedTuple):
@@ -137,26 +232,33 @@ def _ceil(a: int, b: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
-    shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], itemsize: int, stages: int, sizes: Sizes
-) -> _Plan:
+    shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], items: tuple[int, ...], stages: int,
+    sizes: Sizes, least: int, special: int,
+) -> _Plan:  # fmt: skip
+    """Of the largest set; the smallest has `least` outer indices; `special` has the flags below."""
     outer, channels, inner = shape
-    size = outer * channels * inner
-    flags = EXACT if itemsize == 8 or outer * inner < sizes.few else 0
+    size, itemsize = outer * channels * inner, items[0]
+    flags = EXACT if itemsize == 8 or least * inner < sizes.few else 0
     # Memory decides: across the channels where they are next to each other, else along the inner axis.
-    across = channels > 1 and all(s[1] == itemsize and (inner == 1 or s[2] != itemsize) for s in strides)
-    short = 1 < inner < LANES and all(s[2] == itemsize and s[1] == inner * itemsize for s in strides)
-    flags |= PAST if size * itemsize * len(strides) > sizes.past else 0
+    each = list(zip(strides, items, strict=True))
+    across = channels > 1 and all(s[1] == n and (inner == 1 or s[2] != n) for s, n in each)
+    short = 1 < inner < LANES and all(s[2] == n and s[1] == inner * n for s, n in each) and not special & WEIGHTED
+    flags |= PAST if size * sum(items) > sizes.past else 0
     if across or short:
-        return _by_columns(shape, strides, itemsize, flags, inner if short else 1, stages, sizes)
-    return _by_rows(shape, strides, itemsize, flags, stages, sizes)
+        return _by_columns(shape, strides, items, flags, inner if short else 1, stages, sizes, special)
+    return _by_rows(shape, strides, items, flags, stages, sizes)
+
+
+WEIGHTED, ORDERED = 1, 2
 
 
 def _by_rows(
-    shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], itemsize: int, flags: int, stages: int,
-    sizes: Sizes,
+    shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], items: tuple[int, ...], flags: int,
+    stages: int, sizes: Sizes,
 ) -> _Plan:  # fmt: skip
     outer, channels, inner = shape
-    apart = inner > 1 and any(s[2] != itemsize for s in strides)
+    itemsize = items[0]
+    apart = inner > 1 and any(s[2] != n for s, n in zip(strides, items, strict=True))
     if apart or inner < min(LANES, sizes.block):
         flags |= GATHER
     reads = max(1, len(strides) - 1)
@@ -181,14 +283,16 @@ def _by_rows(
 
 
 def _by_columns(
-    shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], itemsize: int, flags: int, period: int,
-    stages: int, sizes: Sizes,
+    shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], items: tuple[int, ...], flags: int,
+    period: int, stages: int, sizes: Sizes, special: int,
 ) -> _Plan:  # fmt: skip
     outer, channels, inner = shape
+    itemsize = items[0]
     rows = outer if period > 1 else outer * inner
     fold, width = 1, channels * period
     folded = sizes.columns // max(1, len(strides) - 1)  # coefficients of a gradient are twice as large
-    gapless = all((s[0] if period > 1 or inner == 1 else s[2]) == width * itemsize for s in strides)
+    across = [s[0] if period > 1 or inner == 1 else s[2] for s in strides]
+    gapless = all(s == width * n for s, n in zip(across, items, strict=True)) and not special
     level = period > 1 or inner == 1 or outer == 1 or all(s[0] == inner * s[2] for s in strides)
     if gapless and level and 2 * width <= folded:
         fold = max(1, min(folded // width, rows // 16))
@@ -205,31 +309,50 @@ def _by_columns(
     )
 
 
-def _carry_out(kernel: Any, arrays: tuple[np.ndarray, ...], numbers: tuple[Any, ...], depth: int, stages: int) -> None:
+def _carry_out(
+    kernel: Any, arrays: tuple[np.ndarray, ...], numbers: tuple[Any, ...], depth: int, stages: int, how: Any, more: Any,
+    extras: tuple[Any, ...],
+) -> None:  # fmt: skip
     """Runs the stages; arrays (O, C, I) end in x and what is written, numbers are by channel, depth is part's."""
     x = arrays[-2]
-    strides = tuple([a.strides for a in (arrays if stages & MAP else arrays[:-1])])
-    plan = _plan(x.shape, strides, x.itemsize, stages, SIZES)
-    part = np.empty((plan.pieces if stages & SUM else 0, depth, x.shape[1]))
-    twins = _twins(kernel, x.dtype)
+    walked = [*(arrays if stages & MAP else arrays[:-1])]
+    shape, least, special, starts = x.shape, x.shape[0], 0, None
+    if more is not None:
+        walked += [a for a in (extras[2], more.dresidual) if a is not None]
+        special = (WEIGHTED if more.weights is not None else 0) | (ORDERED if more.order is not None else 0)
+        if more.starts is not None:
+            starts, sizes = np.ascontiguousarray(more.starts, np.int64), np.diff(more.starts)
+            shape, least = (int(sizes.max(initial=0)), *x.shape[1:]), int(sizes[sizes > 0].min(initial=shape[0]))
+    if starts is None:
+        starts = np.array([0, x.shape[0]])
+    strides, items = tuple([a.strides for a in walked]), tuple([a.itemsize for a in walked])
+    plan = _plan(shape, strides, items, stages, SIZES, least, special)
+    sets = len(starts) - 1
+    cells, pieces = sets * plan.tiles, plan.pieces
+    kinds = None if more is None else tuple([a.dtype if isinstance(a, np.ndarray) else None for a in extras[2:]])
+    twins = _twins(kernel, x.dtype, arrays[-1].dtype, how, kinds)
     count = 1 if x.size < (SIZES.asleep if threads.SLEEPY else SIZES.serial) else threads.threads()
 
-    def run(items: int, some: int) -> None:
-        args = (*arrays, *numbers, part, np.zeros(items, np.int64), plan.numbers, some)
+    def run(items: int, some: int, part: np.ndarray) -> None:
+        args = (*arrays, *numbers, part, np.zeros(items, np.int64), plan.numbers, some, starts, *extras)
         threads.run(twins, items, *args, parallel=items > 1)
 
-    # Tile by tile, all stages of each; where tiles are too few for the threads, stage by stage, piece by piece.
+    def space(slots: int) -> np.ndarray:
+        return np.empty((slots if stages & SUM else 0, pieces, depth, plan.numbers[1]))
+
+    # Cell by cell, all stages of each; where cells are too few for the threads, stage by stage, piece by piece.
     if count == 1:
-        run(1, stages)
-    elif plan.tiles >= 4 * count or (plan.tiles >= count and plan.tiles % count == 0) or plan.pieces == 1:
-        run(min(count, plan.tiles), stages)
+        run(1, stages, space(1))
+    elif cells >= 4 * count or (cells >= count and cells % count == 0) or pieces == 1:
+        run(min(count, cells), stages, space(min(count, cells)))
     else:
-        items = min(count, plan.tiles * plan.pieces)
+        items, part = min(count, cells * pieces), space(cells)
         if stages & SUM:
-            run(items, SUM)
-        run(1, FINISH)
+            run(items, SUM, part)
+        if stages & FINISH:
+            run(1, FINISH, part)
         if stages & MAP:
-            run(items, MAP)
+            run(items, MAP, part)
 
 
 class _Twins:
@@ -273,19 +396,31 @@ def _compiled(dispatcher: Any, signature: tuple[Any, ...]) -> Any:
 
 
 @functools.cache
-def _twins(kernel: Any, dtype: np.dtype[Any]) -> _Twins:
+def _twins(kernel: Any, dtype: np.dtype[Any], result: np.dtype[Any], how: Any, kinds: tuple[Any, ...] | None) -> _Twins:
+    """For elements of these types, and for extras of the types `kinds` (None: those of a plain call)."""
     if numba.config.DISABLE_JIT:
         raise RuntimeError(
             "fastbn's CPU kernels need Numba's compiler, which NUMBA_DISABLE_JIT turns off; unset it, or use "
             'fastbn.set_backend("reference")'
         )
-    integer, real = numba.types.int64, numba.types.float64
-    element = numba.from_dtype(dtype)
-    given, written = (numba.types.Array(element, 3, "A", readonly=readonly) for readonly in (True, False))
-    numbers, part = numba.types.Array(real, 2, "C"), numba.types.Array(real, 3, "C")
-    claims = numba.types.Array(integer, 1, "C")
-    item, arrays = {
-        forward_kernel: (forward_item, (given, written, numbers, numbers, real, part)),
-        backward_kernel: (backward_item, (given, given, written, numbers, numbers, numbers, part)),
-    }[kernel]
-    return _Twins(item, kernel, (*arrays, claims, numba.types.UniTuple(integer, 8), integer))
+    array, integer, real, none = numba.types.Array, numba.types.int64, numba.types.float64, numba.types.none
+    whole = {_UNSIGNED16: UNSIGNED16, _SIGNED16: SIGNED16}.get(dtype)
+    given, written = (
+        array(whole or numba.from_dtype(dtype), 3, "A", readonly=True),
+        array(numba.from_dtype(result), 3, "A"),
+    )
+    read, numbers, part = array(written.dtype, 3, "A", readonly=True), array(real, 2, "C"), array(real, 4, "C")
+    row, reals = array(integer, 1, "C"), array(real, 1, "C")
+    item, arrays, layouts = {
+        forward_kernel: (forward_item, (given, written, numbers, numbers, real, part), (read, None)),
+        backward_kernel: (
+            backward_item, (read, given, written, numbers, numbers, numbers, part), (read, None, written, reals)
+        ),
+    }[kernel]  # fmt: skip
+    if kinds is None:
+        kinds = (None,) * len(layouts)
+    extras = [
+        none if kind is None else layout or array(numba.from_dtype(kind), 3, "A", readonly=True)
+        for kind, layout in zip(kinds, layouts, strict=True)
+    ]
+    return _Twins(item, kernel, (*arrays, row, numba.types.UniTuple(integer, 8), integer, row, row, how, *extras))

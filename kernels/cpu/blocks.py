@@ -14,12 +14,14 @@ import math
 import numpy as np
 from numba import njit
 
+from .activations import bent, counted, loaded, loaded_part, plain
 from .compile import part
 from .lanes import (
     LANES,
     before_line,
     fetch,
     fma,
+    joined,
     load,
     load_part,
     nothing,
@@ -29,6 +31,7 @@ from .lanes import (
     spread,
     stream,
     total,
+    where_nonzero,
     wide,
 )
 
@@ -70,20 +73,53 @@ def run_deviations(x, n, pivot, sums, squares):  # type: ignore[no-untyped-def]
 
 
 @part()
-def run_products(dy, x, n, pivot, hi, sums_dy, sums_x, products, squares, fourths):  # type: ignore[no-untyped-def]
-    """Lanes += g = dy - pivot, d = x - hi, g d, g^2 and d^4, for n pairs; in the pivot's type."""
+def run_weighted(x, w, n, pivot, sums, squares, masses):  # type: ignore[no-untyped-def]
+    """Lanes += w (x - pivot), w (x - pivot)^2 and w; what has no weight isn't looked at."""
+    near = spread(pivot)
+    i, zero = 0, nothing(near)
+    while i < n:
+        stop = min(n, i + CHAIN)
+        s = q = m = zero
+        while i < stop:
+            if i + LANES <= stop:
+                d, f = load(x, i, near) - near, load(w, i, near)
+            else:
+                d, f = load_part(x, i, stop - i, near) - near, load_part(w, i, stop - i, zero)
+            d = where_nonzero(f, d, zero)
+            e = d * f
+            s, q, m = s + e, fma(e, d, q), m + f
+            i += LANES
+        add_lanes(sums, s)
+        add_lanes(squares, q)
+        add_lanes(masses, m)
+
+
+@part()
+def run_products(dy, x, n, pivot, hi, sums_dy, sums_x, products, squares, fourths, how, r, w, lens):  # type: ignore[no-untyped-def]
+    """Lanes += g = dy - pivot, d = x - hi, g d, g^2 and d^4, for n pairs; in the pivot's type.
+
+    With an activation dy is dy f'(z), by `activations.bent`, whose lens is h, a, b in float64.
+    """
     near_dy, near_x = spread(pivot), spread(hi)
+    zero = nothing(near_dy)
     i = 0
     while i < n:
         stop = min(n, i + CHAIN)
-        s = t = p = q = f = nothing(near_dy)
+        s = t = p = q = f = zero
         while i + LANES <= stop:
-            g, d = load(dy, i, near_dy) - near_dy, load(x, i, near_x) - near_x
+            m = loaded(w, i, near_x)
+            g, d = bent(how, load(dy, i, near_dy), load(x, i, near_x), lens[0], lens[1], lens[2], loaded(r, i, near_x))
+            g, d = counted(how, g, m) - near_dy, counted(how, d - near_x, m)
             e = d * d
             s, t, p, q, f = s + g, t + d, fma(g, d, p), fma(g, g, q), fma(e, e, f)
             i += LANES
         if i < stop:
-            g, d = load_part(dy, i, stop - i, near_dy) - near_dy, load_part(x, i, stop - i, near_x) - near_x
+            k = stop - i
+            m = loaded_part(w, i, k, near_x)
+            g, d = load_part(dy, i, k, near_dy), load_part(x, i, k, near_x)
+            g, d = bent(how, g, d, lens[0], lens[1], lens[2], loaded_part(r, i, k, near_x))
+            g, d = counted(how, g, m) - near_dy, counted(how, d - near_x, m)
+            g, d = joined(k, g, zero), joined(k, d, zero)
             e = d * d
             s, t, p, q, f = s + g, t + d, fma(g, d, p), fma(g, g, q), fma(e, e, f)
             i += LANES
@@ -224,7 +260,7 @@ def block_comoments(dy, x, hi):  # type: ignore[no-untyped-def]
     lanes, like = np.zeros(5 * LANES), spread(0.0)
     line, run_lanes = 8 * LANES, pointer(lanes, 0)
     rest = pointer(lanes, line), pointer(lanes, 2 * line), pointer(lanes, 3 * line), pointer(lanes, 4 * line)
-    run_products(run, _run(x), n, pivot, np.float64(hi), run_lanes, *rest)
+    run_products(run, _run(x), n, pivot, np.float64(hi), run_lanes, *rest, plain(), None, None, (like, like, like))
     s, t, p = total(load(run_lanes, 0, like)), total(load(rest[0], 0, like)), total(load(rest[1], 0, like))
     return pivot, s / n, t / n, p - s * t / n
 

@@ -8,12 +8,14 @@ columns before a block, and columns are added up to channels after it.
 A tile is some neighbouring channels, a block some rows of it.
 """
 
-from .compile import part
+from .activations import absent, bent, counted, finished, is_plain, loaded, loaded_part, put, put_part, sloped
+from .compile import part, unless_none
 from .lanes import (
     LANES,
     before_line,
     fetch,
     fma,
+    joined,
     keep_whole,
     load,
     load_part,
@@ -23,11 +25,12 @@ from .lanes import (
     save_part,
     shifted,
     spread,
+    spread_at,
     stream,
     where_nonzero,
     wide,
 )
-from .rows import EXACT, PAST
+from .rows import EXACT, PAST, index
 
 ROWS = 16  # whose sums stay in registers; no more are added in float32 (see `blocks.CHAIN`)
 
@@ -54,19 +57,49 @@ def columns_count(k, shape, plan, few):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _row(a, r, c0, plan):  # type: ignore[no-untyped-def]
+def _row(a, r, c0, plan, order):  # type: ignore[no-untyped-def]
     """Folded row r of a tile: a pointer, bytes to the next row, and how many rows those bytes hold for."""
     r *= plan[6]
     rows = _rows(a.shape, plan)
     if plan[5] > 1 or a.shape[2] == 1:
-        place, step, left = r * a.strides[0], a.strides[0], rows - r
+        place, step, left = index(order, r) * a.strides[0], a.strides[0], _in_step(r, rows, order)
     else:
         o = r // a.shape[2]
         i = r - o * a.shape[2]
-        place, step, left = o * a.strides[0] + i * a.strides[2], a.strides[2], a.shape[2] - i
+        place, step, left = index(order, o) * a.strides[0] + i * a.strides[2], a.strides[2], a.shape[2] - i
         if plan[6] > 1:
             left = rows - r  # folded rows are contiguous
     return pointer(a, place + c0 * a.strides[1]), step * plan[6], (left + plan[6] - 1) // plan[6]
+
+
+@part()
+def _in_step(r, rows, order):  # type: ignore[no-untyped-def]
+    """How many outer indices from r on follow each other."""
+    if order.size == 0:
+        return rows - r
+    n = 1
+    while n < ROWS and r + n < rows and order[r + n] == order[r] + n:
+        n += 1
+    return n
+
+
+@unless_none(0, lambda *args: (None, 0))
+def _weight(w, r, plan, order):  # type: ignore[no-untyped-def]
+    """A pointer to the weight of row r, and bytes to that of the next one."""
+    place, step, _ = _row(w, r, 0, plan, order)
+    return place, step
+
+
+@unless_none()
+def _weight_at(w, step, r, like):  # type: ignore[no-untyped-def]
+    """The weight of row r from there on, in all lanes."""
+    return spread_at(shifted(w, r * step), 0, like)
+
+
+@unless_none(0, lambda *args: (None, 0, 0))
+def _part_of(a, r, c0, plan, order):  # type: ignore[no-untyped-def]
+    """As `_row`, of an array that may be None."""
+    return _row(a, r, c0, plan, order)
 
 
 @part()
@@ -156,34 +189,65 @@ def _add_deviations(x, step, rows, n, near, s, q):  # type: ignore[no-untyped-de
 
 
 @part()
-def columns_deviations(x, k, c0, channels, near, sums, plan, few):  # type: ignore[no-untyped-def]
+def _add_plain(*args):  # type: ignore[no-untyped-def]
+    _, _, x, step, rows, n, near, sums = args
+    _add_deviations(x, step, rows, n, near, sums[0], sums[1])
+
+
+@unless_none(0, lambda *args: _add_plain(*args))
+def _add_weighted(w, step_w, x, step, rows, n, near, sums):  # type: ignore[no-untyped-def]
+    """The same by weights, and their sums; what has no weight isn't looked at."""
+    like, line = spread(near[0]), sums.strides[0]
+    near, zero = pointer(near, 0), nothing(like)
+    s, q, m = pointer(sums, 0), pointer(sums, line), pointer(sums, 2 * line)
+    for j in range(0, n, LANES):
+        h = load(near, j, like)
+        a = b = c = zero
+        for r in range(rows):
+            f = _weight_at(w, step_w, r, like)
+            row = shifted(x, r * step)
+            d = (load(row, j, like) if j + LANES <= n else load_part(row, j, n - j, h)) - h
+            d = where_nonzero(f, d, zero)
+            e = d * f
+            a, b, c = a + e, fma(e, d, b), c + f
+        _add(s, j, a)
+        _add(q, j, b)
+        _add(m, j, c)
+
+
+@part()
+def columns_deviations(x, k, c0, channels, near, sums, plan, few, w, order):  # type: ignore[no-untyped-def]
     """Columns of sums (2, W) += x - pivot and its square, for the channels from c0 on; near (1, W) has the pivots.
 
-    For all of block k, or for its first `few` rows.
+    For all of block k, or for its first `few` rows. With weights w sums has a third row, for them.
     """
     keep_whole()
     r, r1 = _borders(k, x.shape, plan)
     r1 = min(r1, r + few)
     while r < r1:
-        place, step, left = _row(x, r, c0, plan)
+        place, step, left = _row(x, r, c0, plan, order)
         n = _width(r, x.shape, channels, plan)
         rows = min(ROWS, left, r1 - r)
         if rows > 1 and _width(r + rows - 1, x.shape, channels, plan) != n:
             rows -= 1
-        _add_deviations(place, step, rows, n, near[0], sums[0], sums[1])
+        weight, step_w = _weight(w, r, plan, order)
+        _add_weighted(weight, step_w, place, step, rows, n, near[0], sums)
         r += rows
 
 
 @part()
-def _add_products(dy, x, step_dy, step_x, rows, n, near_dy, near_x, sums):  # type: ignore[no-untyped-def]
+def _add_products(
+    dy, x, step_dy, step_x, rows, n, near_dy, near_x, sums, how, r0, step_r, w, step_w, lenses
+):  # type: ignore[no-untyped-def]  # fmt: skip
     like, line = spread(near_dy[0]), sums.strides[0]
-    near_dy, near_x = pointer(near_dy, 0), pointer(near_x, 0)
+    near_dy, near_x, zero = pointer(near_dy, 0), pointer(near_x, 0), nothing(like)
     s, t, p = pointer(sums, 0), pointer(sums, line), pointer(sums, 2 * line)
     q, f = pointer(sums, 3 * line), pointer(sums, 4 * line)
     ahead_dy, ahead_x, i = shifted(dy, rows * step_dy), shifted(x, rows * step_x), 0
     for j in range(0, n, LANES):
         gh, dh = load(near_dy, j, like), load(near_x, j, like)
-        a = b = c = u = v = nothing(like)
+        z = _lens(lenses, j)
+        a = b = c = u = v = zero
         if j + LANES <= n:
             for r in range(rows):
                 fetch(ahead_dy, i)
@@ -191,13 +255,19 @@ def _add_products(dy, x, step_dy, step_x, rows, n, near_dy, near_x, sums):  # ty
                 i += LANES
                 if i >= n:
                     ahead_dy, ahead_x, i = shifted(ahead_dy, step_dy), shifted(ahead_x, step_x), 0
-                g, d = load(shifted(dy, r * step_dy), j, like) - gh, load(shifted(x, r * step_x), j, like) - dh
+                m, e = _weight_at(w, step_w, r, like), loaded(_later(r0, r * step_r), j, like)
+                g, d = load(shifted(dy, r * step_dy), j, like), load(shifted(x, r * step_x), j, like)
+                g, d = bent(how, g, d, z[0], z[1], z[2], e)
+                g, d = counted(how, g, m) - gh, counted(how, d - dh, m)
                 e = d * d
                 a, b, c, u, v = a + g, b + d, fma(g, d, c), fma(g, g, u), fma(e, e, v)
         else:
+            k = n - j
             for r in range(rows):
-                g = load_part(shifted(dy, r * step_dy), j, n - j, gh) - gh
-                d = load_part(shifted(x, r * step_x), j, n - j, dh) - dh
+                m, e = _weight_at(w, step_w, r, like), loaded_part(_later(r0, r * step_r), j, k, like)
+                g, d = load_part(shifted(dy, r * step_dy), j, k, gh), load_part(shifted(x, r * step_x), j, k, dh)
+                g, d = bent(how, g, d, z[0], z[1], z[2], e)
+                g, d = joined(k, counted(how, g, m) - gh, zero), joined(k, counted(how, d - dh, m), zero)
                 e = d * d
                 a, b, c, u, v = a + g, b + d, fma(g, d, c), fma(g, g, u), fma(e, e, v)
         _add(s, j, a)
@@ -207,51 +277,75 @@ def _add_products(dy, x, step_dy, step_x, rows, n, near_dy, near_x, sums):  # ty
         _add(f, j, v)
 
 
+@unless_none()
+def _later(p, offset):  # type: ignore[no-untyped-def]
+    return shifted(p, offset)
+
+
 @part()
-def columns_products(dy, x, k, c0, channels, near, sums, plan):  # type: ignore[no-untyped-def]
-    """Columns of sums (5, W) += g = dy - pivot, d = x - hi, g d, g^2 and d^4; near (2, W) has pivots and his."""
+def _lens(lenses, j):  # type: ignore[no-untyped-def]
+    """h, a, b of z = a (x - h) + b, from column j on."""
+    step, like = lenses.strides[0], spread(0.0)
+    first = pointer(lenses, 0)
+    return load(first, j, like), load(shifted(first, step), j, like), load(shifted(first, 2 * step), j, like)
+
+
+@part()
+def columns_products(dy, x, k, c0, channels, near, sums, plan, few, how, res, w, order, lenses):  # type: ignore[no-untyped-def]
+    """Columns of sums (5, W) += g = dy - pivot, d = x - hi, g d, g^2 and d^4; near (2, W) has pivots and his.
+
+    lenses (3, W + 16) has h, a, b by column.
+    """
     keep_whole()
     r, r1 = _borders(k, x.shape, plan)
+    r1 = min(r1, r + few)
     while r < r1:
-        run_dy, step_dy, left = _row(dy, r, c0, plan)
-        run_x, step_x, _ = _row(x, r, c0, plan)
+        run_dy, step_dy, left = _row(dy, r, c0, plan, order)
+        run_x, step_x, _ = _row(x, r, c0, plan, order)
+        run_r, step_r, _ = _part_of(res, r, c0, plan, order)
+        weight, step_w = _weight(w, r, plan, order)
         n = _width(r, x.shape, channels, plan)
         rows = min(ROWS, left, r1 - r)
         if rows > 1 and _width(r + rows - 1, x.shape, channels, plan) != n:
             rows -= 1
-        _add_products(run_dy, run_x, step_dy, step_x, rows, n, near[0], near[1], sums)
+        _add_products(
+            run_dy, run_x, step_dy, step_x, rows, n, near[0], near[1], sums, how, run_r, step_r, weight, step_w, lenses
+        )
         r += rows
 
 
 @part()
-def _normalized(v, j, doubles, singles, mode):  # type: ignore[no-untyped-def]
+def _normalized(how, v, j, doubles, singles, mode, r, w):  # type: ignore[no-untyped-def]
     """Lanes of y for lanes v of x from column j on."""
     like = spread(0.0)
-    if mode != EXACT:
+    if is_plain(how) and mode != EXACT:
         d = v - load(singles[0], j, v)
         single = fma(d, load(singles[1], j, v), load(singles[3], j, v))
         single = single + fma(d, load(singles[2], j, v), load(singles[4], j, v))
         if mode == 0:
             return wide(single)
     double = fma(wide(v) - load(doubles[0], j, like), load(doubles[1], j, like), load(doubles[2], j, like))
+    if not is_plain(how):
+        return wide(finished(how, double, v, r, w))
     if mode == EXACT:
         return double
     return where_nonzero(wide(load(singles[5], j, v)), double, wide(single))
 
 
 @part()
-def _normalize_run(x, y, n, width, like, doubles, singles, mode, past, ahead):  # type: ignore[no-untyped-def]
-    """n elements from column 0 on, of rows of `width` columns without a gap."""
+def _normalize_run(x, y, n, width, like, doubles, singles, mode, past, ahead, how, r, w):  # type: ignore[no-untyped-def]
+    """n elements from column 0 on, of rows of `width` columns without a gap; w is the same for all of them."""
     i = 0
     if past:
         i = min(n, before_line(y))
     if i > 0:
-        save_part(y, 0, i, _normalized(load_part(x, 0, i, like), 0, doubles, singles, mode))
+        v = load_part(x, 0, i, like)
+        save_part(y, 0, i, _normalized(how, v, 0, doubles, singles, mode, loaded_part(r, 0, i, like), w))
     j = i % width
     while i + LANES <= n:
         for _ in range(min((width - j + LANES - 1) // LANES, (n - i) // LANES)):
             fetch(ahead, i)
-            v = _normalized(load(x, i, like), j, doubles, singles, mode)
+            v = _normalized(how, load(x, i, like), j, doubles, singles, mode, loaded(r, i, like), w)
             if past:
                 stream(y, i, v)
             else:
@@ -259,11 +353,12 @@ def _normalize_run(x, y, n, width, like, doubles, singles, mode, past, ahead):  
             i, j = i + LANES, j + LANES
         j %= width
     if i < n:
-        save_part(y, i, n - i, _normalized(load_part(x, i, n - i, like), j, doubles, singles, mode))
+        v, k = load_part(x, i, n - i, like), n - i
+        save_part(y, i, k, _normalized(how, v, j, doubles, singles, mode, loaded_part(r, i, k, like), w))
 
 
 @part()
-def columns_normalize(x, y, k, c0, channels, doubles, singles, rare, plan):  # type: ignore[no-untyped-def]
+def columns_normalize(x, y, k, c0, channels, doubles, singles, rare, plan, how, res, w, order):  # type: ignore[no-untyped-def]
     """y of block k of the channels from c0 on; doubles (3, W + 16) and singles (6, W + 16) by column."""
     keep_whole()
     r0, r1 = _borders(k, x.shape, plan)
@@ -276,12 +371,16 @@ def columns_normalize(x, y, k, c0, channels, doubles, singles, rare, plan):  # t
     width = channels * plan[5] * plan[6]
     reach = 1 + 1024 // width  # rows that are fetched ahead
     while r0 < r1:
-        run, sx, left = _row(x, r0, c0, plan)
-        target, sy, _ = _row(y, r0, c0, plan)
-        rows = min(left, r1 - r0) if sx == sy == width * x.itemsize else 1
+        run, sx, left = _row(x, r0, c0, plan, order)
+        target, sy, _ = _row(y, r0, c0, plan, order)
+        run_r, sr, _ = _part_of(res, r0, c0, plan, order)
+        weight, _ = _weight(w, r0, plan, order)
+        gapless = sx == width * x.itemsize and sy == width * y.itemsize and (sr == sy or sr == 0)
+        rows = min(left, r1 - r0) if gapless and absent(w) else 1
+        n = (rows - 1) * width + _width(r0 + rows - 1, x.shape, channels, plan)
+        f0 = _weight_at(weight, 0, 0, like)
+        _normalize_run(run, target, n, width, like, d, f, mode, past, shifted(run, reach * sx), how, run_r, f0)
         r0 += rows
-        n = (rows - 1) * width + _width(r0 - 1, x.shape, channels, plan)
-        _normalize_run(run, target, n, width, like, d, f, mode, past, shifted(run, reach * sx))
 
 
 @part()
@@ -293,58 +392,91 @@ def _five(numbers):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _slope(g, d, j, doubles, used, rare):  # type: ignore[no-untyped-def]
-    """Lanes of dx for lanes g of dy and d of x from column j on."""
-    e, f = g - load(used[0], j, g), d - load(used[1], j, d)
-    v = wide(fma(e, load(used[2], j, g), fma(f, load(used[3], j, g), load(used[4], j, g))))
-    if not rare:
-        return v
+def _slope(how, g, v, j, doubles, used, rare, lenses, r, w):  # type: ignore[no-untyped-def]
+    """Lanes of dx for lanes g of dy and v of x from column j on, and of dy f'(z)."""
+    z = lenses
     like = spread(0.0)
-    p, q = wide(g) - load(doubles[0], j, like), wide(d) - load(doubles[1], j, like)
-    w = fma(p, load(doubles[2], j, like), fma(q, load(doubles[3], j, like), load(doubles[4], j, like)))
-    return where_nonzero(wide(load(used[5], j, g)), w, v)
+    h, a, b = load(z[0], j, like), load(z[1], j, like), load(z[2], j, like)
+    bowed, d = bent(how, g, v, h, a, b, r)
+    bowed = counted(how, bowed, w)
+    e, f = bowed - load(used[0], j, g), counted(how, d - load(used[1], j, v), w)
+    s = wide(sloped(how, g, e, f, load(used[2], j, g), load(used[3], j, g), load(used[4], j, g), w))
+    if not rare:
+        return s, bowed
+    p, q = wide(bowed) - load(doubles[0], j, like), wide(counted(how, d, w)) - load(doubles[1], j, like)
+    q = counted(how, q, w)
+    c = load(doubles[2], j, like), load(doubles[3], j, like), load(doubles[4], j, like)
+    t = sloped(how, wide(g), p, q, c[0], c[1], c[2], _widened(w))
+    return where_nonzero(wide(load(used[5], j, g)), t, s), bowed
+
+
+@unless_none()
+def _widened(w):  # type: ignore[no-untyped-def]
+    return wide(w)
 
 
 @part()
-def _gradient_run(dy, x, dx, n, width, like, doubles, used, rare, past, ahead_dy, ahead_x):  # type: ignore[no-untyped-def]
-    """n elements from column 0 on, of rows of `width` columns without a gap."""
+def _gradient_run(
+    dy, x, dx, n, width, like, doubles, used, rare, past, ahead_dy, ahead_x, how, r, w, dr, lenses
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """n elements from column 0 on, of rows of `width` columns without a gap; w is the same for all of them."""
     i = 0
     if past:
         i = min(n, before_line(dx))
     if i > 0:
-        save_part(dx, 0, i, _slope(load_part(dy, 0, i, like), load_part(x, 0, i, like), 0, doubles, used, rare))
+        g, v = load_part(dy, 0, i, like), load_part(x, 0, i, like)
+        s, b = _slope(how, g, v, 0, doubles, used, rare, lenses, loaded_part(r, 0, i, like), w)
+        save_part(dx, 0, i, s)
+        put_part(dr, 0, i, b)
     j = i % width
     while i + LANES <= n:
         for _ in range(min((width - j + LANES - 1) // LANES, (n - i) // LANES)):
             fetch(ahead_dy, i)
             fetch(ahead_x, i)
-            v = _slope(load(dy, i, like), load(x, i, like), j, doubles, used, rare)
+            g, v = load(dy, i, like), load(x, i, like)
+            s, b = _slope(how, g, v, j, doubles, used, rare, lenses, loaded(r, i, like), w)
             if past:
-                stream(dx, i, v)
+                stream(dx, i, s)
             else:
-                save(dx, i, v)
+                save(dx, i, s)
+            put(dr, i, b)
             i, j = i + LANES, j + LANES
         j %= width
     if i < n:
-        v = _slope(load_part(dy, i, n - i, like), load_part(x, i, n - i, like), j, doubles, used, rare)
-        save_part(dx, i, n - i, v)
+        k = n - i
+        g, v = load_part(dy, i, k, like), load_part(x, i, k, like)
+        s, b = _slope(how, g, v, j, doubles, used, rare, lenses, loaded_part(r, i, k, like), w)
+        save_part(dx, i, k, s)
+        put_part(dr, i, k, b)
 
 
 @part()
-def columns_gradient(dy, x, dx, k, c0, channels, doubles, used, rare, plan):  # type: ignore[no-untyped-def]
+def columns_gradient(
+    dy, x, dx, k, c0, channels, doubles, used, rare, plan, how, res, w, dr, order, lenses
+):  # type: ignore[no-untyped-def]  # fmt: skip
     """dx of block k of the channels from c0 on; doubles (5, W + 16) and used (5 or 6, W + 16) by column."""
     keep_whole()
     r0, r1 = _borders(k, x.shape, plan)
     like = spread(used[0, 0])
     d, f = _five(doubles), (*_five(used), pointer(used, (used.shape[0] - 1) * used.strides[0]))
+    first, u = pointer(lenses, 0), lenses.strides[0]
+    z = first, shifted(first, u), shifted(first, 2 * u)
     past, width = plan[7] & PAST != 0, channels * plan[5] * plan[6]
     reach = 1 + 1024 // width
     while r0 < r1:
-        run_dy, step_dy, left = _row(dy, r0, c0, plan)
-        run_x, step_x, _ = _row(x, r0, c0, plan)
-        target, step_dx, _ = _row(dx, r0, c0, plan)
-        rows = min(left, r1 - r0) if step_dy == step_x == step_dx == width * x.itemsize else 1
-        r0 += rows
-        n = (rows - 1) * width + _width(r0 - 1, x.shape, channels, plan)
+        run_dy, step_dy, left = _row(dy, r0, c0, plan, order)
+        run_x, step_x, _ = _row(x, r0, c0, plan, order)
+        target, step_dx, _ = _row(dx, r0, c0, plan, order)
+        run_r, step_r, _ = _part_of(res, r0, c0, plan, order)
+        run_dr, step_dr, _ = _part_of(dr, r0, c0, plan, order)
+        weight, _ = _weight(w, r0, plan, order)
+        step = width * x.itemsize
+        gapless = step_dy == step_x == step_dx == step and step_r in (0, step) and step_dr in (0, step)
+        rows = min(left, r1 - r0) if gapless and absent(w) else 1
+        n = (rows - 1) * width + _width(r0 + rows - 1, x.shape, channels, plan)
         ahead_dy, ahead_x = shifted(run_dy, reach * step_dy), shifted(run_x, reach * step_x)
-        _gradient_run(run_dy, run_x, target, n, width, like, d, f, rare, past, ahead_dy, ahead_x)
+        f0 = _weight_at(weight, 0, 0, like)
+        _gradient_run(
+            run_dy, run_x, target, n, width, like, d, f, rare, past, ahead_dy, ahead_x, how, run_r, f0, run_dr, z
+        )
+        r0 += rows

@@ -21,6 +21,7 @@ from typing import Any
 
 import numba
 import numpy as np
+from numba.extending import overload
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +59,36 @@ def compiled(function: Callable[..., Any]) -> Any:
 def part(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """`@part()`: njit for what compiled code alone calls, without the entries for calls from Python and C."""
     return numba.njit(**{"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True, **options})
+
+
+def chosen(stub: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """`@chosen(stub)`: a function of the arguments' types that returns what compiled code runs in place of `stub`."""
+    options = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    made: Callable[[Callable[..., Any]], Any] = overload(stub, strict=False, jit_options=options)
+    return made
+
+
+def nothing_of(*args):  # type: ignore[no-untyped-def]
+    """For `unless_none`."""
+
+
+def unless_none(argument: int = 0, otherwise: Callable[..., Any] = nothing_of) -> Callable[[Callable[..., Any]], Any]:
+    """A `part` for compiled code whose argument of this number may be None, where `otherwise` (*args) is run.
+
+    By type: Numba 0.68 compiles both branches of `if a is None` unless a is None, and would give an optional array.
+    """
+
+    def wrap(function: Callable[..., Any]) -> Any:
+        def stub(*args: Any) -> Any:
+            raise NotImplementedError("compiled code calls it")
+
+        @chosen(stub)
+        def _choose(*args: Any) -> Any:
+            return otherwise if isinstance(args[argument], numba.types.NoneType) else function
+
+        return stub
+
+    return wrap
 
 
 def cache_folder() -> str | None:

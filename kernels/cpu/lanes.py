@@ -10,7 +10,6 @@ tells the format: uint16 is float16, int16 is bfloat16. `load` and `save` conver
 bfloat16). On an x86 without F16C, LLVM would call a function that is not there and end the process; there integers do
 the work.
 """
-# ruff: noqa: ARG001 - arguments of an intrinsic are its types
 
 import operator
 from typing import Any
@@ -73,7 +72,12 @@ def _operator(symbol: Any, name: str) -> None:
         return getattr(builder, name)(*args)
 
 
-for _symbol, _name in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
+for _symbol, _name in (
+    (operator.add, "fadd"),
+    (operator.sub, "fsub"),
+    (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"),
+):
     _operator(_symbol, _name)
 
 
@@ -149,6 +153,22 @@ def where_nonzero(_typing: Any, flags: Any, a: Any, b: Any) -> Any:
     return a(flags, a, a), codegen
 
 
+def _chosen(builder: Any, symbol: str, args: Any) -> Any:
+    return builder.select(builder.fcmp_ordered(symbol, args[0], args[1]), args[2], args[3])
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def where_less(_typing: Any, a: Any, b: Any, x: Any, y: Any) -> Any:
+    """Lane by lane x where a < b, else y, for NaN too."""
+    return x(a, b, x, y), lambda _context, builder, _signature, args: _chosen(builder, "<", args)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def where_at_most(_typing: Any, a: Any, b: Any, x: Any, y: Any) -> Any:
+    """Lane by lane x where a <= b, else y, for NaN too."""
+    return x(a, b, x, y), lambda _context, builder, _signature, args: _chosen(builder, "<=", args)
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def joined(_typing: Any, n: Any, a: Any, b: Any) -> Any:
     """The first n lanes of a, and those of b behind them."""
@@ -207,7 +227,9 @@ def _decode(context: Any, builder: Any, bits: Any, element: Any, wanted: Lanes) 
     if element == types.float64:
         return bits
     number = bits
-    if element == types.int16:
+    if element in IMAGES:
+        number = (builder.sitofp if element.signed else builder.uitofp)(bits, _vector(_FLOAT))
+    elif element == types.int16:
         shifted = builder.shl(builder.zext(bits, _vector(_I32)), _all(_I32, 16))
         number = builder.bitcast(shifted, _vector(_FLOAT))
     elif element == types.uint16 and _converts_halves(context):
@@ -232,6 +254,12 @@ def _encode(context: Any, builder: Any, number: Any, given: Lanes, element: Any)
     return _float_to_half(builder, number)
 
 
+# Whole numbers of 16 bits, which the types of the half formats would stand for otherwise.
+UNSIGNED16 = types.Integer("unsigned 16-bit image", 16, signed=False)
+SIGNED16 = types.Integer("signed 16-bit image", 16, signed=True)
+IMAGES = types.uint8, types.int8, UNSIGNED16, SIGNED16
+
+
 # Memory. `pointer` is to elements, `i` counts them.
 
 
@@ -248,7 +276,7 @@ def _lanes_below(builder: Any, n: Any) -> Any:
 def _masked(builder: Any, name: str, pointer: Any, kinds: list[Any], result: Any, values: list[Any]) -> Any:
     # The name has pointer types, for the LLVM 14 of Numba 0.60; later ones read it as their own.
     element = pointer.type.pointee.element
-    letter = {_FLOAT: "f32", _DOUBLE: "f64"}.get(element, "i16")
+    letter = {_FLOAT: "f32", _DOUBLE: "f64", _I8: "i8"}.get(element, "i16")
     suffix = f"v{LANES}{letter}"
     function = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(result, kinds), f"llvm.masked.{name}.{suffix}.p0{suffix}"
@@ -267,6 +295,19 @@ def load(_typing: Any, pointer: Any, i: Any, like: Any) -> Any:
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         bits = builder.load(_place(builder, args[0], args[1]), align=_bytes(pointer.dtype))
         return _decode(context, builder, bits, pointer.dtype, like)
+
+    return like(pointer, types.intp, like), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def spread_at(_typing: Any, pointer: Any, i: Any, like: Any) -> Any:
+    """`pointer[i]` in all lanes, of the kind of `like`."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        value = builder.load(builder.gep(args[0], [args[1]]))
+        if value.type != _numbers(like).element:
+            value = builder.fpext(value, _DOUBLE)
+        return _splat(builder, value)
 
     return like(pointer, types.intp, like), codegen
 
@@ -399,7 +440,7 @@ def narrowest(_typing: Any, array: Any) -> Any:
 @intrinsic  # type: ignore[untyped-decorator]
 def finest(_typing: Any, array: Any, double: Any, single: Any) -> Any:
     """`single` for an array of a half type, whose own rounding is 2^13 times float32's; else `double`."""
-    half = isinstance(array.dtype, types.Integer)
+    half = isinstance(array.dtype, types.Integer)  # images have no gradient
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         # returned as it came, so its count of references goes up
@@ -428,13 +469,57 @@ def borrowed(_typing: Any, array: Any) -> Any:
     past the caches have arrived: 1.5 copies in place of 1.1.
     """
 
+    return array(array), _borrow
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def lent(_typing: Any, array: Any) -> Any:
+    """As `borrowed`; None of None."""
+    if isinstance(array, types.NoneType):
+        return array(array), lambda context, _builder, _signature, _args: context.get_dummy_value()
+    return array(array), _borrow
+
+
+def _borrow(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    view = context.make_array(signature.return_type)(context, builder, value=args[0])
+    view.meminfo = cgutils.get_null_value(view.meminfo.type)
+    view.parent = cgutils.get_null_value(view.parent.type)
+    return view._getvalue()
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def outer(_typing: Any, array: Any, start: Any, count: Any) -> Any:
+    """`array[start : start + count]` of a borrowed array, as a borrowed one."""
+
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         view = context.make_array(signature.return_type)(context, builder, value=args[0])
-        view.meminfo = cgutils.get_null_value(view.meminfo.type)
-        view.parent = cgutils.get_null_value(view.parent.type)
+        strides, shape = cgutils.unpack_tuple(builder, view.strides), cgutils.unpack_tuple(builder, view.shape)
+        view.data = cgutils.pointer_add(builder, view.data, builder.mul(args[1], strides[0]))
+        view.shape = cgutils.pack_array(builder, [args[2], *shape[1:]])
         return view._getvalue()
 
-    return array(array), codegen
+    return array(array, types.intp, types.intp), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def place(_typing: Any, array: Any, i: Any) -> Any:
+    """`array[i]` of a borrowed C-contiguous array, as a borrowed one."""
+    one = types.Array(array.dtype, array.ndim - 1, "C")
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        whole = context.make_array(array)(context, builder, value=args[0])
+        view = context.make_array(one)(context, builder)
+        strides, shape = cgutils.unpack_tuple(builder, whole.strides), cgutils.unpack_tuple(builder, whole.shape)
+        count = shape[1]
+        for n in shape[2:]:
+            count = builder.mul(count, n)
+        view.data = cgutils.pointer_add(builder, whole.data, builder.mul(args[1], strides[0]))
+        view.shape, view.strides = cgutils.pack_array(builder, shape[1:]), cgutils.pack_array(builder, strides[1:])
+        view.nitems, view.itemsize = count, whole.itemsize
+        view.meminfo, view.parent = whole.meminfo, whole.parent
+        return view._getvalue()
+
+    return one(array, types.intp), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]

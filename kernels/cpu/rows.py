@@ -7,8 +7,20 @@ What has no unit stride, or runs of fewer elements than a vector, is gathered: a
 scratch run, and results are scattered from one.
 """
 
-from .blocks import run_deviations, run_gradient, run_normalize, run_products
-from .compile import part
+from .activations import (
+    absent,
+    bent,
+    counted,
+    finished,
+    is_plain,
+    loaded,
+    loaded_part,
+    put,
+    put_part,
+    sloped,
+)
+from .blocks import run_deviations, run_gradient, run_normalize, run_products, run_weighted
+from .compile import chosen, part, unless_none
 from .lanes import (
     LANES,
     before_line,
@@ -25,6 +37,7 @@ from .lanes import (
     spread,
     stream,
     total,
+    wide,
 )
 
 # Flags of a plan: store past the caches; gather; all in float64; fetch the next tile while one is mapped.
@@ -48,27 +61,41 @@ def rows_count(k, shape, plan, few):  # type: ignore[no-untyped-def]
 
 
 @part()
+def index(order, o):  # type: ignore[no-untyped-def]
+    """Outer index o of a set: they follow each other where there is no order."""
+    return order[o] if order.size > 0 else o
+
+
+@unless_none()
 def _at(a, o, c, i):  # type: ignore[no-untyped-def]
     return pointer(a, o * a.strides[0] + c * a.strides[1] + i * a.strides[2])
 
 
-@part()
-def _gathered(a, c, o0, o1, i0, n, scratch):  # type: ignore[no-untyped-def]
+@unless_none()
+def _gathered(a, c, o0, o1, i0, n, order, scratch):  # type: ignore[no-untyped-def]
     k = 0
     for o in range(o0, o1):
+        p = index(order, o)
         for i in range(i0, i0 + n):
-            scratch[k] = a[o, c, i]
+            scratch[k] = a[p, c, i]
             k += 1
     return pointer(scratch, 0)
 
 
-@part()
-def _scatter(scratch, a, c, o0, o1, i0, n):  # type: ignore[no-untyped-def]
+@unless_none(1)
+def _scatter(scratch, a, c, o0, o1, i0, n, order):  # type: ignore[no-untyped-def]
     k = 0
     for o in range(o0, o1):
+        p = index(order, o)
         for i in range(i0, i0 + n):
-            a[o, c, i] = scratch[k]
+            a[p, c, i] = scratch[k]
             k += 1
+
+
+@unless_none()
+def _room(a, scratch):  # type: ignore[no-untyped-def]
+    """Where the results of a block go until they are scattered to `a`."""
+    return pointer(scratch, 0)
 
 
 @part()
@@ -88,40 +115,67 @@ def add_up(sums, s):  # type: ignore[no-untyped-def]
 
 
 @part()
-def rows_deviations(x, k, c0, pivot, sums, plan, scratch, few):  # type: ignore[no-untyped-def]
+def _add_plain_run(*args):  # type: ignore[no-untyped-def]
+    _, x, n, pivot, sums, c = args
+    run_deviations(x, n, pivot, _lanes(sums, 0, c), _lanes(sums, 1, c))
+
+
+@unless_none(0, lambda *args: _add_plain_run(*args))
+def _add_run(w, x, n, pivot, sums, c):  # type: ignore[no-untyped-def]
+    run_weighted(x, w, n, pivot, _lanes(sums, 0, c), _lanes(sums, 1, c), _lanes(sums, 2, c))
+
+
+@part()
+def rows_deviations(x, k, c0, pivot, sums, plan, scratch, few, w, order):  # type: ignore[no-untyped-def]
     """Lanes of sums (2, 16 G) += x - pivot and its square, for the channels from c0 on; pivot (G,) sets the type.
 
-    For all of block k, or for its first runs of `few` values at least.
+    For all of block k, or for its first runs of `few` values at least. With weights w sums has a third row, for them.
     """
     keep_whole()
     o0, o1, i0, n = _borders(k, x.shape, plan)
     o1 = min(o1, o0 + (few + n - 1) // n)
-    if plan[7] & GATHER:
+    gather = plan[7] & GATHER
+    for o in range(o0, o0 + 1 if gather else o1):
+        p = index(order, o)
         for c in range(pivot.size):
-            run = _gathered(x, c0 + c, o0, o1, i0, n, scratch[0])
-            run_deviations(run, (o1 - o0) * n, pivot[c], _lanes(sums, 0, c), _lanes(sums, 1, c))
-        return
-    for o in range(o0, o1):
-        for c in range(pivot.size):
-            run_deviations(_at(x, o, c0 + c, i0), n, pivot[c], _lanes(sums, 0, c), _lanes(sums, 1, c))
+            if gather:
+                run = _gathered(x, c0 + c, o0, o1, i0, n, order, scratch[0][0])
+                count = (o1 - o0) * n
+            else:
+                run, count = _at(x, p, c0 + c, i0), n
+            run_w = _gathered(w, 0, o0, o1, i0, n, order, scratch[2][0]) if gather else _at(w, p, 0, i0)
+            _add_run(run_w, run, count, pivot[c], sums, c)
 
 
 @part()
-def rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch):  # type: ignore[no-untyped-def]
-    """Lanes of sums (5, 16 G) += g = dy - pivot, d = x - hi, g d, g^2 and d^4."""
+def lens(numbers, c):  # type: ignore[no-untyped-def]
+    """h, a, b of z = a (x - h) + b, in all lanes."""
+    return spread(numbers[0, c]), spread(numbers[1, c]), spread(numbers[2, c])
+
+
+@part()
+def rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch, few, how, r, w, order, lenses):  # type: ignore[no-untyped-def]
+    """Lanes of sums (5, 16 G) += g = dy - pivot, d = x - hi, g d, g^2 and d^4; lenses (3, G) as in `lens`."""
     keep_whole()
     o0, o1, i0, n = _borders(k, x.shape, plan)
+    o1 = min(o1, o0 + (few + n - 1) // n)
     gather = plan[7] & GATHER
     for o in range(o0, o0 + 1 if gather else o1):
+        p = index(order, o)
         for c in range(pivot.size):
             if gather:
-                run_dy = _gathered(dy, c0 + c, o0, o1, i0, n, scratch[0])
-                run_x = _gathered(x, c0 + c, o0, o1, i0, n, scratch[1])
+                run_dy = _gathered(dy, c0 + c, o0, o1, i0, n, order, scratch[1][0])
+                run_x = _gathered(x, c0 + c, o0, o1, i0, n, order, scratch[0][0])
+                run_r = _gathered(r, c0 + c, o0, o1, i0, n, order, scratch[1][2])
+                run_w = _gathered(w, 0, o0, o1, i0, n, order, scratch[2][0])
                 count = (o1 - o0) * n
             else:
-                run_dy, run_x, count = _at(dy, o, c0 + c, i0), _at(x, o, c0 + c, i0), n
-            lanes = _lanes(sums, 0, c), _lanes(sums, 1, c), _lanes(sums, 2, c), _lanes(sums, 3, c), _lanes(sums, 4, c)
-            run_products(run_dy, run_x, count, pivot[c], hi[c], *lanes)
+                run_dy, run_x, count = _at(dy, p, c0 + c, i0), _at(x, p, c0 + c, i0), n
+                run_r, run_w = _at(r, p, c0 + c, i0), _at(w, p, 0, i0)
+            s = _lanes(sums, 0, c), _lanes(sums, 1, c), _lanes(sums, 2, c), _lanes(sums, 3, c), _lanes(sums, 4, c)
+            run_products(
+                run_dy, run_x, count, pivot[c], hi[c], s[0], s[1], s[2], s[3], s[4], how, run_r, run_w, lens(lenses, c)
+            )
 
 
 @part()
@@ -136,8 +190,20 @@ def _five(numbers, c):  # type: ignore[no-untyped-def]
     )
 
 
-@part()
 def _joined(n, p, q):  # type: ignore[no-untyped-def]
+    raise NotImplementedError("compiled code calls it")
+
+
+@chosen(_joined)
+def _choose_joined(n, p, q):  # type: ignore[no-untyped-def]
+    return _joined_five if len(p) == 5 else _joined_three
+
+
+def _joined_three(n, p, q):  # type: ignore[no-untyped-def]
+    return joined(n, p[0], q[0]), joined(n, p[1], q[1]), joined(n, p[2], q[2])
+
+
+def _joined_five(n, p, q):  # type: ignore[no-untyped-def]
     return (
         joined(n, p[0], q[0]),
         joined(n, p[1], q[1]),
@@ -155,155 +221,233 @@ def _put(y, i, lanes, past):  # type: ignore[no-untyped-def]
         save(y, i, lanes)
 
 
-@part()
-def _normalized(v, p):  # type: ignore[no-untyped-def]
-    """y = (a d + b) + (al d + bl), d = x - h: off by 1 eps at most."""
+# A plain map computes in the elements' type, with five numbers: y = (a d + b) + (al d + bl), d = x - h, off by 1 eps at
+# most. One with an activation computes z in float64, by its lens, as backward will: they agree where f has a kink.
+
+
+def _numbers(how, singles, doubles, c):  # type: ignore[no-untyped-def]
+    raise NotImplementedError("compiled code calls it")
+
+
+@chosen(_numbers)
+def _choose_numbers(how, singles, doubles, c):  # type: ignore[no-untyped-def]
+    if is_simple(how):
+        return lambda how, singles, doubles, c: _five(singles, c)
+    return lambda how, singles, doubles, c: lens(doubles, c)
+
+
+def is_simple(how):  # type: ignore[no-untyped-def]
+    """Of the type: no activation, no mask, no residual."""
+    return how.simple
+
+
+def _normalized(how, v, p, r, w):  # type: ignore[no-untyped-def]
+    raise NotImplementedError("compiled code calls it")
+
+
+@chosen(_normalized)
+def _choose_normalized(how, v, p, r, w):  # type: ignore[no-untyped-def]
+    return _normalized_plainly if is_simple(how) else _normalized_with
+
+
+def _normalized_plainly(how, v, p, r, w):  # type: ignore[no-untyped-def]
     h, a, al, b, bl = p
     d = v - h
     return fma(d, a, b) + fma(d, al, bl)
 
 
+def _normalized_with(how, v, p, r, w):  # type: ignore[no-untyped-def]
+    return finished(how, fma(wide(v) - p[0], p[1], p[2]), v, r, w)
+
+
 @part()
-def _normalize_runs(x, y, n, c, count, singles, past, ahead):  # type: ignore[no-untyped-def]
-    """Runs of n >= 16 elements of `count` channels from c on, one behind the other without a gap.
+def _normalize_runs(x, y, n, c, count, singles, past, ahead, how, r, w, doubles):  # type: ignore[no-untyped-def]
+    """Runs of n elements of `count` channels from c on, one behind the other without a gap; n >= 16 if they are many.
 
     Vectors go over the borders of runs, so that lines are stored whole; `ahead` is what will be read next.
     """
     m, i, end = count * n, 0, n
-    p = _five(singles, c)
+    p, like = _numbers(how, singles, doubles, c), spread(singles[0, c])
     if past:
         i = min(m, before_line(y))
     if i > 0:  # a masked store of nothing still held up the stores behind it: 0.22 against 0.09 ns an element
-        save_part(y, 0, i, _normalized(load_part(x, 0, i, p[0]), p))
+        v = load_part(x, 0, i, like)
+        save_part(y, 0, i, _normalized(how, v, p, loaded_part(r, 0, i, like), loaded_part(w, 0, i, like)))
     while i + LANES <= m:
         while i + LANES <= end:
             fetch(ahead, i)
-            _put(y, i, _normalized(load(x, i, p[0]), p), past)
+            _put(y, i, _normalized(how, load(x, i, like), p, loaded(r, i, like), loaded(w, i, like)), past)
             i += LANES
         if i + LANES <= m:
             c += 1
-            q = _five(singles, c)
+            q = _numbers(how, singles, doubles, c)
             if i < end:
                 fetch(ahead, i)
-                _put(y, i, _normalized(load(x, i, p[0]), _joined(end - i, p, q)), past)
+                pq = _joined(end - i, p, q)
+                _put(y, i, _normalized(how, load(x, i, like), pq, loaded(r, i, like), loaded(w, i, like)), past)
                 i += LANES
             p = q
             end += n
     if i < m:
         fetch(ahead, i)
-        save_part(y, i, m - i, _normalized(load_part(x, i, m - i, p[0]), p))
+        v, k = load_part(x, i, m - i, like), m - i
+        save_part(y, i, k, _normalized(how, v, p, loaded_part(r, i, k, like), loaded_part(w, i, k, like)))
 
 
-@part()
+@unless_none(0, lambda *args: True)
 def _adjacent(a, n):  # type: ignore[no-untyped-def]
     return a.shape[1] == 1 or a.strides[1] == n * a.itemsize
 
 
 @part()
-def rows_normalize(x, y, k, c0, ca, doubles, singles, rare, plan, scratch):  # type: ignore[no-untyped-def]
+def rows_normalize(x, y, k, c0, ca, doubles, singles, rare, plan, scratch, how, r, w, order):  # type: ignore[no-untyped-def]
     """y of block k of the channels from c0 on, backwards; those from ca on are fetched, forwards, if >= 0."""
     keep_whole()
     o0, o1, i0, n = _borders(k, x.shape, plan)
     oa, _, ia, _ = _borders(plan[2] - 1 - k, x.shape, plan)
     past, g = plan[7] & PAST != 0, singles.shape[1]
-    whole = n >= LANES and not rare and _adjacent(x, n) and _adjacent(y, n)
+    whole = n >= LANES and (not rare or not is_plain(how)) and absent(w)
+    whole = whole and _adjacent(x, n) and _adjacent(y, n) and _adjacent(r, n)
     if plan[7] & GATHER:
         for c in range(g):
-            run, result, m = _gathered(x, c0 + c, o0, o1, i0, n, scratch[0]), pointer(scratch[1], 0), (o1 - o0) * n
-            _normalize_run(run, result, m, c, doubles, singles, False, run)
-            _scatter(scratch[1], y, c0 + c, o0, o1, i0, n)
+            run, m = _gathered(x, c0 + c, o0, o1, i0, n, order, scratch[0][0]), (o1 - o0) * n
+            run_r = _gathered(r, c0 + c, o0, o1, i0, n, order, scratch[1][2])
+            run_w = _gathered(w, 0, o0, o1, i0, n, order, scratch[2][0])
+            result = pointer(scratch[1][1], 0)
+            _normalize_run(run, result, m, c, doubles, singles, False, run, how, run_r, run_w)
+            _scatter(scratch[1][1], y, c0 + c, o0, o1, i0, n, order)
         return
     for o in range(o1 - 1, o0 - 1, -1):  # what was read last is in cache
+        p = index(order, o)
         for c in range(0, g, g if whole else 1):
-            ahead = run = _at(x, o, c0 + c, i0)
+            ahead = run = _at(x, p, c0 + c, i0)
             if ca >= 0:
-                ahead = _at(x, min(oa + o1 - 1 - o, x.shape[0] - 1), min(ca + c, x.shape[1] - 1), ia)
+                there = index(order, min(oa + o1 - 1 - o, x.shape[0] - 1))
+                ahead = _at(x, there, min(ca + c, x.shape[1] - 1), ia)
+            target, run_r = _at(y, p, c0 + c, i0), _at(r, p, c0 + c, i0)
             if whole:
-                _normalize_runs(run, _at(y, o, c0, i0), n, 0, g, singles, past, ahead)
+                _normalize_runs(run, target, n, 0, g, singles, past, ahead, how, run_r, None, doubles)
             else:
-                _normalize_run(run, _at(y, o, c0 + c, i0), n, c, doubles, singles, past, ahead)
+                run_w = _at(w, p, 0, i0)
+                _normalize_run(run, target, n, c, doubles, singles, past, ahead, how, run_r, run_w)
 
 
 @part()
-def _normalize_run(x, y, n, c, doubles, singles, past, ahead):  # type: ignore[no-untyped-def]
-    if n < LANES or singles[5, c] != 0:
+def _normalize_run(x, y, n, c, doubles, singles, past, ahead, how, r, w):  # type: ignore[no-untyped-def]
+    if is_plain(how) and (n < LANES or singles[5, c] != 0):
         run_normalize(x, y, n, doubles[0, c], doubles[1, c], doubles[2, c], past, ahead)
     else:
-        _normalize_runs(x, y, n, c, 1, singles, past, ahead)
+        _normalize_runs(x, y, n, c, 1, singles, past, ahead, how, r, w, doubles)
 
 
 @part()
-def _slope(g, d, p):  # type: ignore[no-untyped-def]
-    """dx = a (dy - ghi) + (b (x - hi) + c)."""
+def _slope(how, g, v, p, z, r, w):  # type: ignore[no-untyped-def]
+    """dx = a (dy - ghi) + (b (x - hi) + c) by the five numbers p; and dy f'(z), by the lens z."""
     ghi, hi, a, b, c = p
-    return fma(g - ghi, a, fma(d - hi, b, c))
+    bowed, d = bent(how, g, v, z[0], z[1], z[2], r)
+    bowed, d = counted(how, bowed, w), counted(how, d - hi, w)
+    return sloped(how, g, bowed - ghi, d, a, b, c, w), bowed
 
 
 @part()
-def _gradient_runs(dy, x, dx, n, c, count, used, past, ahead_dy, ahead_x):  # type: ignore[no-untyped-def]
-    """As `_normalize_runs`, for gradients."""
+def _gradient_runs(dy, x, dx, n, c, count, used, past, ahead_dy, ahead_x, how, r, w, dr, lenses):  # type: ignore[no-untyped-def]
+    """As `_normalize_runs`, for gradients; dr is where dy f'(z) goes, or None."""
     m, i, end = count * n, 0, n
-    p = _five(used, c)
+    p, z = _five(used, c), lens(lenses, c)
+    like = p[0]
     if past:
         i = min(m, before_line(dx))
     if i > 0:
-        save_part(dx, 0, i, _slope(load_part(dy, 0, i, p[0]), load_part(x, 0, i, p[0]), p))
+        g, v = load_part(dy, 0, i, like), load_part(x, 0, i, like)
+        s, b = _slope(how, g, v, p, z, loaded_part(r, 0, i, like), loaded_part(w, 0, i, like))
+        save_part(dx, 0, i, s)
+        put_part(dr, 0, i, b)
     while i + LANES <= m:
         while i + LANES <= end:
             fetch(ahead_dy, i)
             fetch(ahead_x, i)
-            _put(dx, i, _slope(load(dy, i, p[0]), load(x, i, p[0]), p), past)
+            g, v = load(dy, i, like), load(x, i, like)
+            s, b = _slope(how, g, v, p, z, loaded(r, i, like), loaded(w, i, like))
+            _put(dx, i, s, past)
+            put(dr, i, b)
             i += LANES
         if i + LANES <= m:
             c += 1
-            q = _five(used, c)
+            q, zq = _five(used, c), lens(lenses, c)
             if i < end:
                 fetch(ahead_dy, i)
                 fetch(ahead_x, i)
-                _put(dx, i, _slope(load(dy, i, p[0]), load(x, i, p[0]), _joined(end - i, p, q)), past)
+                g, v = load(dy, i, like), load(x, i, like)
+                pq, zz = _joined(end - i, p, q), _joined(end - i, z, zq)
+                s, b = _slope(how, g, v, pq, zz, loaded(r, i, like), loaded(w, i, like))
+                _put(dx, i, s, past)
+                put(dr, i, b)
                 i += LANES
-            p = q
+            p, z = q, zq
             end += n
     if i < m:
         fetch(ahead_dy, i)
         fetch(ahead_x, i)
-        save_part(dx, i, m - i, _slope(load_part(dy, i, m - i, p[0]), load_part(x, i, m - i, p[0]), p))
+        k = m - i
+        g, v = load_part(dy, i, k, like), load_part(x, i, k, like)
+        s, b = _slope(how, g, v, p, z, loaded_part(r, i, k, like), loaded_part(w, i, k, like))
+        save_part(dx, i, k, s)
+        put_part(dr, i, k, b)
 
 
 @part()
-def _gradient_run(dy, x, dx, n, c, doubles, used, rare, past, ahead_dy, ahead_x):  # type: ignore[no-untyped-def]
-    if n < LANES or (rare and used[5, c] != 0):
+def _gradient_run(dy, x, dx, n, c, doubles, used, rare, past, ahead_dy, ahead_x, how, r, w, dr, lenses):  # type: ignore[no-untyped-def]
+    if is_plain(how) and absent(w) and absent(dr) and (n < LANES or (rare and used[5, c] != 0)):
         ghi, hi, a, b, rest = doubles[0, c], doubles[1, c], doubles[2, c], doubles[3, c], doubles[4, c]
         run_gradient(dy, x, dx, n, ghi, hi, a, b, rest, past, ahead_dy, ahead_x)
+    elif not is_plain(how) and rare and used[5, c] != 0:
+        _gradient_runs(dy, x, dx, n, c, 1, doubles, past, ahead_dy, ahead_x, how, r, w, dr, lenses)
     else:
-        _gradient_runs(dy, x, dx, n, c, 1, used, past, ahead_dy, ahead_x)
+        _gradient_runs(dy, x, dx, n, c, 1, used, past, ahead_dy, ahead_x, how, r, w, dr, lenses)
 
 
 @part()
-def rows_gradient(dy, x, dx, k, c0, ca, doubles, used, rare, plan, scratch):  # type: ignore[no-untyped-def]
+def rows_gradient(
+    dy, x, dx, k, c0, ca, doubles, used, rare, plan, scratch, how, r, w, dr, order, lenses
+):  # type: ignore[no-untyped-def]  # fmt: skip
     """dx of block k of the channels from c0 on, backwards; those from ca on are fetched, forwards, if >= 0."""
     keep_whole()
     o0, o1, i0, n = _borders(k, x.shape, plan)
     oa, _, ia, _ = _borders(plan[2] - 1 - k, x.shape, plan)
     past, g = plan[7] & PAST != 0, used.shape[1]
-    whole = n >= LANES and not rare and _adjacent(dy, n) and _adjacent(x, n) and _adjacent(dx, n)
+    whole = n >= LANES and not rare and absent(w) and _adjacent(dy, n) and _adjacent(x, n) and _adjacent(dx, n)
+    whole = whole and _adjacent(r, n) and _adjacent(dr, n)
     if plan[7] & GATHER:
         for c in range(g):
-            run_dy = _gathered(dy, c0 + c, o0, o1, i0, n, scratch[0])
-            run_x = _gathered(x, c0 + c, o0, o1, i0, n, scratch[1])
-            result, m = pointer(scratch[2], 0), (o1 - o0) * n
-            _gradient_run(run_dy, run_x, result, m, c, doubles, used, rare, False, run_dy, run_x)
-            _scatter(scratch[2], dx, c0 + c, o0, o1, i0, n)
+            run_dy = _gathered(dy, c0 + c, o0, o1, i0, n, order, scratch[1][0])
+            run_x = _gathered(x, c0 + c, o0, o1, i0, n, order, scratch[0][0])
+            run_r = _gathered(r, c0 + c, o0, o1, i0, n, order, scratch[1][2])
+            run_w = _gathered(w, 0, o0, o1, i0, n, order, scratch[2][0])
+            result, m = pointer(scratch[1][1], 0), (o1 - o0) * n
+            to_dr = _room(dr, scratch[1][3])
+            _gradient_run(
+                run_dy, run_x, result, m, c, doubles, used, rare, False, run_dy, run_x, how, run_r, run_w, to_dr, lenses
+            )
+            _scatter(scratch[1][1], dx, c0 + c, o0, o1, i0, n, order)
+            _scatter(scratch[1][3], dr, c0 + c, o0, o1, i0, n, order)
         return
     for o in range(o1 - 1, o0 - 1, -1):
+        p = index(order, o)
         for c in range(0, g, g if whole else 1):
-            ahead_dy = run_dy = _at(dy, o, c0 + c, i0)
-            ahead_x = run_x = _at(x, o, c0 + c, i0)
+            ahead_dy = run_dy = _at(dy, p, c0 + c, i0)
+            ahead_x = run_x = _at(x, p, c0 + c, i0)
             if ca >= 0:
                 there, next_c = min(oa + o1 - 1 - o, x.shape[0] - 1), min(ca + c, x.shape[1] - 1)
+                there = index(order, there)
                 ahead_dy, ahead_x = _at(dy, there, next_c, ia), _at(x, there, next_c, ia)
+            target, run_r, run_dr = _at(dx, p, c0 + c, i0), _at(r, p, c0 + c, i0), _at(dr, p, c0 + c, i0)
             if whole:
-                _gradient_runs(run_dy, run_x, _at(dx, o, c0, i0), n, 0, g, used, past, ahead_dy, ahead_x)
+                _gradient_runs(
+                    run_dy, run_x, target, n, 0, g, used, past, ahead_dy, ahead_x, how, run_r, None, run_dr, lenses
+                )
             else:
-                target = _at(dx, o, c0 + c, i0)
-                _gradient_run(run_dy, run_x, target, n, c, doubles, used, rare, past, ahead_dy, ahead_x)
+                run_w = _at(w, p, 0, i0)
+                _gradient_run(
+                    run_dy, run_x, target, n, c, doubles, used, rare, past, ahead_dy, ahead_x, how, run_r, run_w,
+                    run_dr, lenses,
+                )  # fmt: skip

@@ -19,6 +19,7 @@ import math
 import numpy as np
 from numba import prange
 
+from .activations import absent, is_frozen, is_plain
 from .blocks import merge_comoments, merge_moments, not_negative, settle
 from .columns import (
     columns_count,
@@ -30,8 +31,8 @@ from .columns import (
     spread_column,
     spread_columns,
 )
-from .compile import Kernel, compiled, part
-from .lanes import LANES, borrowed, call, claim, fence, finest, hold, keep_whole, narrowest
+from .compile import Kernel, chosen, compiled, part, unless_none
+from .lanes import LANES, borrowed, call, claim, fence, finest, hold, keep_whole, lent, narrowest, outer, place
 from .rows import (
     EXACT,
     GATHER,
@@ -64,24 +65,57 @@ def _width(channels, plan):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _memory(x, plan, stage, like, depth, wide, narrow):  # type: ignore[no-untyped-def]
+def _memory(x, y, plan, stage, like, depth, wide, narrow):  # type: ignore[no-untyped-def]
     """All that a work item needs: `borrowed` says why nothing below it may own an array. It hands on views of rows.
 
-    By channel of a tile: (10, G) float64, 5 coefficients or merged sums, and 5 totals; (8, G) in the elements' type, 2
-    pivots and 6 coefficients. By column or lane: `depth` sums; by column: `wide` coefficients or pivots in float64 and
-    `narrow` ones in the elements' type. Then scratch.
+    By channel of a tile: (13, G) float64, 5 coefficients or merged sums, 5 totals and a lens; (8, G) in the elements'
+    type, 2 pivots and 6 coefficients. By column or lane: `depth` sums; by column: `wide` coefficients or pivots in
+    float64 and `narrow` ones in the elements' type. Then what is gathered: of x, of all of y's type, of weights.
     """
     g = min(plan[1], x.shape[1])
     w = _width(g, plan)
     scratch = plan[4] * plan[6] if plan[7] & GATHER else 0
-    numbers, sums, columns = np.empty((10, g)), np.zeros((depth, w if stage & SUM else 0)), w if plan[0] else 0
+    numbers, sums, columns = np.empty((13, g)), np.zeros((depth, w if stage & SUM else 0)), w if plan[0] else 0
     singles, like_columns = np.full((8, g), like), np.full((narrow, columns), like)
-    return numbers, sums, np.zeros((wide, columns)), singles, like_columns, np.empty((3, scratch), x.dtype)
+    gathered = np.empty((1, scratch), x.dtype), np.empty((4, scratch), y.dtype), np.full((1, scratch), like)
+    return numbers, sums, np.zeros((wide, columns)), singles, like_columns, gathered[0], gathered[1], gathered[2]
 
 
 @part(inline="always")
 def _lent(m):  # type: ignore[no-untyped-def]
-    return borrowed(m[0]), borrowed(m[1]), borrowed(m[2]), borrowed(m[3]), borrowed(m[4]), borrowed(m[5])
+    gathered = borrowed(m[5]), borrowed(m[6]), borrowed(m[7])
+    return borrowed(m[0]), borrowed(m[1]), borrowed(m[2]), borrowed(m[3]), borrowed(m[4]), gathered
+
+
+# Sets of outer indices with statistics of their own. The plan is that of the largest; a set has its own blocks.
+
+
+@unless_none()
+def _set(a, start, count):  # type: ignore[no-untyped-def]
+    """The outer indices of a set."""
+    return outer(a, start, count)
+
+
+@part()
+def _start(order, start):  # type: ignore[no-untyped-def]
+    """Where a set starts in the arrays themselves: with an order, each of its indices says that."""
+    return 0 if order.size > 0 else start
+
+
+@part()
+def _order_of(order, start, count):  # type: ignore[no-untyped-def]
+    return outer(order, start, count) if order.size > 0 else order
+
+
+@part()
+def _planned(shape, plan):  # type: ignore[no-untyped-def]
+    """The plan, with the blocks of this shape."""
+    if plan[0]:
+        rows = shape[0] if plan[5] > 1 else shape[0] * shape[2]
+        blocks = ((rows + plan[6] - 1) // plan[6] + plan[4] - 1) // plan[4]
+    else:
+        blocks = (shape[0] + plan[4] - 1) // plan[4] * plan[5]
+    return plan[0], plan[1], blocks, plan[3], plan[4], plan[5], plan[6], plan[7]
 
 
 @part(inline="always")
@@ -90,21 +124,24 @@ def _count(k, shape, plan, few):  # type: ignore[no-untyped-def]
 
 
 @part(inline="always")
-def _deviations(x, k, c0, pivot, sums, near, scratch, plan, few):  # type: ignore[no-untyped-def]
-    """sums (2, W) += x - pivot and its square, for block k of the channels from c0 on, or `few` values of it."""
+def _deviations(x, k, c0, pivot, sums, near, scratch, plan, few, w, order):  # type: ignore[no-untyped-def]
+    """sums (2, W) += x - pivot and its square, for block k of the channels from c0 on, or `few` values of it.
+
+    With weights w sums (3, W) has their sums too.
+    """
     if plan[0]:
-        columns_deviations(x, k, c0, pivot.size, near, sums, plan, few)
+        columns_deviations(x, k, c0, pivot.size, near, sums, plan, few, w, order)
     else:
-        rows_deviations(x, k, c0, pivot, sums, plan, scratch, few)
+        rows_deviations(x, k, c0, pivot, sums, plan, scratch, few, w, order)
 
 
 @part(inline="always")
-def _products(dy, x, k, c0, pivot, hi, sums, near, scratch, plan):  # type: ignore[no-untyped-def]
+def _products(dy, x, k, c0, pivot, hi, sums, near, scratch, plan, few, how, r, w, order, lenses, spread_lenses):  # type: ignore[no-untyped-def]
     """sums (5, W) += g = dy - pivot, d = x - hi, g d, g^2 and d^4."""
     if plan[0]:
-        columns_products(dy, x, k, c0, pivot.size, near, sums, plan)
+        columns_products(dy, x, k, c0, pivot.size, near, sums, plan, few, how, r, w, order, spread_lenses)
     else:
-        rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch)
+        rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch, few, how, r, w, order, lenses)
 
 
 @part(inline="always")
@@ -117,17 +154,31 @@ def _by_channel(sums, totals, plan):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _mean(x, k, c0, pivot, totals, sums, near, scratch, plan, few):  # type: ignore[no-untyped-def]
-    """pivot (G,) and near (1, W) <- about the means of block k, or of `few` values of it: in the type of pivot."""
+def _mean(x, k, c0, pivot, totals, sums, near, scratch, plan, few, w, order):  # type: ignore[no-untyped-def]
+    """pivot (G,) and near (1, W) <- about the means of block k, or of `few` values of it: in the type of pivot.
+
+    0 where nothing has weight.
+    """
     pivot[:] = 0
     near[0] = 0
-    _deviations(x, k, c0, pivot, sums, near, scratch, plan, few)
+    _deviations(x, k, c0, pivot, sums, near, scratch, plan, few, w, order)
     _by_channel(sums, totals, plan)
-    count = _count(k, x.shape, plan, few)
-    for c in range(pivot.size):
-        pivot[c] = totals[0, c] / count
+    _divide(pivot, totals, _count(k, x.shape, plan, few), w)
     if plan[0]:
         spread_column(pivot, near[0], plan)
+
+
+@part()
+def _divide(pivot, totals, count, w):  # type: ignore[no-untyped-def]
+    for c in range(pivot.size):
+        n = _counted(totals, c, count, w)
+        pivot[c] = totals[0, c] / n if n > 0.0 else 0.0
+
+
+@unless_none(3, lambda *args: args[2])
+def _counted(totals, c, count, w):  # type: ignore[no-untyped-def]
+    """How many values the sums have: `count`, or the sum of their weights."""
+    return totals[2, c]
 
 
 @part()
@@ -142,62 +193,65 @@ def _near_enough(s, q, n):  # type: ignore[no-untyped-def]
 
 
 @part(inline="always")
-def _forward_sum(p, c0, x, part, plan, memory):  # type: ignore[no-untyped-def]
-    """part (P, 4, C) of piece p of a tile: count, hi, lo, M2."""
+def _forward_sum(p, c0, x, part, plan, memory, w, order):  # type: ignore[no-untyped-def]
+    """part (P, 4, G) of piece p of a tile: count, hi, lo, M2."""
     k0, k1 = p * plan[3], min((p + 1) * plan[3], plan[2])
     g = min(plan[1], x.shape[1] - c0)
     numbers, all_sums, near64, singles, near, scratch = memory
-    totals, sums, pivot = numbers[5:7, :g], all_sums[:2, : _width(g, plan)], singles[0, :g]
+    depth = all_sums.shape[0]
+    totals, sums, pivot = numbers[6 : 6 + depth, :g], all_sums[:, : _width(g, plan)], singles[0, :g]
+    part[p, 0] = 0.0
+    if k0 >= k1:  # of a set smaller than the plan's
+        return
     again = plan[7] & EXACT != 0
     if not again:
-        _mean(x, k0, c0, pivot, totals, sums, near, scratch, plan, _few(x.shape, plan))
-        n = 0.0
+        _mean(x, k0, c0, pivot, totals, sums, near, scratch, plan, _few(x.shape, plan), w, order)
+        count = 0.0
         for k in range(k0, k1):
-            _deviations(x, k, c0, pivot, sums, near, scratch, plan, ALL)
-            n += _count(k, x.shape, plan, ALL)
+            _deviations(x, k, c0, pivot, sums, near, scratch, plan, np.int64(ALL), w, order)
+            count += _count(k, x.shape, plan, np.int64(ALL))
         _by_channel(sums, totals, plan)
         for c in range(g):
-            s, q = totals[0, c], totals[1, c]
-            part[p, 0, c0 + c] = 0.0
-            if _near_enough(s, q, n):
-                part[p, 0, c0 + c], part[p, 1, c0 + c] = n, pivot[c]
-                part[p, 2, c0 + c], part[p, 3, c0 + c] = s / n, q - s * s / n
-            again |= part[p, 0, c0 + c] == 0.0
+            s, q, n = totals[0, c], totals[1, c], _counted(totals, c, count, w)
+            if _near_enough(s, q, n) and n > 0.0:
+                part[p, 0, c], part[p, 1, c] = n, pivot[c]
+                part[p, 2, c], part[p, 3, c] = s / n, q - s * s / n
+            again |= part[p, 0, c] == 0.0
     if again:
-        mean, merged = numbers[0, :g], numbers[1:4, :g]
+        mean, merged = numbers[0, :g], numbers[1:5, :g]
         merged[:] = 0.0
-        n = 0.0
         for k in range(k0, k1):
-            _mean(x, k, c0, mean, totals, sums, near64, scratch, plan, ALL)
-            _deviations(x, k, c0, mean, sums, near64, scratch, plan, ALL)
+            _mean(x, k, c0, mean, totals, sums, near64, scratch, plan, np.int64(ALL), w, order)
+            _deviations(x, k, c0, mean, sums, near64, scratch, plan, np.int64(ALL), w, order)
             _by_channel(sums, totals, plan)
-            m = _count(k, x.shape, plan, ALL)
+            count = _count(k, x.shape, plan, np.int64(ALL))
             for c in range(g):
-                s, q = totals[0, c], totals[1, c]
-                _, merged[0, c], merged[1, c], merged[2, c] = merge_moments(
-                    n, merged[0, c], merged[1, c], merged[2, c], m, mean[c], s / m, not_negative(q - s * s / m)
-                )
-            n += m
+                s, q, m = totals[0, c], totals[1, c], _counted(totals, c, count, w)
+                if m > 0.0:
+                    merged[0, c], merged[1, c], merged[2, c], merged[3, c] = merge_moments(
+                        merged[0, c], merged[1, c], merged[2, c], merged[3, c],
+                        m, mean[c], s / m, not_negative(q - s * s / m),
+                    )  # fmt: skip
         for c in range(g):
-            if plan[7] & EXACT or part[p, 0, c0 + c] == 0.0:
-                part[p, 0, c0 + c], part[p, 1, c0 + c] = n, merged[0, c]
-                part[p, 2, c0 + c], part[p, 3, c0 + c] = merged[1, c], merged[2, c]
+            if plan[7] & EXACT or part[p, 0, c] == 0.0:
+                for i in range(4):
+                    part[p, i, c] = merged[i, c]
 
 
 @part(inline="always")
-def _forward_finish(c, stats, part, eps):  # type: ignore[no-untyped-def]
-    """No pieces (P = 0) keep the mean and the variance that stats holds."""
+def _forward_finish(c, s, stats, part, eps, summed):  # type: ignore[no-untyped-def]
+    """For channel c of a tile, s of the table: its mean and variance, unless the table has them. All 0 of no weight."""
     n = hi = lo = m2 = 0.0
-    for p in range(part.shape[0]):
-        n, hi, lo, m2 = merge_moments(n, hi, lo, m2, part[p, 0, c], part[p, 1, c], part[p, 2, c], part[p, 3, c])
-    if part.shape[0] > 0:
-        stats[0, c], stats[1, c] = settle(hi, lo)
-        stats[2, c] = m2 / n
-    stats[3, c] = 1.0 / math.sqrt(stats[2, c] + eps)
+    if summed:
+        for p in range(part.shape[0]):
+            n, hi, lo, m2 = merge_moments(n, hi, lo, m2, part[p, 0, c], part[p, 1, c], part[p, 2, c], part[p, 3, c])
+        stats[0, s], stats[1, s] = settle(hi, lo)
+        stats[2, s] = m2 / n if n > 0.0 else 0.0
+    stats[3, s] = 1.0 / math.sqrt(stats[2, s] + eps) if n > 0.0 or not summed else 0.0
 
 
 @part()
-def _forward_coefficients(c0, stats, affine, numbers, singles, exact, double):  # type: ignore[no-untyped-def]
+def _forward_coefficients(s0, c0, stats, affine, numbers, singles, exact, double):  # type: ignore[no-untyped-def]
     """By channel. numbers (3, G): hi, a, b for y = a (x - hi) + b. singles (6, G): h, a, al, b, bl in float32 for
     y = (a d + b) + (al d + bl), d = x - h; and 1 where they won't do. Returns whether there is such a channel. Float64
     data (`double`) has its own numbers there; other data in which all is `exact` has none that will do.
@@ -206,10 +260,10 @@ def _forward_coefficients(c0, stats, affine, numbers, singles, exact, double):  
     a is rounded towards 0: an infinite x then makes two infinite terms of one sign.
     """
     rare = False
+    _lenses(s0, c0, stats, affine, numbers)
     for c in range(numbers.shape[1]):
-        hi, lo, invstd, beta = stats[0, c0 + c], stats[1, c0 + c], stats[3, c0 + c], affine[1, c0 + c]
-        a = affine[0, c0 + c] * invstd
-        numbers[0, c], numbers[1, c], numbers[2, c] = hi, a, beta - a * lo
+        hi, lo, invstd, beta = stats[0, s0 + c], stats[1, s0 + c], stats[3, s0 + c], affine[1, c0 + c]
+        a = numbers[1, c]
         if exact:
             singles[0, c], singles[1, c], singles[2, c] = hi, a, a * 2.0**-60
             singles[3, c], singles[4, c], singles[5, c] = beta - a * lo, 0.0, not double
@@ -231,8 +285,16 @@ def _forward_coefficients(c0, stats, affine, numbers, singles, exact, double):  
     return rare
 
 
+@part()
+def _lenses(s0, c0, stats, affine, numbers):  # type: ignore[no-untyped-def]
+    """By channel, numbers (3, G): hi, a, b of gamma xhat + beta = a (x - hi) + b."""
+    for c in range(numbers.shape[1]):
+        a = affine[0, c0 + c] * stats[3, s0 + c]
+        numbers[0, c], numbers[1, c], numbers[2, c] = stats[0, s0 + c], a, affine[1, c0 + c] - a * stats[1, s0 + c]
+
+
 @part(inline="always")
-def _forward_map(p0, p1, c0, ca, x, y, stats, affine, summed, plan, memory):  # type: ignore[no-untyped-def]
+def _forward_map(p0, p1, s0, c0, ca, x, y, stats, affine, summed, plan, memory, how, r, w, order):  # type: ignore[no-untyped-def]
     """Pieces p0 to p1 of a tile, backwards if they were summed: what was read last is in cache.
 
     The channels from ca on are fetched meanwhile, if it is >= 0.
@@ -241,7 +303,7 @@ def _forward_map(p0, p1, c0, ca, x, y, stats, affine, summed, plan, memory):  # 
     all_numbers, _, spread_numbers, all_singles, spread_singles, scratch = memory
     numbers, singles = all_numbers[:3, :g], all_singles[2:, :g]
     exact = plan[7] & EXACT != 0
-    rare = _forward_coefficients(c0, stats, affine, numbers, singles, exact, x.itemsize == 8)
+    rare = _forward_coefficients(s0, c0, stats, affine, numbers, singles, exact, x.itemsize == 8)
     if plan[0]:
         spread_columns(numbers, spread_numbers, plan)
         if not exact:
@@ -250,36 +312,62 @@ def _forward_map(p0, p1, c0, ca, x, y, stats, affine, summed, plan, memory):  # 
     for i in range(k1 - k0):
         k = k1 - 1 - i if summed else k0 + i
         if plan[0]:
-            columns_normalize(x, y, k, c0, g, spread_numbers, spread_singles, rare, plan)
+            columns_normalize(x, y, k, c0, g, spread_numbers, spread_singles, rare, plan, how, r, w, order)
         else:
-            rows_normalize(x, y, k, c0, ca, numbers, singles, rare, plan, scratch)
+            rows_normalize(x, y, k, c0, ca, numbers, singles, rare, plan, scratch, how, r, w, order)
 
 
 @compiled
-def forward_item(k, items, x, y, stats, affine, eps, part, claims, plan, stage):  # type: ignore[no-untyped-def]
-    """x, y (O, C, I), stats (4, C), affine (2, C), part (P, 4, C); y is not touched without the MAP stage."""
+def forward_item(
+    k, items, x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """x, y (O, C, I), stats (4, G C), affine (2, C), part (cells or items, P, 4, channels of a tile).
+
+    y is not touched without the MAP stage. starts (G + 1,), order (O,) or (0,), r (O, C, I) and w (O, 1, I) or None.
+    """
     keep_whole()
     x, y, stats, affine, part = borrowed(x), borrowed(y), borrowed(stats), borrowed(affine), borrowed(part)
-    claims = borrowed(claims)
-    owned = _memory(x, plan, stage, narrowest(x), 2, 3, 6)
+    claims, starts, order, r, w = borrowed(claims), borrowed(starts), borrowed(order), lent(r), lent(w)
+    owned = _memory(x, y, plan, stage, narrowest(x), 2 if absent(w) else 3, 3, 6)
     memory = _lent(owned)
+    pieces, tiles = part_sizes(x.shape, plan)
     u = _claimed(k, items, claims)
     while u >= 0:
-        first, last, stop, pieces = _borders(u, items, x.shape, plan, stage)
-        for t in range(first // pieces, (last + pieces - 1) // pieces):
-            p0, p1, c0 = max(0, first - t * pieces), min(pieces, last - t * pieces), t * plan[1]
+        first, last, stop = _borders(u, items, (starts.size - 1) * tiles, pieces, stage)
+        for cell in range(first // pieces, (last + pieces - 1) // pieces):
+            g, t = cell // tiles, cell % tiles
+            count, c0 = starts[g + 1] - starts[g], t * plan[1]
+            n0 = _start(order, starts[g])
+            s0, channels = g * x.shape[1] + c0, min(plan[1], x.shape[1] - c0)
+            xs, ys, rs, ws = (
+                _set(x, n0, count),
+                _set(y, n0, count),
+                _set(r, n0, count),
+                _set(w, n0, count),
+            )
+            own, order_of = _planned(xs.shape, plan), _order_of(order, starts[g], count)
+            p0, p1 = max(0, first - cell * pieces), min(pieces, last - cell * pieces)
+            sums = place(part, k if stage & SUM and stage & FINISH else cell)
             if stage & SUM:
                 for p in range(p0, p1):
-                    _forward_sum(p, c0, x, part, plan, memory)
+                    _forward_sum(p, c0, xs, sums, own, memory, ws, order_of)
             if stage & FINISH:
-                for c in range(c0, min(c0 + plan[1], x.shape[1])):
-                    _forward_finish(c, stats, part, eps)
+                for c in range(channels):
+                    _forward_finish(c, s0 + c, stats, sums, eps, part.shape[0] > 0)
             if stage & MAP:
-                ahead = c0 + plan[1] if (t + 1) * pieces < stop and plan[7] & NEXT else -1
-                _forward_map(p0, p1, c0, ahead, x, y, stats, affine, part.shape[0] > 0, plan, memory)
+                ahead = c0 + plan[1] if (cell + 1) * pieces < stop and t + 1 < tiles and plan[7] & NEXT else -1
+                _forward_map(
+                    p0, p1, s0, c0, ahead, xs, ys, stats, affine, part.shape[0] > 0, own, memory, how, rs, ws, order_of
+                )
         u = _claimed(k, items, claims)
     fence()
     hold(owned)
+
+
+@part()
+def part_sizes(shape, plan):  # type: ignore[no-untyped-def]
+    """Pieces of a tile, and tiles of a set."""
+    return (plan[2] + plan[3] - 1) // plan[3], (shape[1] + plan[1] - 1) // plan[1]
 
 
 @part()
@@ -295,66 +383,111 @@ def _claimed(k, items, claims):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _borders(u, items, shape, plan, stage):  # type: ignore[no-untyped-def]
-    """Unit u: the pieces of all tiles from first to last, where its share stops, and the number of pieces of a tile.
+def _borders(u, items, cells, pieces, stage):  # type: ignore[no-untyped-def]
+    """Unit u: the pieces of all cells from first to last, and where its share stops. A cell is a tile of a set.
 
-    With the FINISH stage it has whole tiles.
+    With the FINISH stage it has whole cells.
     """
     units = UNITS if items > 1 else 1
-    pieces = (plan[2] + plan[3] - 1) // plan[3]
-    tiles = (shape[1] + plan[1] - 1) // plan[1]
-    step, work = (pieces, tiles) if stage & FINISH else (1, tiles * pieces)
+    step, work = (pieces, cells) if stage & FINISH else (1, cells * pieces)
     first, last, stop = work * u // (items * units), work * (u + 1) // (items * units), work * (u // units + 1) // items
-    return first * step, last * step, stop * step, pieces
+    return first * step, last * step, stop * step
 
 
 @Kernel
-def forward_kernel(items, item, x, y, stats, affine, eps, part, claims, plan, stage):  # type: ignore[no-untyped-def]
+def forward_kernel(
+    items, item, x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w
+):  # type: ignore[no-untyped-def]  # fmt: skip
     """`forward_item`, whose address is `item`, for all items."""
     for k in prange(items):
-        call(item, (np.int64(k), items, x, y, stats, affine, eps, part, claims, plan, stage))
+        call(item, (np.int64(k), items, x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w))
 
 
 @part(inline="always")
-def _backward_sum(p, c0, dy, x, stats, part, plan, memory):  # type: ignore[no-untyped-def]
-    """part (P, 5, C) of piece p of a tile: count, mean of dy as hi and lo, mean of x - hi, co-moment."""
+def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order):  # type: ignore[no-untyped-def]
+    """part (P, 5, G) of piece p of a tile: count, mean of dy as hi and lo, mean of x - hi, co-moment."""
     k0, k1 = p * plan[3], min((p + 1) * plan[3], plan[2])
     g = min(plan[1], x.shape[1] - c0)
     numbers, all_sums, near64, singles, near, scratch = memory
-    totals, sums, pivot, hi = numbers[5:, :g], all_sums[:, : _width(g, plan)], singles[0, :g], singles[1, :g]
+    totals, sums, pivot, hi = numbers[5:10, :g], all_sums[:, : _width(g, plan)], singles[0, :g], singles[1, :g]
+    lenses, spread_lenses = numbers[10:, :g], near64[5:]
+    part[p, 0] = 0.0
+    if k0 >= k1:
+        return
     again = plan[7] & EXACT != 0
     if not again:
-        _mean(dy, k0, c0, pivot, totals[:2], sums[:2], near, scratch, plan, _few(x.shape, plan))
+        few = _few(x.shape, plan)
         for c in range(g):
-            hi[c] = stats[0, c0 + c]
+            hi[c] = stats[0, s0 + c]
         if plan[0]:
             spread_column(hi, near[1], plan)
+        _mean_of_dy(
+            dy, x, k0, c0, pivot, hi, totals, sums, near, scratch, plan, few, how, r, w, order, lenses, spread_lenses
+        )
         n = 0.0
         for k in range(k0, k1):
-            _products(dy, x, k, c0, pivot, hi, sums, near, scratch, plan)
-            n += _count(k, x.shape, plan, ALL)
+            _products(
+                dy,
+                x,
+                k,
+                c0,
+                pivot,
+                hi,
+                sums,
+                near,
+                scratch,
+                plan,
+                np.int64(ALL),
+                how,
+                r,
+                w,
+                order,
+                lenses,
+                spread_lenses,
+            )
+            n += _count(k, x.shape, plan, np.int64(ALL))
         _by_channel(sums, totals, plan)
         for c in range(g):
-            var, off = stats[2, c0 + c], totals[1, c] / n
+            var, off = stats[2, s0 + c], totals[1, c] / n
             # A value with all of the variance has a gradient near 0, the difference of two terms: v must be exact then.
             spread_out = totals[4, c] <= (x.shape[0] * x.shape[2] * var) ** 2 / 64.0 and 1e-15 < var < 1e15
-            part[p, 0, c0 + c] = 0.0
             if _near_enough(totals[0, c], totals[3, c], n) and spread_out and off * off <= var:
-                part[p, 0, c0 + c], part[p, 1, c0 + c], part[p, 2, c0 + c] = n, pivot[c], totals[0, c] / n
-                part[p, 3, c0 + c] = off - (stats[0, c0 + c] - hi[c])
-                part[p, 4, c0 + c] = totals[2, c] - totals[0, c] * off
-            again |= part[p, 0, c0 + c] == 0.0
+                part[p, 0, c], part[p, 1, c], part[p, 2, c] = n, pivot[c], totals[0, c] / n
+                part[p, 3, c] = off - (stats[0, s0 + c] - hi[c])
+                part[p, 4, c] = totals[2, c] - totals[0, c] * off
+            again |= part[p, 0, c] == 0.0
     if again:
-        mean, merged, hi64 = numbers[0, :g], numbers[1:5, :g], stats[0, c0 : c0 + g]
+        mean, merged, hi64 = numbers[0, :g], numbers[1:5, :g], stats[0, s0 : s0 + g]
         merged[:] = 0.0
         if plan[0]:
             spread_column(hi64, near64[1], plan)
         n = 0.0
         for k in range(k0, k1):
-            _mean(dy, k, c0, mean, totals[:2], sums[:2], near64, scratch, plan, ALL)
-            _products(dy, x, k, c0, mean, hi64, sums, near64, scratch, plan)
+            _mean_of_dy(
+                dy, x, k, c0, mean, hi64, totals, sums, near64, scratch, plan, np.int64(ALL), how, r, w, order, lenses,
+                spread_lenses,
+            )  # fmt: skip
+            _products(
+                dy,
+                x,
+                k,
+                c0,
+                mean,
+                hi64,
+                sums,
+                near64,
+                scratch,
+                plan,
+                np.int64(ALL),
+                how,
+                r,
+                w,
+                order,
+                lenses,
+                spread_lenses,
+            )
             _by_channel(sums, totals, plan)
-            m = _count(k, x.shape, plan, ALL)
+            m = _count(k, x.shape, plan, np.int64(ALL))
             for c in range(g):
                 s, d, e = totals[0, c] / m, totals[1, c] / m, totals[2, c] - totals[0, c] * totals[1, c] / m
                 _, merged[0, c], merged[1, c], merged[2, c], merged[3, c] = merge_comoments(
@@ -362,39 +495,80 @@ def _backward_sum(p, c0, dy, x, stats, part, plan, memory):  # type: ignore[no-u
                 )
             n += m
         for c in range(g):
-            if plan[7] & EXACT or part[p, 0, c0 + c] == 0.0:
-                part[p, 0, c0 + c], part[p, 1, c0 + c], part[p, 2, c0 + c] = n, merged[0, c], merged[1, c]
-                part[p, 3, c0 + c], part[p, 4, c0 + c] = merged[2, c], merged[3, c]
+            if plan[7] & EXACT or part[p, 0, c] == 0.0:
+                part[p, 0, c], part[p, 1, c], part[p, 2, c] = n, merged[0, c], merged[1, c]
+                part[p, 3, c], part[p, 4, c] = merged[2, c], merged[3, c]
+
+
+def _mean_of_dy(
+    dy, x, k, c0, pivot, hi, totals, sums, near, scratch, plan, few, how, r, w, order, lenses, spread_lenses
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """As `_mean`, of dy f'(z) where there is an activation."""
+    raise NotImplementedError("compiled code calls it")
+
+
+@chosen(_mean_of_dy)
+def _choose_mean_of_dy(*args):  # type: ignore[no-untyped-def]
+    return _mean_of_dy_itself if args[12].simple else _mean_of_dy_bent
+
+
+def _mean_of_dy_itself(
+    dy, x, k, c0, pivot, hi, totals, sums, near, scratch, plan, few, how, r, w, order, lenses, spread_lenses
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    _mean(dy, k, c0, pivot, totals[:2], sums[:2], near, scratch, plan, few, None, order)
+
+
+def _mean_of_dy_bent(
+    dy, x, k, c0, pivot, hi, totals, sums, near, scratch, plan, few, how, r, w, order, lenses, spread_lenses
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    pivot[:] = 0
+    near[0] = 0
+    if plan[0]:
+        columns_products(dy, x, k, c0, pivot.size, near, sums, plan, few, how, r, w, order, spread_lenses)
+    else:
+        rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch, few, how, r, w, order, lenses)
+    _by_channel(sums, totals, plan)
+    _divide(pivot, totals, _count(k, x.shape, plan, few), None)
+    if plan[0]:
+        spread_column(pivot, near[0], plan)
 
 
 @part(inline="always")
-def _backward_finish(c, stats, grads, part):  # type: ignore[no-untyped-def]
-    """grads (6, C): mean of dy as hi and lo, covariance, mean of x - hi; in training dgamma, and dbeta."""
+def _backward_finish(c, s, stats, grads, part):  # type: ignore[no-untyped-def]
+    """grads (6, G C): mean of dy as hi and lo, covariance, mean of x - hi; in training dgamma, and dbeta."""
     n = hi = lo = t = m = 0.0
     for p in range(part.shape[0]):
         n, hi, lo, t, m = merge_comoments(
             n, hi, lo, t, m, part[p, 0, c], part[p, 1, c], part[p, 2, c], part[p, 3, c], part[p, 4, c]
         )
-    grads[0, c], grads[1, c] = settle(hi, lo)
-    grads[2, c] = m / n
-    grads[3, c] = t
-    grads[4, c] = n * grads[2, c] * stats[3, c]
-    grads[5, c] = n * grads[0, c] + n * grads[1, c]
+    grads[0, s], grads[1, s] = settle(hi, lo)
+    grads[2, s] = m / n if n > 0.0 else 0.0
+    grads[3, s] = t
+    grads[4, s] = n * grads[2, s] * stats[3, s]
+    grads[5, s] = n * grads[0, s] + n * grads[1, s]
 
 
 @part()
-def _backward_coefficients(c0, stats, affine, grads, numbers, singles):  # type: ignore[no-untyped-def]
+def _backward_coefficients(s0, c0, stats, affine, grads, numbers, singles, n, mass, frozen):  # type: ignore[no-untyped-def]
     """By channel, numbers (5, G) and singles (6, G): ghi, hi, a, b, c for dx = a (dy - ghi) + (b (x - hi) + c).
 
     In singles c has what the rounding of ghi and hi takes away, and the sixth is 1 where they won't do. Returns
-    whether there is such a channel.
+    whether there is such a channel. With weights, whose sum is `mass` (of n values; 0 without), their factor of the
+    second term has the mean of dy too: dx = a dy + w (b (x - hi) + c). Of frozen statistics a alone is left.
     """
     rare = False
     for c in range(numbers.shape[1]):
-        ghi, glo, hi, lo = grads[0, c0 + c], grads[1, c0 + c], stats[0, c0 + c], stats[1, c0 + c]
-        invstd = stats[3, c0 + c]
+        ghi, glo, hi, lo = grads[0, s0 + c], grads[1, s0 + c], stats[0, s0 + c], stats[1, s0 + c]
+        invstd, covariance = stats[3, s0 + c], grads[2, s0 + c]
         a = affine[0, c0 + c] * invstd
-        b = -a * (grads[2, c0 + c] * invstd) * invstd
+        if mass > 0.0:
+            covariance = (n * covariance + grads[5, s0 + c] * grads[3, s0 + c]) / mass
+            glo += ghi
+            glo *= n / mass
+            ghi = 0.0
+        if frozen:
+            ghi = glo = lo = covariance = 0.0
+        b = -a * (covariance * invstd) * invstd
         numbers[0, c], numbers[1, c], numbers[2, c], numbers[3, c], numbers[4, c] = ghi, hi, a, b, -(a * glo + b * lo)
         singles[0, c], singles[1, c], singles[2, c], singles[3, c] = ghi, hi, a, b
         rest = numbers[4, c] + a * (singles[0, c] - ghi) + b * (singles[1, c] - hi)
@@ -406,15 +580,25 @@ def _backward_coefficients(c0, stats, affine, grads, numbers, singles):  # type:
 
 
 @part(inline="always")
-def _backward_map(p0, p1, c0, ca, dy, x, dx, stats, affine, grads, plan, memory):  # type: ignore[no-untyped-def]
+def _backward_map(
+    p0, p1, s0, c0, ca, dy, x, dx, stats, affine, grads, plan, memory, how, r, w, dr, order, mass
+):  # type: ignore[no-untyped-def]  # fmt: skip
     """Pieces p0 to p1 of a tile, backwards; the channels from ca on are fetched meanwhile, if it is >= 0.
 
     In float64, but for half types, where float32 costs 2^-13 of an ulp and takes half the time.
     """
     g = min(plan[1], x.shape[1] - c0)
     all_numbers, _, spread_numbers, all_singles, spread_singles, scratch = memory
-    numbers, singles = all_numbers[:5, :g], all_singles[2:, :g]
-    rare = _backward_coefficients(c0, stats, affine, grads, numbers, singles) and finest(x, False, True)
+    numbers, singles, lenses, spread_lenses = (
+        all_numbers[:5, :g],
+        all_singles[2:, :g],
+        all_numbers[10:, :g],
+        spread_numbers[5:],
+    )
+    n = float(x.shape[0] * x.shape[2])
+    rare = _backward_coefficients(
+        s0, c0, stats, affine, grads, numbers, singles, n, mass, is_frozen(how) != 0.0
+    ) and finest(x, False, True)
     used, spread_used = finest(x, numbers, singles), finest(x, spread_numbers, spread_singles)
     if plan[0]:
         spread_columns(used, spread_used, plan)
@@ -423,40 +607,95 @@ def _backward_map(p0, p1, c0, ca, dy, x, dx, stats, affine, grads, plan, memory)
     k0, k1 = p0 * plan[3], min(p1 * plan[3], plan[2])
     for k in range(k1 - 1, k0 - 1, -1):
         if plan[0]:
-            columns_gradient(dy, x, dx, k, c0, g, spread_numbers, spread_used, rare, plan)
+            columns_gradient(
+                dy, x, dx, k, c0, g, spread_numbers, spread_used, rare, plan, how, r, w, dr, order, spread_lenses
+            )
         else:
-            rows_gradient(dy, x, dx, k, c0, ca, numbers, used, rare, plan, scratch)
+            rows_gradient(dy, x, dx, k, c0, ca, numbers, used, rare, plan, scratch, how, r, w, dr, order, lenses)
 
 
 @compiled
-def backward_item(k, items, dy, x, dx, stats, affine, grads, part, claims, plan, stage):  # type: ignore[no-untyped-def]
-    """dy, x, dx (O, C, I), stats (4, C), affine (2, C), grads (6, C), part (P, 5, C)."""
+def backward_item(
+    k, items, dy, x, dx, stats, affine, grads, part, claims, plan, stage, starts, order, how, r, w, dr, mass
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """dy, x, dx (O, C, I), stats (4, G C), affine (2, C), grads (6, G C), part (cells or items, P, 5, channels).
+
+    starts (G + 1,), order (O,) or (0,), r and dr (O, C, I) or None, w (O, 1, I) or None, mass (G,) or None.
+    """
     keep_whole()
     dy, x, dx, part, claims = borrowed(dy), borrowed(x), borrowed(dx), borrowed(part), borrowed(claims)
-    stats, affine, grads = borrowed(stats), borrowed(affine), borrowed(grads)
-    owned = _memory(x, plan, stage, narrowest(x), 5, 5, 6)
+    stats, affine, grads, starts = borrowed(stats), borrowed(affine), borrowed(grads), borrowed(starts)
+    order, r, w, dr, mass = borrowed(order), lent(r), lent(w), lent(dr), lent(mass)
+    owned = _memory(x, dx, plan, stage, narrowest(x), 5, 8, 6)
     memory = _lent(owned)
+    pieces, tiles = part_sizes(x.shape, plan)
     u = _claimed(k, items, claims)
     while u >= 0:
-        first, last, stop, pieces = _borders(u, items, x.shape, plan, stage)
-        for t in range(first // pieces, (last + pieces - 1) // pieces):
-            p0, p1, c0 = max(0, first - t * pieces), min(pieces, last - t * pieces), t * plan[1]
+        first, last, stop = _borders(u, items, (starts.size - 1) * tiles, pieces, stage)
+        for cell in range(first // pieces, (last + pieces - 1) // pieces):
+            g, t = cell // tiles, cell % tiles
+            count, c0 = starts[g + 1] - starts[g], t * plan[1]
+            n0 = _start(order, starts[g])
+            s0, channels = g * x.shape[1] + c0, min(plan[1], x.shape[1] - c0)
+            xs, dys, dxs = _set(x, n0, count), _set(dy, n0, count), _set(dx, n0, count)
+            rs, ws, drs = _set(r, n0, count), _set(w, n0, count), _set(dr, n0, count)
+            own, order_of = _planned(xs.shape, plan), _order_of(order, starts[g], count)
+            p0, p1 = max(0, first - cell * pieces), min(pieces, last - cell * pieces)
+            sums = place(part, k if stage & SUM and stage & FINISH else cell)
+            if not is_plain(how):
+                lenses = memory[0][10:, :channels]
+                _lenses(s0, c0, stats, affine, lenses)
+                if plan[0]:
+                    spread_columns(lenses, memory[2][5:], plan)
             if stage & SUM:
                 for p in range(p0, p1):
-                    _backward_sum(p, c0, dy, x, stats, part, plan, memory)
+                    _backward_sum(p, s0, c0, dys, xs, stats, sums, own, memory, how, rs, ws, order_of)
             if stage & FINISH:
-                for c in range(c0, min(c0 + plan[1], x.shape[1])):
-                    _backward_finish(c, stats, grads, part)
+                for c in range(channels):
+                    _backward_finish(c, s0 + c, stats, grads, sums)
             if stage & MAP:
-                ahead = c0 + plan[1] if (t + 1) * pieces < stop and plan[7] & NEXT else -1
-                _backward_map(p0, p1, c0, ahead, dy, x, dx, stats, affine, grads, plan, memory)
+                ahead = c0 + plan[1] if (cell + 1) * pieces < stop and t + 1 < tiles and plan[7] & NEXT else -1
+                _backward_map(
+                    p0, p1, s0, c0, ahead, dys, xs, dxs, stats, affine, grads, own, memory, how, rs, ws, drs, order_of,
+                    _mass_of(mass, g),
+                )  # fmt: skip
         u = _claimed(k, items, claims)
     fence()
     hold(owned)
 
 
+@unless_none(0, lambda *args: 0.0)
+def _mass_of(mass, g):  # type: ignore[no-untyped-def]
+    return mass[g]
+
+
 @Kernel
-def backward_kernel(items, item, dy, x, dx, stats, affine, grads, part, claims, plan, stage):  # type: ignore[no-untyped-def]
+def backward_kernel(
+    items, item, dy, x, dx, stats, affine, grads, part, claims, plan, stage, starts, order, how, r, w, dr, mass
+):  # type: ignore[no-untyped-def]  # fmt: skip
     """`backward_item`, whose address is `item`, for all items."""
     for k in prange(items):
-        call(item, (np.int64(k), items, dy, x, dx, stats, affine, grads, part, claims, plan, stage))
+        call(
+            item,
+            (
+                np.int64(k),
+                items,
+                dy,
+                x,
+                dx,
+                stats,
+                affine,
+                grads,
+                part,
+                claims,
+                plan,
+                stage,
+                starts,
+                order,
+                how,
+                r,
+                w,
+                dr,
+                mass,
+            ),
+        )

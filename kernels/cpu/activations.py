@@ -1,0 +1,592 @@
+"""What is done to lanes beyond batch norm: activations and their slopes, residuals, masks.
+
+`How` says which, as a type: every combination is compiled on its own, and the plain one costs nothing. Its value is the
+activation's parameter.
+
+exp, log and erfc are polynomials on reduced arguments, for sixteen lanes at a time. The coefficients are Chebyshev
+interpolants computed in 40 digits by `mpmath`; errors are in the tests.
+"""
+
+import math
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model, unbox
+
+from .compile import chosen, part, unless_none
+from .lanes import (
+    DOUBLE,
+    LANES,
+    SINGLE,
+    fma,
+    load,
+    load_part,
+    nothing,
+    save,
+    save_part,
+    where_at_most,
+    where_less,
+    where_nonzero,
+    wide,
+)
+
+
+class How(types.Type):  # type: ignore[misc]
+    """Which activation, whether x holds y, and whether anything beyond batch norm is done at all.
+
+    Its value is three numbers: the activation's parameter; 1 where masked positions are normalized like all others, and
+    where statistics are constants: what costs nothing beside the rest is no type, as every type is compiled on its own.
+    """
+
+    def __init__(self, activation: str, inverse: bool, simple: bool) -> None:
+        self.activation, self.inverse, self.simple = activation, inverse, simple
+        super().__init__(name=f"How({activation}, {inverse}, {simple})")
+
+
+PLAIN = How("", False, True)
+_VALUE = types.UniTuple(types.float64, 4)
+
+
+@register_model(How)
+class _HowModel(models.UniTupleModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, _how: How) -> None:
+        super().__init__(manager, _VALUE)
+
+
+@unbox(How)  # type: ignore[untyped-decorator]
+def _unbox(_how: Any, value: Any, c: Any) -> Any:
+    return c.unbox(_VALUE, value)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def plain(_typing: Any) -> Any:
+    """No activation, no mask."""
+    kind = ir.ArrayType(ir.DoubleType(), 4)
+    return PLAIN(), lambda _context, _builder, _signature, _args: ir.Constant(kind, [0.0, 1.0, 0.0, 0.0])
+
+
+def _number(i: int) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator]
+    def number(_typing: Any, how: Any) -> Any:
+        return types.float64(how), lambda _context, builder, _signature, args: builder.extract_value(args[0], i)
+
+    return number
+
+
+# The activation's parameter; 1 or 0: masked positions are normalized, or else keep x; statistics are constants.
+parameter, all_normalized, kept, is_frozen = _number(0), _number(1), _number(2), _number(3)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def constant(_typing: Any, like: Any, value: Any) -> Any:
+    """A number in all lanes of the kind of `like`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = signature.return_type.dtype
+        number = context.cast(builder, args[1], signature.args[1], kind)
+        vector = ir.VectorType(number.type, LANES)
+        first = builder.insert_element(ir.Constant(vector, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
+        zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+        return builder.shuffle_vector(first, first, zeros)
+
+    return like(like, types.float64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def alike(_typing: Any, lanes: Any, like: Any) -> Any:
+    """The same numbers in the lanes' type of `like`."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        if lanes == like:
+            return args[0]
+        if like == DOUBLE:
+            return builder.fpext(args[0], ir.VectorType(ir.DoubleType(), LANES))
+        return builder.fptrunc(args[0], ir.VectorType(ir.FloatType(), LANES))
+
+    return like(lanes, like), codegen
+
+
+def _format(lanes: Any) -> tuple[Any, Any, int, int]:
+    """Vector of numbers, vector of their bits, bits of the fraction, bias of the exponent."""
+    if lanes == SINGLE:
+        return ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES), 23, 127
+    return ir.VectorType(ir.DoubleType(), LANES), ir.VectorType(ir.IntType(64), LANES), 52, 1023
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def scaled(_typing: Any, lanes: Any, power: Any) -> Any:
+    """lanes 2^power, for whole powers within the exponent's range."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        kind, bits, fraction, bias = _format(lanes)
+        whole = builder.fptosi(args[1], _WHOLE)  # to 64 bits there is no conversion before AVX-512
+        whole = builder.add(whole, ir.Constant(_WHOLE, [bias] * LANES))
+        whole = whole if bits == _WHOLE else builder.zext(whole, bits)
+        two = builder.bitcast(builder.shl(whole, ir.Constant(bits, [fraction] * LANES)), kind)
+        return builder.fmul(args[0], two)
+
+    return lanes(lanes, lanes), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def truncated(_typing: Any, lanes: Any) -> Any:
+    """Without what is behind the point, for numbers below 2^31."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.sitofp(builder.fptosi(args[0], _WHOLE), args[0].type)
+
+    return lanes(lanes), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def exponent(_typing: Any, lanes: Any) -> Any:
+    """The whole number e with 2^e <= lanes < 2^(e + 1), for normal numbers above 0."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        kind, bits, fraction, bias = _format(lanes)
+        raw = builder.lshr(builder.bitcast(args[0], bits), ir.Constant(bits, [fraction] * LANES))
+        raw = raw if bits == _WHOLE else builder.trunc(raw, _WHOLE)
+        return builder.sitofp(builder.sub(raw, ir.Constant(_WHOLE, [bias] * LANES)), kind)
+
+    return lanes(lanes), codegen
+
+
+_WHOLE = ir.VectorType(ir.IntType(32), LANES)
+
+
+# Polynomials: highest power first.
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _polynomial(_typing: Any, x: Any, name: Any) -> Any:
+    """By Horner's rule, with the coefficients for the type of x."""
+    if not isinstance(name, types.StringLiteral):
+        return None
+    coefficients = _COEFFICIENTS[name.literal_value, x == SINGLE]
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        kind, _, _, _ = _format(x)
+        width = 32 if x == SINGLE else 64
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(kind, [kind] * 3), f"llvm.fmuladd.v{LANES}f{width}"
+        )
+        value = ir.Constant(kind, [coefficients[0]] * LANES)
+        for c in coefficients[1:]:
+            value = builder.call(function, [value, args[0], ir.Constant(kind, [c] * LANES)])
+        return value
+
+    return x(x, name), codegen
+
+
+# exp(r) for |r| <= ln 2 / 2; log m = s P(s^2), s = (m - 1) / (m + 1), m from 1 / sqrt 2 to sqrt 2;
+# erfc(x) = exp(-x^2) P(t) / (1 + 2 x), t = (x - 3) / (x + 3), x from 0 to 10 (float32) or 28.
+_COEFFICIENTS: dict[tuple[str, bool], tuple[float, ...]] = {
+    ("exp", True): (
+        0.00139411085,
+        0.00837512594,
+        0.0416663513,
+        0.166664153,
+        0.5,
+        1,
+        1,
+    ),
+    ("exp", False): (
+        2.0921579964950299e-09,
+        2.5114869528657765e-08,
+        2.7557251904174915e-07,
+        2.7557224958392624e-06,
+        2.4801587350110797e-05,
+        0.000198412699092171,
+        0.0013888888888871889,
+        0.0083333333333095276,
+        0.041666666666666692,
+        0.16666666666666702,
+        0.5,
+        1,
+        1,
+    ),
+    ("log", True): (
+        0.236163586,
+        0.285350502,
+        0.40000385,
+        0.666666627,
+        2,
+    ),
+    ("log", False): (
+        0.12043118385439859,
+        0.11667379243291706,
+        0.13336746217544351,
+        0.15384543439179688,
+        0.18181819117998452,
+        0.22222222214817811,
+        0.28571428571462171,
+        0.39999999999999925,
+        0.66666666666666663,
+        2,
+    ),
+    ("erfc", True): (
+        -0.000164071549,
+        0.0022360275,
+        0.00222593313,
+        -0.0240183827,
+        0.0683549419,
+        -0.1192213,
+        0.129642785,
+        -0.0475658737,
+        -0.135621071,
+        1.25300813,
+    ),
+    ("erfc", False): (
+        6.8100187697670204e-10,
+        2.3552000078386435e-08,
+        6.0622117377351894e-08,
+        -1.2682983287177219e-07,
+        -5.5933784781753561e-07,
+        3.5560443974134763e-07,
+        3.4264997190127335e-06,
+        -7.3775931831865207e-07,
+        -2.0077652703152137e-05,
+        4.9543998351052039e-06,
+        0.00012509204114843491,
+        -0.00010516160868371944,
+        -0.0007798307921069393,
+        0.0018886907272464507,
+        0.0025293916335189441,
+        -0.023770514959693387,
+        0.06830802735655056,
+        -0.1192736634130472,
+        0.12964515870235635,
+        -0.047562294353498159,
+        -0.13562110612457726,
+        1.2530080582697298,
+    ),
+}
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _limits(_typing: Any, lanes: Any) -> Any:
+    """Of exp: the smallest and the largest argument; ln 2 as a float of few bits, and the rest; of erfc the largest."""
+    numbers = (-87.0, 88.5, 0.693359375, -2.12194440e-4, 10.0) if lanes == SINGLE else (
+        -708.0, 709.5, 0.6931471803691238, 1.9082149292705877e-10, 28.0
+    )  # fmt: skip
+
+    def codegen(context: Any, builder: Any, signature: Any, _args: Any) -> Any:
+        return context.make_tuple(builder, signature.return_type, [ir.Constant(ir.DoubleType(), n) for n in numbers])
+
+    return types.UniTuple(types.float64, 5)(lanes), codegen
+
+
+@part()
+def lanes_exp(x):  # type: ignore[no-untyped-def]
+    low, high, ln2, rest, _ = _limits(x)
+    low, high, zero = constant(x, low), constant(x, high), nothing(x)
+    bounded = where_at_most(x, high, where_less(x, low, low, x), high)  # NaN to `high`: it can't be made whole
+    half = constant(x, 0.5)
+    n = truncated(fma(bounded, constant(x, 1.4426950408889634), where_less(x, zero, zero - half, half)))
+    r = fma(zero - n, constant(x, rest), fma(zero - n, constant(x, ln2), x))
+    value = scaled(_polynomial(r, "exp"), n - constant(x, 1.0)) * constant(x, 2.0)  # 2^1024 is infinite
+    return where_less(high, x, constant(x, math.inf), where_less(x, low, zero, value))
+
+
+@part()
+def lanes_log(x):  # type: ignore[no-untyped-def]
+    """For normal numbers above 0."""
+    one, zero = constant(x, 1.0), nothing(x)
+    e = exponent(x)
+    m = scaled(x, zero - e)
+    big = where_less(constant(x, 1.4142135623730951), m, one, zero)
+    m, e = where_nonzero(big, m * constant(x, 0.5), m), e + big
+    s = (m - one) / (m + one)
+    return fma(s, _polynomial(s * s, "log"), e * constant(x, 0.6931471805599453))
+
+
+@part()
+def _tail(z):  # type: ignore[no-untyped-def]
+    """Half of erfc(|z| / sqrt 2): the normal distribution beyond |z|."""
+    zero, root = nothing(z), constant(z, 0.7071067811865476)
+    _, _, _, _, top = _limits(z)
+    x = where_less(z, zero, zero - z, z) * root
+    x = where_less(constant(z, top), x, constant(z, top), x)
+    three = constant(z, 3.0)
+    p = _polynomial((x - three) / (x + three), "erfc")
+    return constant(z, 0.5) * lanes_exp(zero - x * x) * p / fma(x, constant(z, 2.0), constant(z, 1.0))
+
+
+@part()
+def _normal(z):  # type: ignore[no-untyped-def]
+    tail = _tail(z)
+    return where_less(z, nothing(z), tail, constant(z, 1.0) - tail)
+
+
+@part()
+def _sigmoid(z):  # type: ignore[no-untyped-def]
+    one = constant(z, 1.0)
+    return one / (one + lanes_exp(nothing(z) - z))
+
+
+@part()
+def _tanh(z):  # type: ignore[no-untyped-def]
+    one = constant(z, 1.0)
+    return one - constant(z, 2.0) / (one + lanes_exp(z + z))
+
+
+@part()
+def _clip(z):  # type: ignore[no-untyped-def]
+    """To 0 to 6; NaN stays."""
+    zero, six = nothing(z), constant(z, 6.0)
+    return where_less(six, z, six, where_less(z, zero, zero, z))
+
+
+# f(z), f'(z) and f^-1(y): one function for each activation, chosen by `How`.
+
+
+def _as_is(how, z):  # type: ignore[no-untyped-def]
+    return z
+
+
+def _relu(how, z):  # type: ignore[no-untyped-def]
+    return where_at_most(z, nothing(z), nothing(z), z)
+
+
+def _relu_slope(how, z):  # type: ignore[no-untyped-def]
+    return where_at_most(z, nothing(z), nothing(z), constant(z, 1.0))
+
+
+def _leaky(how, z):  # type: ignore[no-untyped-def]
+    return where_at_most(z, nothing(z), z * constant(z, parameter(how)), z)
+
+
+def _leaky_slope(how, z):  # type: ignore[no-untyped-def]
+    return where_at_most(z, nothing(z), constant(z, parameter(how)), constant(z, 1.0))
+
+
+def _leaky_inverse(how, z):  # type: ignore[no-untyped-def]
+    return where_at_most(z, nothing(z), z / constant(z, parameter(how)), z)
+
+
+def _relu6(how, z):  # type: ignore[no-untyped-def]
+    return _clip(z)
+
+
+def _relu6_slope(how, z):  # type: ignore[no-untyped-def]
+    zero = nothing(z)
+    return where_at_most(constant(z, 6.0), z, zero, where_at_most(z, zero, zero, constant(z, 1.0)))
+
+
+def _elu(how, z):  # type: ignore[no-untyped-def]
+    below = constant(z, parameter(how)) * (lanes_exp(z) - constant(z, 1.0))
+    return where_at_most(z, nothing(z), below, z)
+
+
+def _elu_slope(how, z):  # type: ignore[no-untyped-def]
+    return where_at_most(z, nothing(z), constant(z, parameter(how)) * lanes_exp(z), constant(z, 1.0))
+
+
+def _elu_inverse(how, z):  # type: ignore[no-untyped-def]
+    one, zero = constant(z, 1.0), nothing(z)
+    u = where_at_most(z, zero, z / constant(z, parameter(how)), zero)
+    least = constant(z, 1e-30)
+    left = where_less(one + u, least, least, one + u)  # y was rounded to its limit: z is low enough by this
+    return where_at_most(z, zero, lanes_log(left), z)
+
+
+def _silu(how, z):  # type: ignore[no-untyped-def]
+    return z * _sigmoid(z)
+
+
+def _silu_slope(how, z):  # type: ignore[no-untyped-def]
+    s = _sigmoid(z)
+    return fma(z * s, constant(z, 1.0) - s, s)
+
+
+def _gelu(how, z):  # type: ignore[no-untyped-def]
+    return z * _normal(z)
+
+
+def _gelu_slope(how, z):  # type: ignore[no-untyped-def]
+    density = constant(z, 0.3989422804014327) * lanes_exp(constant(z, -0.5) * z * z)
+    return fma(z, density, _normal(z))
+
+
+def _sigmoid_itself(how, z):  # type: ignore[no-untyped-def]
+    return _sigmoid(z)
+
+
+def _sigmoid_slope(how, z):  # type: ignore[no-untyped-def]
+    s = _sigmoid(z)
+    return s * (constant(z, 1.0) - s)
+
+
+def _tanh_itself(how, z):  # type: ignore[no-untyped-def]
+    return _tanh(z)
+
+
+def _tanh_slope(how, z):  # type: ignore[no-untyped-def]
+    t = _tanh(z)
+    return constant(z, 1.0) - t * t
+
+
+def _hardswish(how, z):  # type: ignore[no-untyped-def]
+    return z * _clip(z + constant(z, 3.0)) * constant(z, 1.0 / 6.0)
+
+
+def _hardswish_slope(how, z):  # type: ignore[no-untyped-def]
+    three, one = constant(z, 3.0), constant(z, 1.0)
+    between = fma(z, constant(z, 1.0 / 3.0), constant(z, 0.5))
+    return where_at_most(z, nothing(z) - three, nothing(z), where_less(z, three, between, one))
+
+
+_FUNCTIONS = {
+    "": (_as_is, _as_is, _as_is),
+    "relu": (_relu, _relu_slope, None),
+    "leaky_relu": (_leaky, _leaky_slope, _leaky_inverse),
+    "relu6": (_relu6, _relu6_slope, None),
+    "elu": (_elu, _elu_slope, _elu_inverse),
+    "silu": (_silu, _silu_slope, None),
+    "gelu": (_gelu, _gelu_slope, None),
+    "sigmoid": (_sigmoid_itself, _sigmoid_slope, None),
+    "tanh": (_tanh_itself, _tanh_slope, None),
+    "hardswish": (_hardswish, _hardswish_slope, None),
+}
+
+
+def _bend(how, z):  # type: ignore[no-untyped-def]
+    raise NotImplementedError("compiled code calls it")
+
+
+def _slope(how, z):  # type: ignore[no-untyped-def]
+    raise NotImplementedError("compiled code calls it")
+
+
+def _straighten(how, z):  # type: ignore[no-untyped-def]
+    raise NotImplementedError("compiled code calls it")
+
+
+@chosen(_bend)
+def _choose_bend(how, z):  # type: ignore[no-untyped-def]
+    return _FUNCTIONS[how.activation][0]
+
+
+@chosen(_slope)
+def _choose_slope(how, z):  # type: ignore[no-untyped-def]
+    return _FUNCTIONS[how.activation][1]
+
+
+@chosen(_straighten)
+def _choose_straighten(how, z):  # type: ignore[no-untyped-def]
+    return _FUNCTIONS[how.activation][2]
+
+
+# What the schedules call.
+
+
+@unless_none()
+def loaded(p, i, like):  # type: ignore[no-untyped-def]
+    """As `load`; None of nothing."""
+    return load(p, i, like)
+
+
+@unless_none()
+def loaded_part(p, i, n, like):  # type: ignore[no-untyped-def]
+    return load_part(p, i, n, nothing(like))
+
+
+@unless_none()
+def put(p, i, lanes):  # type: ignore[no-untyped-def]
+    """As `save`, nowhere if there is no place."""
+    save(p, i, lanes)
+
+
+@unless_none()
+def put_part(p, i, n, lanes):  # type: ignore[no-untyped-def]
+    save_part(p, i, n, lanes)
+
+
+@unless_none(1, lambda *args: args[0])
+def _added(z, r):  # type: ignore[no-untyped-def]
+    return z + wide(r)
+
+
+@unless_none(3, lambda *args: args[1])
+def _settle(how, y, v, w):  # type: ignore[no-untyped-def]
+    """y, but what is wanted at masked positions."""
+    zero = nothing(y)
+    instead = where_nonzero(constant(y, kept(how)), v, zero)
+    return where_nonzero(where_nonzero(constant(y, all_normalized(how)), constant(y, 1.0), w), y, instead)
+
+
+@part()
+def finished(how, z, v, r, w):  # type: ignore[no-untyped-def]
+    """Lanes of y, for lanes z of gamma xhat + beta (float64), v of x, r of the residual and w of weights, or None."""
+    return _settle(how, _bend(how, alike(_added(z, r), v)), v, w)
+
+
+def bent(how, g, v, h, a, b, r):  # type: ignore[no-untyped-def]
+    """dy f'(z) and x, for lanes g of dy, v of x (or of y) and r of the residual; z = a (x - h) + b + r in float64."""
+    raise NotImplementedError("compiled code calls it")
+
+
+@chosen(bent)
+def _choose_bent(how, g, v, h, a, b, r):  # type: ignore[no-untyped-def]
+    if how.inverse:
+        if not how.activation:
+            return lambda how, g, v, h, a, b, r: (g, v)
+        return _bent_from_y
+    return _bent_from_x if how.activation else lambda how, g, v, h, a, b, r: (g, v)
+
+
+def _bent_from_y(how, g, v, h, a, b, r):  # type: ignore[no-untyped-def]
+    z = _straighten(how, v)
+    return g * alike(_slope(how, z), g), z
+
+
+def _bent_from_x(how, g, v, h, a, b, r):  # type: ignore[no-untyped-def]
+    z = alike(_added(fma(wide(v) - h, a, b), r), v)
+    return g * alike(_slope(how, z), g), v
+
+
+@unless_none(2, lambda *args: args[1])
+def counted(how, lanes, w):  # type: ignore[no-untyped-def]
+    """0 at masked positions, unless they are normalized like all others."""
+    zero = nothing(lanes)
+    return where_nonzero(constant(lanes, all_normalized(how)), lanes, where_nonzero(w, lanes, zero))
+
+
+def sloped(how, raw, g, d, a, b, c, w):  # type: ignore[no-untyped-def]
+    """Lanes of dx: a g + (b d + c), its second term by weight; constants are all that is left of frozen statistics."""
+    raise NotImplementedError("compiled code calls it")
+
+
+@chosen(sloped)
+def _choose_sloped(how, raw, g, d, a, b, c, w):  # type: ignore[no-untyped-def]
+    if how.simple and isinstance(w, types.NoneType):
+        return lambda how, raw, g, d, a, b, c, w: fma(g, a, fma(d, b, c))
+    return _sloped_none if isinstance(w, types.NoneType) else _sloped_by_weight
+
+
+def _sloped_none(how, raw, g, d, a, b, c, w):  # type: ignore[no-untyped-def]
+    second = where_nonzero(b, fma(d, b, c), c)  # b is 0 of constants, and x may be NaN
+    return fma(g, a, second)
+
+
+def _sloped_by_weight(how, raw, g, d, a, b, c, w):  # type: ignore[no-untyped-def]
+    zero = nothing(g)
+    second = where_nonzero(w, w * where_nonzero(b, fma(d, b, c), c), zero)
+    dx = fma(g, a, second)
+    instead = where_nonzero(constant(g, kept(how)), raw, zero)
+    return where_nonzero(constant(g, all_normalized(how)), dx, where_nonzero(w, dx, instead))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def is_plain(_typing: Any, how: Any) -> Any:
+    """Whether nothing beyond batch norm is done, as a constant."""
+    return types.boolean(how), lambda _context, _builder, _signature, _args: ir.Constant(ir.IntType(1), int(how.simple))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def absent(_typing: Any, value: Any) -> Any:
+    """Whether it is None, as a constant."""
+    none = int(isinstance(value, types.NoneType))
+    return types.boolean(value), lambda _context, _builder, _signature, _args: ir.Constant(ir.IntType(1), none)
