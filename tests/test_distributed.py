@@ -486,6 +486,6 @@ def test_the_demo_without_mpi_says_what_to_install(tmp_path, monkeypatch, capsys
     from fastbn.__main__ import main
 
     monkeypatch.setattr(fastbn.demo, "launcher", lambda: None)
-    monkeypatch.setattr(fastbn.demo, "importable", lambda name: True)
+    monkeypatch.setattr(fastbn.demo, "importable", lambda _: True)
     assert main(["demo", "--ranks", "2", "--out", str(tmp_path)]) == 1
     assert "pip install 'fastbn[demo,mpi]'" in capsys.readouterr().err
