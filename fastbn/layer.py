@@ -9,7 +9,8 @@ import numpy as np
 
 from .arguments import Axis, check_channels, check_eps, check_variances, describe
 from .batchnorm import Array, Saved, backward, forward
-from .running import RunningStats, check_like
+from .moments import check_like
+from .running import RunningStats
 
 _STATE = "gamma", "beta", "running_mean", "running_var", "batches", "variances"
 

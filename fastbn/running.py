@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from .arguments import check_channels, check_shape, check_variances, describe, finite
-from .arrays import NUMBA, NUMPY, Family, place_of
-from .moments import Moments
+from .arrays import NUMPY, Family, place_of
+from .moments import Moments, check_like
 
 
 class RunningStats:
@@ -158,17 +158,6 @@ class RunningStats:
             f"RunningStats(channels={self.shape[0] if len(self.shape) == 1 else self.shape}, "
             f"momentum={self.momentum}, ddof={self.ddof}, batches={self.batches})"
         )
-
-
-def check_like(function: str, like: Any) -> tuple[Family, int]:
-    """Where arrays like `like` are to be made: NumPy's without one."""
-    family, device = place_of(like)
-    if family is NUMBA or (family is NUMPY and like is not None and not isinstance(like, np.ndarray)):
-        raise TypeError(
-            f"{function}: like is a {describe(like)}; expected a NumPy array, a CuPy array or a PyTorch CUDA tensor, "
-            "which can be computed with"
-        )
-    return family, device
 
 
 def _weight(name: str, value: Any) -> float:

@@ -227,6 +227,9 @@ WRONG = {
         ValueError,
         r"Moments: count is .*-1; expected a number of values",
     ),
+    "fractional count below 0": (lambda: Moments(-2.5, [1], [1]), ValueError, r"Moments: count is float -2\.5"),
+    "infinite count": (lambda: Moments(np.inf, [1], [1]), ValueError, r"Moments: count is float inf"),
+    "count of text": (lambda: Moments("2", [1], [1]), ValueError, r"Moments: count is str '2'"),
     "NaN count": (lambda: Moments(np.nan, [1], [1]), ValueError, r"Moments: count is float nan"),
     "negative M2": (lambda: Moments(2, [1], [-1]), ValueError, r"Moments: m2 has a negative value \(-1\)"),
     "M2 of other channels": (
