@@ -139,7 +139,9 @@ class Moments:
                 part, size = merged.pop()[1].merge(part), 2 * size
             merged.append((size, part))
         if not merged:
-            raise ValueError("fastbn.Moments.merge_all: parts is empty; expected at least one, which tells the channels")
+            raise ValueError(
+                "fastbn.Moments.merge_all: parts is empty; expected at least one, which tells the channels"
+            )
         part = merged.pop()[1]
         while merged:
             part = merged.pop()[1].merge(part)
@@ -194,7 +196,9 @@ class Moments:
         if self._lo is not None:
             with np.errstate(all="ignore"):
                 lo = (host(self._hi) - mean) + host(self._lo)
-        return dict(zip(_STATE, (np.array(self.count), mean, lo, host(self._m2), np.array(str(self.dtype))), strict=True))
+        return dict(
+            zip(_STATE, (np.array(self.count), mean, lo, host(self._m2), np.array(str(self.dtype))), strict=True)
+        )
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any], *, like: Any = None) -> Moments:
@@ -280,10 +284,10 @@ class Moments:
         if isinstance(m2, np.ndarray):
             with np.errstate(all="ignore"):
                 wrong = m2 < -1e-6 * self._m2 - self.count * (1e-7 * self._hi) ** 2
-            if np.count_nonzero(wrong):
+            if number := np.count_nonzero(wrong):
                 raise ValueError(
-                    f"fastbn.Moments.subtract: other has more M2 than a part of these can, in {np.count_nonzero(wrong)} "
-                    f"of {wrong.size} channels; expected moments that were merged into these before"
+                    f"fastbn.Moments.subtract: other has more M2 than a part of these can, in {number} of {wrong.size} "
+                    "channels; expected moments that were merged into these before"
                 )
 
 
@@ -301,7 +305,9 @@ def check_like(function: str, like: Any) -> tuple[Any, int]:
 def _checked_count(function: str, value: Any) -> int | float:
     """A whole number of values, or a sum of weights."""
     if (number := finite(value)) is None or number < 0:
-        raise ValueError(f"{function}: count is {describe(value)}; expected a number of values, or of weights, 0 or more")
+        raise ValueError(
+            f"{function}: count is {describe(value)}; expected a number of values, or of weights, 0 or more"
+        )
     return int(value) if isinstance(value, (int, np.integer)) else number
 
 
