@@ -91,18 +91,27 @@ class Diagnosis:
             self.minimum, self.maximum = np.minimum(self.minimum, low), np.maximum(self.maximum, high)
         return moments(x, axis=axes)
 
+    def _found(self) -> list[tuple[np.ndarray, str, str]]:
+        """Which channels, in a word, and in words."""
+        return [
+            (self.zero, "dead: all 0", "dead: all 0"),
+            (self.constant & ~self.zero, "dead: constant", "dead: constant"),
+            (self.nan > 0, "NaN", "with NaN"),
+            (self.inf > 0, "Inf", "with Inf"),
+            (
+                ~self.constant & (self.offset > 3e3),
+                "offset",
+                "with |mean| above 3000 std, where E[x^2] - E[x]^2 fails in float32",
+            ),
+            (self.share > 0.5, f"near the end of {self.dtype.name}", f"with values near the end of {self.dtype.name}"),
+            (self.share_of_float16 > 1, "beyond float16", "with values beyond float16"),
+        ]
+
     @property
     def findings(self) -> np.ndarray:
         """Per channel, what is the matter, in words; "" for nothing."""
         words = np.full(self.nan.shape, "", object)
-        for mask, word in (
-            (self.nan > 0, "NaN"),
-            (self.inf > 0, "Inf"),
-            (self.zero, "dead: all 0"),
-            (self.constant & ~self.zero, "dead: constant"),
-            (~self.constant & (self.offset > 3e3), "offset"),
-            (self.share > 0.5, f"near the end of {self.dtype.name}"),
-        ):
+        for mask, word, _ in self._found():
             words[mask] = [f"{w}, {word}" if w else word for w in words[mask]]
         return words
 
@@ -115,20 +124,11 @@ class Diagnosis:
         ]
         if not findings.size:
             return lines[0]
-        tally = (
-            (self.dead, "dead (all 0, or constant)"),
-            (self.nan + self.inf > 0, "with NaN or Inf"),
-            (
-                ~self.constant & (self.offset > 3e3),
-                "with |mean| above 3000 std, where E[x^2] - E[x]^2 fails in float32",
-            ),
-            (self.share_of_float16 > 1, "with values beyond float16"),
-        )
-        lines += [f"  {np.count_nonzero(mask)} {words}" for mask, words in tally if mask.any()]
+        lines += [f"  {np.count_nonzero(mask)} {words}" for mask, _, words in self._found() if mask.any()]
         lines += ["  nothing found"] * (len(lines) == 1)
         rest = np.setdiff1d(np.arange(findings.size), found)
         listed = [*found, *rest][:_LISTED]
-        heads = ("channel", "mean", "std", "|mean|/std", "min", "max", "NaN", "Inf", f"of {self.dtype.name}", "")
+        heads = ("channel", "mean", "std", "|mean|/std", "min", "max", "NaN", "Inf", "of float16", "")
         numbers = (self.mean, self.std, self.offset, self.minimum, self.maximum)
         rows = []
         for c in listed:
@@ -136,7 +136,7 @@ class Diagnosis:
             name = ", ".join(str(i) for i in index)
             cells = [f"{a[index]:.4g}" for a in numbers]
             counts = [str(a[index]) if a[index] else "-" for a in (self.nan, self.inf)]
-            rows.append((name, *cells, *counts, f"{self.share[index]:.2%}", findings[c]))
+            rows.append((name, *cells, *counts, f"{self.share_of_float16[index]:.2%}", findings[c]))
         widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
         for row in (heads, *rows):
             lines.append(
@@ -182,14 +182,14 @@ def diagnose(x: np.ndarray, axis: Axis = 1) -> Diagnosis:
     >>> x = np.float32([[1, 0, 4e4, 1], [2, 0, 4e4 + 1, np.inf], [3, 0, 4e4 + 2, 2]])
     >>> print(fastbn.diagnose(x))
     float32 array of shape (3, 4), channel axis 1: 4 channels of 3 values
-      1 dead (all 0, or constant)
-      1 with NaN or Inf
+      1 dead: all 0
+      1 with Inf
       1 with |mean| above 3000 std, where E[x^2] - E[x]^2 fails in float32
-    channel  mean     std  |mean|/std    min    max  NaN  Inf  of float32
-          1     0       0           0      0      0    -    -       0.00%  dead: all 0
-          2  4e+04  0.8165    4.9e+04  4e+04  4e+04    -    -       0.00%  offset
-          3   1.5     0.5           3      1      2    -    1       0.00%  Inf
-          0     2  0.8165       2.449      1      3    -    -       0.00%
+    channel   mean     std  |mean|/std    min    max  NaN  Inf  of float16
+          1      0       0           0      0      0    -    -       0.00%  dead: all 0
+          2  4e+04  0.8165   4.899e+04  4e+04  4e+04    -    -      61.07%  offset
+          3    1.5     0.5           3      1      2    -    1       0.00%  Inf
+          0      2  0.8165       2.449      1      3    -    -       0.00%
     """
     where = "fastbn.diagnose"
     x = check_array(where, "x", x)

@@ -118,6 +118,7 @@ def test_beyond_float16():
     found = diagnose(np.float32([[1, 1], [70000, 2]]))
     np.testing.assert_allclose(found.share_of_float16, [70000 / 65504, 2 / 65504])
     assert "1 with values beyond float16" in str(found)
+    assert found.findings.tolist() == ["beyond float16", ""]
 
 
 def test_the_table_lists_findings_first_and_not_everything(rng):
