@@ -118,6 +118,11 @@ class Family:
 
     kind = "NumPy array"
 
+    @property
+    def xp(self) -> Any:
+        """Where `where`, `isfinite` and `expm1` are found, which are called alike in all libraries."""
+        return np
+
     def assign(self, target: Any, source: Any) -> None:
         """target[...] = source, for arrays as checks see them."""
         target[...] = source
@@ -191,6 +196,7 @@ class OnDevice(Family):
 
 class _CuPy(OnDevice):
     kind, convert = "CuPy array", "cupy.asarray({})"
+    xp = property(lambda _: sys.modules["cupy"])
 
     def owns(self, value: Any) -> bool:
         return isinstance(value, getattr(sys.modules.get("cupy"), "ndarray", ()))
@@ -246,6 +252,7 @@ class _CuPy(OnDevice):
 
 class _Torch(OnDevice):
     kind, convert = "PyTorch CUDA tensor", "torch.as_tensor({}, device=x.device)"
+    xp = property(lambda _: sys.modules["torch"])
 
     def owns(self, value: Any) -> bool:
         tensor: Any = getattr(sys.modules.get("torch"), "Tensor", ())

@@ -467,16 +467,19 @@ def _moments(
     numbers = family_of_values(table).numbers(table)
     kind = _number_type(dtype.itemsize)
     with np.errstate(all="ignore"):
-        mean, var = numbers[0] + numbers[1], numbers[2]
+        (mean, lo), var = numbers[:2], numbers[2]
         if units is not None:
-            mean, var = units[0] * (mean - units[1]), units[0] ** 2 * var
+            mean, lo, var = units[0] * ((mean + lo) - units[1]), None, units[0] ** 2 * var
         if asked is None or masses is None:
-            m2 = channels.values * var
-            return Moments.found(channels.values, mean.reshape(channels.shape), m2.reshape(channels.shape), kind)
-        sets = asked.sets
-        mean, var = mean.reshape(sets, *channels.shape), var.reshape(sets, *channels.shape)
+            m2, shape = channels.values * var, channels.shape
+            lo = None if lo is None else lo.reshape(shape)
+            return Moments.found(channels.values, mean.reshape(shape), m2.reshape(shape), kind, lo)
+        shape = asked.sets, *channels.shape
+        mean, var, lo = mean.reshape(shape), var.reshape(shape), None if lo is None else lo.reshape(shape)
         counts = [float(m) if asked.weights is not None else int(m) for m in masses]
-        found = [Moments.found(n, mean[g], n * var[g], kind) for g, n in enumerate(counts)]
+        found = [
+            Moments.found(n, mean[g], n * var[g], kind, None if lo is None else lo[g]) for g, n in enumerate(counts)
+        ]
     return found[0] if asked.groups is None else found
 
 

@@ -9,9 +9,11 @@ import numpy as np
 
 from .arguments import Axis, check_channels, check_eps, check_variances, describe
 from .batchnorm import Array, Saved, backward, forward
-from .running import RunningStats, check_like
+from .moments import check_like
+from .running import RunningStats
 
 _STATE = "gamma", "beta", "running_mean", "running_var", "batches", "variances"
+_SKIPS = "skipped", "skipped_variances"  # may be missing in a state: then nothing was skipped
 
 
 class BatchNorm:
@@ -39,6 +41,9 @@ class BatchNorm:
     like : array, optional
         Parameters, gradients and running statistics live where it lives, as x must: NumPy (not given), or a GPU's CuPy
         arrays or PyTorch tensors. (Numba device arrays can't be computed with: use the functions.)
+    on_nonfinite, debias : as in `fastbn.RunningStats`
+        What the running statistics do about NaN and Inf, and whether their initial 0 and 1 count. With "raise" a call
+        raises when y is computed already: it is not returned, but was written to an `out`.
 
     Attributes
     ----------
@@ -75,11 +80,14 @@ class BatchNorm:
         accumulate: bool = False,
         dtype: Any = np.float32,
         like: Any = None,
+        on_nonfinite: str = "propagate",
+        debias: bool = False,
     ) -> None:
         self.axis = axis
         self.eps = check_eps("fastbn.BatchNorm", eps)
         self._family, self._device = check_like("fastbn.BatchNorm", like)
-        self.running = RunningStats(channels, momentum, ddof, decay=decay, dtype=dtype, like=like)
+        guards: dict[str, Any] = {"on_nonfinite": on_nonfinite, "debias": debias}
+        self.running = RunningStats(channels, momentum, ddof, decay=decay, dtype=dtype, like=like, **guards)
         self.accumulate = accumulate
         self.training = True
         self.dtype = np.dtype(dtype)
@@ -93,9 +101,10 @@ class BatchNorm:
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:
         """y; in training the running statistics take x in."""
         frozen = None if self.training else self.running
-        y, self._saved = forward(x, self.gamma, self.beta, axis=self.axis, eps=self.eps, frozen=frozen, out=out)
-        if (moments := self._saved.moments) is not None:
+        y, saved = forward(x, self.gamma, self.beta, axis=self.axis, eps=self.eps, frozen=frozen, out=out)
+        if (moments := saved.moments) is not None:
             self.running.update(moments)
+        self._saved = saved
         return y
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
@@ -129,22 +138,30 @@ class BatchNorm:
         mean, var = self.running.exact(copy=False)
         arrays = (self.gamma, self.beta, mean, var)
         counts = np.array(self.running.batches), np.array(self.running.variances)
-        return dict(zip(_STATE, (*map(self._family.host, arrays), *counts), strict=True))
+        skips = self.running._skip_counts()
+        return dict(zip(_STATE + _SKIPS, (*map(self._family.host, arrays), *counts, *skips), strict=True))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a `state_dict`, or an opened npz file. Nothing changes if anything in it is wrong."""
+        """Take over a `state_dict`, or an opened npz file. Nothing changes if anything in it is wrong.
+
+        One without `skipped` and `skipped_variances`, from before there were any, has skipped nothing.
+        """
         where = "fastbn.BatchNorm.load_state_dict"
-        if not isinstance(state, Mapping) or set(state) != set(_STATE):
+        if not isinstance(state, Mapping) or set(state) not in (set(_STATE), {*_STATE, *_SKIPS}):
             came = sorted(map(str, state)) if isinstance(state, Mapping) else describe(state)
-            raise ValueError(f"{where}: state has {came}; expected {sorted(_STATE)}. Rename or add what differs")
+            raise ValueError(
+                f"{where}: state has {came}; expected {sorted(_STATE + _SKIPS)}. Rename or add what differs"
+            )
         shape = self.running.shape
         gamma, beta, mean = (check_channels(where, k, state[k], shape) for k in ("gamma", "beta", "running_mean"))
         var = check_variances(where, state["running_var"], shape, "running_var")
         batches, variances = (_count(where, k, state[k]) for k in ("batches", "variances"))
+        skips = [_counts(where, k, state.get(k, np.zeros(shape, int)), shape) for k in _SKIPS]
         gamma, beta, mean, var = (self._family.put(a.reshape(shape), self._device) for a in (gamma, beta, mean, var))
         self.gamma[...], self.beta[...] = gamma, beta
         self.running.mean, self.running.var = mean, var
         self.running.batches, self.running.variances = batches, variances
+        self.running._set_skip_counts(*skips)
 
     def __repr__(self) -> str:
         shape, seen = self.running.shape, self.running.batches
@@ -160,3 +177,10 @@ def _count(where: str, name: str, value: Any) -> int:
     if number.shape != () or number.dtype.kind not in "iu" or number < 0:
         raise ValueError(f"{where}: {name} is {describe(value)}; expected a number of batches, 0 or more")
     return int(number)
+
+
+def _counts(where: str, name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
+    numbers = np.asarray(value)
+    if numbers.shape != shape or numbers.dtype.kind not in "iu" or (numbers < 0).any():
+        raise ValueError(f"{where}: {name} is {describe(value)}; expected {shape} numbers of batches, 0 or more")
+    return numbers
