@@ -12,6 +12,7 @@ from .dispatch import get_backend, set_backend
 from .layer import BatchNorm
 from .moments import Moments
 from .running import RunningStats
+from .second import backward_backward, jvp
 
 __version__ = "0.1.0"
 
@@ -22,9 +23,11 @@ __all__ = [
     "RunningStats",
     "Saved",
     "backward",
+    "backward_backward",
     "forward",
     "get_backend",
     "infer",
+    "jvp",
     "moments",
     "reference",
     "set_backend",

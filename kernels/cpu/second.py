@@ -32,7 +32,9 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
-from numba import prange
+from numba import prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from . import threads
 from .compile import Kernel, compiled, part
@@ -73,16 +75,38 @@ ROWS = 16  # of columns, whose sums stay in registers
 # 5 segments of a run, 6 elements of a segment, 7 period, 8 fold, 9 flags, 10 first values for a pivot, 11 elements of a whole run.
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def weights_borrowed(_typing: Any, w: Any) -> Any:
+    """The array of weights without its count of references, or None."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if w == types.none:
+            return context.get_dummy_value()
+        view = context.make_array(w)(context, builder, value=args[0])
+        view.meminfo = cgutils.get_null_value(view.meminfo.type)
+        view.parent = cgutils.get_null_value(view.parent.type)
+        return view._getvalue()
+
+    return w(w), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def weight_of(_typing: Any, w: Any) -> Any:
+    """0 in the type of the weights, float64 where there are none."""
+    kind = types.float64 if w == types.none else w.dtype
+    return kind(w), lambda context, _builder, _signature, _args: context.get_constant(kind, 0)
+
+
 @part()
-def _added(t, u, g, d, w, skip):  # type: ignore[no-untyped-def]
-    """The lanes of the sums, and one vector more."""
+def _added(t, u, g, d, lanes, w, skip):  # type: ignore[no-untyped-def]
+    """The lanes of the sums, and one vector more. Without weights (w is None) lanes don't count."""
     if w is None:
         return t[0] + u, t[1] + g, fma(u, d, t[2]), fma(g, d, t[3]), fma(g, u, t[4]), t[5], t[6]
     zero = nothing(u)
-    v = w * where_nonzero(w, u, zero)
-    vd = v * where_nonzero(w, d, zero)
+    v = lanes * where_nonzero(lanes, u, zero)
+    vd = v * where_nonzero(lanes, d, zero)
     if skip:
-        u, g, d = where_nonzero(w, u, zero), where_nonzero(w, g, zero), where_nonzero(w, d, zero)
+        u, g, d = where_nonzero(lanes, u, zero), where_nonzero(lanes, g, zero), where_nonzero(lanes, d, zero)
     return t[0] + v, t[1] + g, t[2] + vd, fma(g, d, t[3]), fma(g, u, t[4]), t[5] + u, t[6] + d
 
 
@@ -111,14 +135,14 @@ def _keep(t, w, sums, line, j):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _weights(w, i, n, like):  # type: ignore[no-untyped-def]
+def _weights(w, run, i, n, like):  # type: ignore[no-untyped-def]
     if w is None:
-        return None
-    return load(w, i, like) if n >= LANES else load_part(w, i, n, nothing(like))
+        return nothing(like)
+    return load(run, i, like) if n >= LANES else load_part(run, i, n, nothing(like))
 
 
 @part()
-def _sum_run(u, g, x, w, n, pu, pg, hi, skip, sums, line):  # type: ignore[no-untyped-def]
+def _sum_run(u, g, x, w, run, n, pu, pg, hi, skip, sums, line):  # type: ignore[no-untyped-def]
     """The lanes in memory += the sums over a run of n elements of one channel."""
     pu, pg, hi = spread(pu), spread(pg), spread(hi)
     t = _none(pu)
@@ -127,17 +151,17 @@ def _sum_run(u, g, x, w, n, pu, pg, hi, skip, sums, line):  # type: ignore[no-un
         fetch(u, i + AHEAD)
         fetch(g, i + AHEAD)
         fetch(x, i + AHEAD)
-        t = _added(t, load(u, i, pu) - pu, load(g, i, pu) - pg, load(x, i, pu) - hi, _weights(w, i, LANES, pu), skip)
+        t = _added(t, load(u, i, pu) - pu, load(g, i, pu) - pg, load(x, i, pu) - hi, _weights(w, run, i, LANES, pu), w, skip)
         i += LANES
     if i < n:
         m = n - i
         du, dg, dx = load_part(u, i, m, pu) - pu, load_part(g, i, m, pg) - pg, load_part(x, i, m, hi) - hi
-        t = _added(t, du, dg, dx, _weights(w, i, m, pu), skip)
+        t = _added(t, du, dg, dx, _weights(w, run, i, m, pu), w, skip)
     _keep(t, w, sums, line, 0)
 
 
 @part()
-def _results(u, g, d, w, co, flags):  # type: ignore[no-untyped-def]
+def _results(u, g, d, lanes, w, co, flags):  # type: ignore[no-untyped-def]
     """r and z for lanes of u, g and x."""
     v, d = u - co[0], d - co[2]
     r = fma(v, co[3], fma(d, co[4], co[5]))
@@ -146,10 +170,10 @@ def _results(u, g, d, w, co, flags):  # type: ignore[no-untyped-def]
     elif w is None:
         z = fma(g - co[1], co[6], fma(v, co[7], fma(d, co[8], co[9])))
     else:
-        z = fma(g - co[1], co[6], fma(w, fma(v, co[7], fma(d, co[8], co[9])), co[10]))
+        z = fma(g - co[1], co[6], fma(lanes, fma(v, co[7], fma(d, co[8], co[9])), co[10]))
     if w is not None and flags & SKIP:
         zero = nothing(u)
-        r, z = where_nonzero(w, r, u if flags & KEEP else zero), where_nonzero(w, z, zero)
+        r, z = where_nonzero(lanes, r, u if flags & KEEP else zero), where_nonzero(lanes, z, zero)
     return r, z
 
 
@@ -162,7 +186,7 @@ def _put(target, i, lanes, past):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _map_run(u, g, x, w, r, z, n, co, flags):  # type: ignore[no-untyped-def]
+def _map_run(u, g, x, w, run, r, z, n, co, flags):  # type: ignore[no-untyped-def]
     """r and z of a run of n elements of one channel."""
     like = co[0]
     past_r = past_z = False
@@ -172,14 +196,14 @@ def _map_run(u, g, x, w, r, z, n, co, flags):  # type: ignore[no-untyped-def]
         past_r, past_z = flags & NO_R == 0, flags & NO_Z == 0 and before_line(z) == i
         if i > 0:
             one, two = _results(
-                load_part(u, 0, i, like), load_part(g, 0, i, like), load_part(x, 0, i, like), _weights(w, 0, i, like),
-                co, flags,
+                load_part(u, 0, i, like), load_part(g, 0, i, like), load_part(x, 0, i, like), _weights(w, run, 0, i, like),
+                w, co, flags,
             )  # fmt: skip
             save_part(r, 0, i, one)
             save_part(z, 0, i, two)
     while i + LANES <= n:
         one, two = _results(
-            load(u, i, like), load(g, i, like), load(x, i, like), _weights(w, i, LANES, like), co, flags
+            load(u, i, like), load(g, i, like), load(x, i, like), _weights(w, run, i, LANES, like), w, co, flags
         )
         _put(r, i, one, past_r)
         _put(z, i, two, past_z)
@@ -187,8 +211,8 @@ def _map_run(u, g, x, w, r, z, n, co, flags):  # type: ignore[no-untyped-def]
     if i < n:
         m = n - i
         one, two = _results(
-            load_part(u, i, m, like), load_part(g, i, m, like), load_part(x, i, m, like), _weights(w, i, m, like),
-            co, flags,
+            load_part(u, i, m, like), load_part(g, i, m, like), load_part(x, i, m, like), _weights(w, run, i, m, like),
+            w, co, flags,
         )  # fmt: skip
         save_part(r, i, m, one)
         save_part(z, i, m, two)
@@ -212,9 +236,7 @@ def _run_of(a, o, c, i, instead):  # type: ignore[no-untyped-def]
 
 @part()
 def _weights_of(w, o, i, gathered, scratch):  # type: ignore[no-untyped-def]
-    if w is None:
-        return None
-    if gathered:
+    if w is None or gathered:
         return pointer(scratch, 0)
     return pointer(w, (o * w.shape[1] + i) * w.itemsize)
 
@@ -279,7 +301,7 @@ def _rows_sums(u, g, x, w, order, starts, q, k, c0, near, sums, plan, scratch, w
                 _gather(x, c0 + c, order, o0, o1, i0, n, scratch[2])
                 _sum_run(
                     pointer(scratch[0], 0), pointer(scratch[1], 0), pointer(scratch[2], 0),
-                    _weights_of(w, 0, 0, True, weights), (o1 - o0) * n, near[0, c], near[1, c], near[2, c], skip,
+                    w, _weights_of(w, 0, 0, True, weights), (o1 - o0) * n, near[0, c], near[1, c], near[2, c], skip,
                     pointer(sums, 8 * LANES * c), line,
                 )  # fmt: skip
         return
@@ -288,7 +310,7 @@ def _rows_sums(u, g, x, w, order, starts, q, k, c0, near, sums, plan, scratch, w
         for c in range(near.shape[1]):
             _sum_run(
                 _run_of(u, place, c0 + c, i0, scratch[0]), _run_of(g, place, c0 + c, i0, scratch[0]),
-                _run_of(x, place, c0 + c, i0, scratch[0]), _weights_of(w, place, i0, False, weights), n,
+                _run_of(x, place, c0 + c, i0, scratch[0]), w, _weights_of(w, place, i0, False, weights), n,
                 near[0, c], near[1, c], near[2, c], skip, pointer(sums, 8 * LANES * c), line,
             )  # fmt: skip
 
@@ -316,7 +338,7 @@ def _rows_map(u, g, x, w, r, z, order, starts, q, k, c0, width, co, plan, scratc
                 _gather(x, c, order, o0, o1, i0, n, scratch[2])
                 _map_run(
                     pointer(scratch[0], 0), pointer(scratch[1], 0), pointer(scratch[2], 0),
-                    _weights_of(w, 0, 0, True, weights), pointer(scratch[3], 0), pointer(scratch[4], 0),
+                    w, _weights_of(w, 0, 0, True, weights), pointer(scratch[3], 0), pointer(scratch[4], 0),
                     (o1 - o0) * n, _spread_eleven(co, c), flags & ~PAST,
                 )  # fmt: skip
                 _scatter(scratch[3], r, c, order, o0, o1, i0, n)
@@ -327,7 +349,7 @@ def _rows_map(u, g, x, w, r, z, order, starts, q, k, c0, width, co, plan, scratc
         for c in range(c0, c0 + width):
             _map_run(
                 _run_of(u, place, c, i0, scratch[0]), _run_of(g, place, c, i0, scratch[0]),
-                _run_of(x, place, c, i0, scratch[0]), _weights_of(w, place, i0, False, weights),
+                _run_of(x, place, c, i0, scratch[0]), w, _weights_of(w, place, i0, False, weights),
                 _run_of(r, place, c, i0, scratch[1]), _run_of(z, place, c, i0, scratch[1]), n, _spread_eleven(co, c),
                 flags,
             )  # fmt: skip
@@ -398,13 +420,6 @@ def _base(a, instead):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _row_lanes(w, weights, k):  # type: ignore[no-untyped-def]
-    if w is None:
-        return None
-    return spread(weights[k])
-
-
-@part()
 def _columns_sums(u, g, x, w, r, z, order, starts, q, k, c0, channels, near, sums, plan, scratch, weights, places, few):  # type: ignore[no-untyped-def]
     """Columns of sums (7, W) += those of block k, or of its first `few` rows; near (3, W) has the pivots by column."""
     keep_whole()
@@ -432,13 +447,13 @@ def _columns_sums(u, g, x, w, r, z, order, starts, q, k, c0, channels, near, sum
                     fetch(shifted(rg, skip_g), j)
                     fetch(shifted(rx, skip_x), j)
                     du, dg, dx = load(ru, j, like) - pu, load(rg, j, like) - pg, load(rx, j, like) - hi
-                    t = _added(t, du, dg, dx, _row_lanes(w, weights, i), skip)
+                    t = _added(t, du, dg, dx, spread(np.float64(weights[i])), w, skip)
             else:
                 for i in range(rows):
                     du = load_part(shifted(us, places[0, i]), j, m, pu) - pu
                     dg = load_part(shifted(gs, places[1, i]), j, m, pg) - pg
                     dx = load_part(shifted(xs, places[2, i]), j, m, hi) - hi
-                    t = _added(t, du, dg, dx, _row_lanes(w, weights, i), skip)
+                    t = _added(t, du, dg, dx, spread(np.float64(weights[i])), w, skip)
             _keep(t, w, all_sums, line, j)
         first += rows
 
@@ -483,7 +498,7 @@ def _columns_map(u, g, x, w, r, z, order, starts, q, k, c0, channels, co, plan, 
                 for i in range(rows):
                     ru, rg, rx = shifted(us, places[0, i]), shifted(gs, places[1, i]), shifted(xs, places[2, i])
                     one, two = _results(
-                        load(ru, j, like), load(rg, j, like), load(rx, j, like), _row_lanes(w, weights, i), lanes, flags
+                        load(ru, j, like), load(rg, j, like), load(rx, j, like), spread(np.float64(weights[i])), w, lanes, flags
                     )
                     _put(shifted(rs, places[3, i]), j, one, past_r)
                     _put(shifted(zs, places[4, i]), j, two, past_z)
@@ -492,7 +507,7 @@ def _columns_map(u, g, x, w, r, z, order, starts, q, k, c0, channels, co, plan, 
                     one, two = _results(
                         load_part(shifted(us, places[0, i]), j, m, like),
                         load_part(shifted(gs, places[1, i]), j, m, like),
-                        load_part(shifted(xs, places[2, i]), j, m, like), _row_lanes(w, weights, i), lanes, flags,
+                        load_part(shifted(xs, places[2, i]), j, m, like), spread(np.float64(weights[i])), w, lanes, flags,
                     )  # fmt: skip
                     save_part(shifted(rs, places[3, i]), j, m, one)
                     save_part(shifted(zs, places[4, i]), j, m, two)
@@ -604,6 +619,10 @@ def _finish(q, c, table, tangents, sizes, part, co, ggamma, weighted, plan):  # 
         ggamma[q, c] = s * gu
         return
     n, W = sizes[0, q], sizes[1, q]
+    if W == 0.0:  # y is beta
+        co[q, 4, c] = co[q, 6, c] = co[q, 7, c] = co[q, 8, c] = co[q, 9, c] = ggamma[q, c] = 0.0
+        co[q, 5, c] = tangents[1, c]
+        return
     mean = wu / W  # of u, less its pivot; deviations of x add up to 0
     E, D, A = (wud - lo * wu) / W, gd - lo * g, gu - mean * g
     if weighted:
@@ -638,13 +657,13 @@ def _map(arrays, w, order, starts, q, p, c0, g, co, memory, plan):  # type: igno
 
 
 @part()
-def _memory(x, some, plan):  # type: ignore[no-untyped-def]
+def _memory(x, like, some, plan):  # type: ignore[no-untyped-def]
     """Of a work item: `borrowed` says why nothing below it may own an array."""
     tile = plan[1]
     width = _width(tile, plan)
     run = max(plan[6], width) if plan[0] else plan[4] * plan[6] if plan[9] & GATHER else plan[6]
     scratch = np.zeros((5, run if plan[9] & GATHER or some else 0), x.dtype)
-    weights = np.zeros(run if plan[9] & GATHER else ROWS)
+    weights = np.full(run if plan[9] & GATHER else ROWS, like)
     columns = np.zeros((COEFFICIENTS, width if plan[0] else 0))
     return np.zeros((10, tile)), np.zeros((SUMS, width)), columns, scratch, weights, np.zeros((5, ROWS), np.int64)
 
@@ -654,13 +673,6 @@ def _lent(m):  # type: ignore[no-untyped-def]
     return borrowed(m[0]), borrowed(m[1]), borrowed(m[2]), borrowed(m[3]), borrowed(m[4]), borrowed(m[5])
 
 
-@part()
-def _weights_lent(w):  # type: ignore[no-untyped-def]
-    if w is None:
-        return None
-    return borrowed(w)
-
-
 @compiled
 def second_item(k, items, u, g, x, r, z, w, order, starts, table, tangents, sizes, part, co, ggamma, claims, plan, stage):  # type: ignore[no-untyped-def]
     """u, g, x, r, z (O, C, I), u, g, r, z or none of it; w (O, I) or None; order (O,) or none of it, starts (Q + 1,),
@@ -668,11 +680,11 @@ def second_item(k, items, u, g, x, r, z, w, order, starts, table, tangents, size
     ggamma (Q, C)."""
     keep_whole()
     arrays = (borrowed(u), borrowed(g), borrowed(x), borrowed(r), borrowed(z))
-    w, order, starts, claims = _weights_lent(w), borrowed(order), borrowed(starts), borrowed(claims)
+    w, order, starts, claims = weights_borrowed(w), borrowed(order), borrowed(starts), borrowed(claims)
     table, tangents, sizes, part = borrowed(table), borrowed(tangents), borrowed(sizes), borrowed(part)
     co, ggamma = borrowed(co), borrowed(ggamma)
     some = u.shape[0] == 0 or g.shape[0] == 0 or r.shape[0] == 0 or z.shape[0] == 0 or x.shape[0] == 0
-    owned = _memory(x, some, plan)
+    owned = _memory(x, weight_of(w), some, plan)
     memory = _lent(owned)
     channels = table.shape[2]
     tiles, split = (channels + plan[1] - 1) // plan[1], 1 if stage & FINISH else plan[2]
@@ -780,60 +792,64 @@ def second(
     table: np.ndarray,
     tangents: np.ndarray,
     frozen: bool,
-    weights: np.ndarray | None = None,
-    skip: str = "normalize",
-    order: np.ndarray | None = None,
-    starts: np.ndarray | None = None,
-) -> np.ndarray:
-    """r and z written, those that are not None; returns dL/dgamma (Q, C) by group.
+    need_gamma: bool,
+    more: Any = None,
+) -> np.ndarray | None:
+    """r and z written, those that are not None; returns dL/dgamma (Q, C) by set, if it is needed.
 
-    u, g, x (O, C, I): None stands for 0. table (Q, 6, C), tangents (2, C): p and q. weights (O, I), contiguous. Group q
-    has the outer indices order[starts[q]:starts[q + 1]], order None being 0 to O - 1. `skip` says what y holds where a
-    weight is 0. r and z may be u, g or x, not each other.
+    u, g, x, r, z (O, C, I): None for u, g or x stands for 0. table (6, Q C); tangents (2, C): p and q; `more`: weights,
+    masked, mass, order and starts as in `fastbn.kernels`. r and z may be u, g or x, and not each other.
     """
     arrays = [a for a in (u, g, x, r, z) if a is not None]
     like = arrays[0]
     shape, channels = like.shape, like.shape[1]
     absent = np.empty((0, *shape[1:]), like.dtype)
-    starts = np.array([0, shape[0]]) if starts is None else np.asarray(starts, np.int64)
-    groups = len(starts) - 1
+    weights = order = None
+    starts, skip = np.array([0, shape[0]]), "normalize"
+    if more is not None:
+        order, skip = more.order, more.masked
+        starts = starts if more.starts is None else more.starts
+        weights = None if more.weights is None else more.weights.reshape(shape[0], shape[2])
+    sets = len(starts) - 1
     flags = (FROZEN if frozen else 0) | (NO_R if r is None else 0) | (NO_Z if z is None else 0)
     flags |= {"normalize": 0, "zero": SKIP, "keep": SKIP | KEEP}[skip]
-    sizes = np.empty((2, groups))
+    sizes = np.empty((2, sets))
     sizes[:] = np.diff(starts) * shape[2]
     if weights is not None:
-        for q in range(groups):
-            rows = slice(starts[q], starts[q + 1]) if order is None else order[starts[q] : starts[q + 1]]
-            some = weights[rows]
-            sizes[1, q] = some.sum(dtype=np.float64)
-            if skip != "normalize":
-                sizes[0, q] = np.count_nonzero(some)
+        sizes[1] = more.mass
+        if skip != "normalize":
+            counts = np.count_nonzero(weights if order is None else weights[order], axis=1)
+            sizes[0] = np.diff(np.concatenate([[0], np.cumsum(counts)])[starts])
     largest = max(1, int(np.diff(starts).max()))
     plan = _plan(
         shape, tuple([a.strides for a in arrays]), like.itemsize, largest, flags, order is None, weights is not None,
         SIZES,
     )  # fmt: skip
-    tiles, pieces = groups * _ceil(channels, plan[1]), plan[2]
-    part, co = np.empty((groups * pieces, DEPTH, channels)), np.empty((groups, COEFFICIENTS, channels))
-    ggamma = np.empty((groups, channels))
-    places = np.empty(0, np.int64) if order is None else np.ascontiguousarray(order, np.int64)
+    tiles, pieces = sets * _ceil(channels, plan[1]), plan[2]
+    stages = FINISH | (0 if frozen and not need_gamma else SUM) | (0 if r is z is None else MAP)
+    part = (np.empty if stages & SUM else np.zeros)((sets * pieces, DEPTH, channels))
+    co, ggamma = np.empty((sets, COEFFICIENTS, channels)), np.empty((sets, channels))
+    places = np.empty(0, np.int64) if order is None else order
     given = [absent if a is None else a for a in (u, g, x, r, z)]
+    numbers = np.ascontiguousarray(table.reshape(6, sets, channels).swapaxes(0, 1))
     twins = _twins(like.dtype, None if weights is None else weights.dtype)
     count = 1 if like.size < SIZES.serial else threads.threads()
 
-    def run(items: int, stages: int) -> None:
-        args = (*given, weights, places, starts, table, tangents, sizes, part, co, ggamma, np.zeros(1, np.int64))
-        threads.run(twins, items, *args, plan, stages, parallel=items > 1)
+    def run(items: int, some: int) -> None:
+        args = (*given, weights, places, starts, numbers, tangents, sizes, part, co, ggamma, np.zeros(1, np.int64))
+        threads.run(twins, items, *args, plan, some, parallel=items > 1)
 
     if count == 1:
-        run(1, SUM | FINISH | MAP)
+        run(1, stages)
     elif tiles >= 4 * count or (tiles >= count and tiles % count == 0) or pieces == 1:
-        run(min(count, tiles), SUM | FINISH | MAP)
+        run(min(count, tiles), stages)
     else:
-        run(min(count, tiles * pieces), SUM)
+        if stages & SUM:
+            run(min(count, tiles * pieces), SUM)
         run(1, FINISH)
-        run(min(count, tiles * pieces), MAP)
-    return ggamma
+        if stages & MAP:
+            run(min(count, tiles * pieces), MAP)
+    return ggamma if need_gamma else None
 
 
 @functools.cache
