@@ -63,10 +63,11 @@ from .lanes import (
 )
 
 SUM, FINISH, MAP = 1, 2, 4
-PAST, GATHER, FROZEN, SKIP, KEEP, NO_R, NO_Z = 1, 2, 4, 8, 16, 32, 64  # flags: SKIP and KEEP are for weights of 0
+PAST, GATHER, FROZEN, SKIP, KEEP, NO_R, NO_Z, PIVOTED = 1, 2, 4, 8, 16, 32, 64, 128  # flags: SKIP and KEEP are for weights of 0
 SUMS, DEPTH, COEFFICIENTS = 7, 9, 11
 AHEAD = 64 * LANES
-ROWS = 16  # of columns, whose sums stay in registers
+ROWS = 8  # of columns
+HEIGHT = 64
 
 # Sums: 0 w u, 1 g, 2 w u d, 3 g d, 4 g u; with weights also 5 u, 6 d; all less their pivots. `part` then has the pivots.
 # Coefficients: 0 pivot of u, 1 of g, 2 hi; r = a u + b d + c: 3 a, 4 b, 5 c;
@@ -163,14 +164,16 @@ def _sum_run(u, g, x, w, run, n, pu, pg, hi, skip, sums, line):  # type: ignore[
 @part()
 def _results(u, g, d, lanes, w, co, flags):  # type: ignore[no-untyped-def]
     """r and z for lanes of u, g and x."""
-    v, d = u - co[0], d - co[2]
+    v = u
+    if flags & PIVOTED:
+        v, g, d = u - co[0], g - co[1], d - co[2]
     r = fma(v, co[3], fma(d, co[4], co[5]))
-    if flags & FROZEN:  # u and x don't count, and may be infinite
+    if flags & FROZEN:  # u and x don't count, and may be infinite; pivots are 0
         z = g * co[6]
     elif w is None:
-        z = fma(g - co[1], co[6], fma(v, co[7], fma(d, co[8], co[9])))
+        z = fma(g, co[6], fma(v, co[7], fma(d, co[8], co[9])))
     else:
-        z = fma(g - co[1], co[6], fma(lanes, fma(v, co[7], fma(d, co[8], co[9])), co[10]))
+        z = fma(g, co[6], fma(lanes, fma(v, co[7], fma(d, co[8], co[9])), co[10]))
     if w is not None and flags & SKIP:
         zero = nothing(u)
         r, z = where_nonzero(lanes, r, u if flags & KEEP else zero), where_nonzero(lanes, z, zero)
@@ -370,37 +373,29 @@ def _group_rows(q, starts, plan):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _place(a, q, row, c0, order, starts, plan):  # type: ignore[no-untyped-def]
-    """Offset in bytes of a row of a group: 0 in an array that isn't there."""
-    if a.shape[0] == 0:
-        return 0
-    if plan[7] > 1:
-        o, i = row, 0
-    else:
-        o = row // plan[11]
-        i = row - o * plan[11]
-    return _outer(order, starts[q] + o) * a.strides[0] + i * a.strides[2] + c0 * a.strides[1]
-
-
-@part()
-def _row_weight(w, q, row, order, starts):  # type: ignore[no-untyped-def]
-    if w is None:
-        return 1.0
-    o = row // w.shape[1]
-    return w[_outer(order, starts[q] + o), row - o * w.shape[1]]
+def _place(a, o, i, c0):  # type: ignore[no-untyped-def]
+    """Offset in bytes: 0 in an array that isn't there."""
+    return 0 if a.shape[0] == 0 else o * a.strides[0] + i * a.strides[2] + c0 * a.strides[1]
 
 
 @part()
 def _find_rows(arrays, w, q, r0, rows, c0, order, starts, plan, places, weights):  # type: ignore[no-untyped-def]
-    """places (5, 16) <- offsets of folded rows, weights (16,) <- theirs."""
+    """places (5, ROWS) <- offsets of folded rows, weights (ROWS,) <- theirs."""
+    inner = 1 if plan[7] > 1 else plan[11]
+    row = r0 * plan[8]
+    o = row // inner
+    i = row - o * inner
     for k in range(rows):
-        row = (r0 + k) * plan[8]
-        places[0, k] = _place(arrays[0], q, row, c0, order, starts, plan)
-        places[1, k] = _place(arrays[1], q, row, c0, order, starts, plan)
-        places[2, k] = _place(arrays[2], q, row, c0, order, starts, plan)
-        places[3, k] = _place(arrays[3], q, row, c0, order, starts, plan)
-        places[4, k] = _place(arrays[4], q, row, c0, order, starts, plan)
-        weights[k] = _row_weight(w, q, row, order, starts)
+        place = _outer(order, starts[q] + o)
+        places[0, k], places[1, k] = _place(arrays[0], place, i, c0), _place(arrays[1], place, i, c0)
+        places[2, k], places[3, k] = _place(arrays[2], place, i, c0), _place(arrays[3], place, i, c0)
+        places[4, k] = _place(arrays[4], place, i, c0)
+        if w is not None:
+            weights[k] = w[place, i]
+        i += plan[8]
+        while i >= inner:
+            i -= inner
+            o += 1
 
 
 @part()
@@ -459,6 +454,47 @@ def _columns_sums(u, g, x, w, r, z, order, starts, q, k, c0, channels, near, sum
 
 
 @part()
+def _eleven(co, row, j):  # type: ignore[no-untyped-def]
+    like = spread(0.0)
+    return (
+        load(co, j, like), load(shifted(co, row), j, like), load(shifted(co, 2 * row), j, like),
+        load(shifted(co, 3 * row), j, like), load(shifted(co, 4 * row), j, like), load(shifted(co, 5 * row), j, like),
+        load(shifted(co, 6 * row), j, like), load(shifted(co, 7 * row), j, like), load(shifted(co, 8 * row), j, like),
+        load(shifted(co, 9 * row), j, like), load(shifted(co, 10 * row), j, like),
+    )  # fmt: skip
+
+
+@part()
+def _columns_map_row(u, g, x, w, lanes, r, z, n, co, row, flags):  # type: ignore[no-untyped-def]
+    like = lanes
+    past_r = past_z = False
+    j = 0
+    if flags & PAST and n >= 8 * LANES:
+        j = before_line(z if flags & NO_R else r)
+        past_r, past_z = flags & NO_R == 0, flags & NO_Z == 0 and before_line(z) == j
+        if j > 0:
+            one, two = _results(
+                load_part(u, 0, j, like), load_part(g, 0, j, like), load_part(x, 0, j, like), lanes, w,
+                _eleven(co, row, 0), flags,
+            )  # fmt: skip
+            save_part(r, 0, j, one)
+            save_part(z, 0, j, two)
+    while j + LANES <= n:
+        one, two = _results(load(u, j, like), load(g, j, like), load(x, j, like), lanes, w, _eleven(co, row, j), flags)
+        _put(r, j, one, past_r)
+        _put(z, j, two, past_z)
+        j += LANES
+    if j < n:
+        m = n - j
+        one, two = _results(
+            load_part(u, j, m, like), load_part(g, j, m, like), load_part(x, j, m, like), lanes, w,
+            _eleven(co, row, j), flags,
+        )  # fmt: skip
+        save_part(r, j, m, one)
+        save_part(z, j, m, two)
+
+
+@part()
 def _columns_map(u, g, x, w, r, z, order, starts, q, k, c0, channels, co, plan, scratch, weights, places):  # type: ignore[no-untyped-def]
     """r and z of block k; co (11, W) by column."""
     keep_whole()
@@ -467,51 +503,16 @@ def _columns_map(u, g, x, w, r, z, order, starts, q, k, c0, channels, co, plan, 
     first, end = k * plan[4], min((k + 1) * plan[4], rows_in_all)
     us, gs, xs = _base(u, scratch[0]), _base(g, scratch[0]), _base(x, scratch[0])
     rs, zs = _base(r, scratch[1]), _base(z, scratch[1])
-    like = spread(0.0)
     all_co, row = pointer(co, 0), co.strides[0]
     while first < end:
         rows, n = _some_rows(q, first, end, channels, starts, plan)
         _find_rows((u, g, x, r, z), w, q, first, rows, c0, order, starts, plan, places, weights)
-        head, past_r, past_z = 0, False, False
-        if flags & PAST:
-            head = min(n, before_line(shifted(zs, places[4, 0]) if flags & NO_R else shifted(rs, places[3, 0])))
-            past_r, past_z = flags & NO_R == 0 and x.itemsize >= 4, flags & NO_Z == 0 and x.itemsize >= 4
-            for i in range(rows):  # vectors of all rows must begin at a line
-                past_r &= before_line(shifted(rs, places[3, i])) == head
-                past_z &= before_line(shifted(zs, places[4, i])) == head
-            if not (past_r or past_z):
-                head = 0
-        j = 0
-        while j < n:
-            m = min(LANES, n - j)
-            if j == 0 and head > 0:
-                m = head
-            v = shifted(all_co, 8 * j)
-            lanes = (
-                load(v, 0, like), load(shifted(v, row), 0, like), load(shifted(v, 2 * row), 0, like),
-                load(shifted(v, 3 * row), 0, like), load(shifted(v, 4 * row), 0, like),
-                load(shifted(v, 5 * row), 0, like), load(shifted(v, 6 * row), 0, like),
-                load(shifted(v, 7 * row), 0, like), load(shifted(v, 8 * row), 0, like),
-                load(shifted(v, 9 * row), 0, like), load(shifted(v, 10 * row), 0, like),
+        for i in range(rows):  # one behind the other: loads of a row 4 KB on would wait for this one's stores
+            _columns_map_row(
+                shifted(us, places[0, i]), shifted(gs, places[1, i]), shifted(xs, places[2, i]), w,
+                spread(np.float64(weights[i])), shifted(rs, places[3, i]), shifted(zs, places[4, i]), n, all_co, row,
+                flags,
             )  # fmt: skip
-            if m == LANES:
-                for i in range(rows):
-                    ru, rg, rx = shifted(us, places[0, i]), shifted(gs, places[1, i]), shifted(xs, places[2, i])
-                    one, two = _results(
-                        load(ru, j, like), load(rg, j, like), load(rx, j, like), spread(np.float64(weights[i])), w, lanes, flags
-                    )
-                    _put(shifted(rs, places[3, i]), j, one, past_r)
-                    _put(shifted(zs, places[4, i]), j, two, past_z)
-            else:
-                for i in range(rows):
-                    one, two = _results(
-                        load_part(shifted(us, places[0, i]), j, m, like),
-                        load_part(shifted(gs, places[1, i]), j, m, like),
-                        load_part(shifted(xs, places[2, i]), j, m, like), spread(np.float64(weights[i])), w, lanes, flags,
-                    )  # fmt: skip
-                    save_part(shifted(rs, places[3, i]), j, m, one)
-                    save_part(shifted(zs, places[4, i]), j, m, two)
-            j += m
         first += rows
 
 
@@ -570,7 +571,7 @@ def _pivots(arrays, w, order, starts, q, c0, table, near, totals, memory, plan):
     if plan[0]:
         memory[2][:3] = 0.0
     if not plan[9] & FROZEN:
-        _block(arrays, w, order, starts, q, 0, c0, near, memory, plan, plan[10])
+        _block(arrays, w, order, starts, q, np.int64(0), c0, near, memory, plan, plan[10])
         _to_channels(memory[1], totals, plan)
         if plan[0]:
             count = min(min(plan[10], plan[4]) * plan[8], _group_rows(q, starts, plan)) * plan[7]
@@ -589,7 +590,7 @@ def _pivots(arrays, w, order, starts, q, c0, table, near, totals, memory, plan):
 def _sums(arrays, w, order, starts, q, p, c0, near, totals, memory, plan, part):  # type: ignore[no-untyped-def]
     """part (9, C) of piece p: the sums and the pivots."""
     for k in range(p * plan[3] // plan[2], (p + 1) * plan[3] // plan[2]):
-        _block(arrays, w, order, starts, q, k, c0, near, memory, plan, 1 << 62)
+        _block(arrays, w, order, starts, q, np.int64(k), c0, near, memory, plan, np.int64(1 << 62))
     _to_channels(memory[1], totals, plan)
     row = q * plan[2] + p
     for c in range(near.shape[1]):
@@ -597,6 +598,17 @@ def _sums(arrays, w, order, starts, q, p, c0, near, totals, memory, plan, part):
             part[row, m, c0 + c] = totals[m, c]
         part[row, 7, c0 + c], part[row, 8, c0 + c] = near[0, c], near[1, c]
 
+
+@part()
+def _coefficients(q, c, table, tangents, sizes, part, co, ggamma, weighted, plan):  # type: ignore[no-untyped-def]
+    """Of a channel of a set. Pivots go to the constants, but for float64 data, which has no digits to spare."""
+    _finish(q, c, table, tangents, sizes, part, co, ggamma, weighted, plan)
+    if plan[9] & PIVOTED == 0:
+        pu, pg, hi = co[q, 0, c], co[q, 1, c], co[q, 2, c]
+        co[q, 5, c] -= co[q, 3, c] * pu + co[q, 4, c] * hi
+        co[q, 9, c] -= co[q, 7, c] * pu + co[q, 8, c] * hi
+        co[q, 10 if weighted else 9, c] -= co[q, 6, c] * pg
+        
 
 @part()
 def _finish(q, c, table, tangents, sizes, part, co, ggamma, weighted, plan):  # type: ignore[no-untyped-def]
@@ -702,7 +714,7 @@ def second_item(k, items, u, g, x, r, z, w, order, starts, table, tangents, size
                 _sums(arrays, w, order, starts, q, p, c0, near, totals, memory, plan, part)
         if stage & FINISH:
             for c in range(c0, c1):
-                _finish(q, c, table, tangents, sizes, part, co, ggamma, w is not None, plan)
+                _coefficients(q, c, table, tangents, sizes, part, co, ggamma, w is not None, plan)
         if stage & MAP:
             if plan[0]:
                 _to_columns(co[q, :, c0:c1], memory[2], plan)
@@ -749,6 +761,8 @@ def _plan(
 ) -> tuple[int, ...]:  # fmt: skip
     """`largest`: outer indices of the largest group; `orderly`: those of a group follow each other."""
     outer, channels, inner = shape
+    if itemsize == 8:
+        flags |= PIVOTED
     if outer * channels * inner * itemsize * len(strides) > sizes.past:
         flags |= PAST
     across = channels > 1 and all(s[1] == itemsize and (inner == 1 or s[2] != itemsize) for s in strides)
@@ -763,10 +777,10 @@ def _plan(
         if gapless and level and orderly and not weighted and 2 * width <= sizes.columns:
             fold = max(1, min(sizes.columns // width, rows // ROWS))
         tile = channels if fold > 1 else max(1, min(channels, sizes.columns // period))
-        blocks = _ceil(_ceil(rows, fold), ROWS)
+        blocks = _ceil(_ceil(rows, fold), HEIGHT)
         few = _ceil(sizes.few, fold * period)
         pieces = max(1, min(64, blocks // 4, 8192 // channels))
-        return 1, tile, pieces, blocks, ROWS, 1, 1, period, fold, flags, few, inner
+        return 1, tile, pieces, blocks, HEIGHT, 1, 1, period, fold, flags, few, inner
     gather = (inner > 1 and any(s[2] != itemsize for s in strides)) or inner < min(LANES, sizes.block)
     if gather:
         flags |= GATHER
