@@ -296,7 +296,7 @@ def second_order(
         if frozen:
             r, z, ggamma = gamma * s * u + p * s * d + q, np.where(counts, p * s * g, 0.0), s * add(g * u)
         elif mass == 0:
-            r, z, ggamma = np.broadcast_to(q, u.shape), np.zeros(u.shape), np.zeros(s.shape)
+            r, z, ggamma = np.broadcast_to(q, u.shape), np.zeros(u.shape), add(np.zeros(u.shape))
         else:
             e = u - add(weighted(u)) / mass
             e = e - add(weighted(e)) / mass
