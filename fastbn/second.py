@@ -140,13 +140,15 @@ def backward_backward(
     gx = gdy = None
     may_be, apart = {"ddx": u, "dy": g}, {"x": saved._x}
     if need_x:
-        gx = empty(shape, saved._strides, dtype)
-        if given_x is not None:
+        if given_x is None:
+            gx = empty(shape, saved._strides, dtype)
+        else:
             gx = check_out(where, "out (gx)", given_x, shape, saved.dtype, g, may_be, apart)
     apart = apart | {"gx": gx}
     if need_dy:
-        gdy = empty(shape, saved._strides, dtype)
-        if given_dy is not None:
+        if given_dy is None:
+            gdy = empty(shape, saved._strides, dtype)
+        else:
             gdy = check_out(where, "out (gdy)", given_dy, shape, saved.dtype, g, may_be, apart)
     channels, kind = channels_of(shape, saved._axes), _number_type(dtype.itemsize)
     ggamma = None

@@ -63,7 +63,16 @@ from .lanes import (
 )
 
 SUM, FINISH, MAP = 1, 2, 4
-PAST, GATHER, FROZEN, SKIP, KEEP, NO_R, NO_Z, PIVOTED = 1, 2, 4, 8, 16, 32, 64, 128  # flags: SKIP and KEEP are for weights of 0
+PAST, GATHER, FROZEN, SKIP, KEEP, NO_R, NO_Z, PIVOTED = (
+    1,
+    2,
+    4,
+    8,
+    16,
+    32,
+    64,
+    128,
+)  # flags: SKIP and KEEP are for weights of 0
 SUMS, DEPTH, COEFFICIENTS = 7, 9, 11
 AHEAD = 64 * LANES
 ROWS = 8  # of columns
@@ -152,7 +161,9 @@ def _sum_run(u, g, x, w, run, n, pu, pg, hi, skip, sums, line):  # type: ignore[
         fetch(u, i + AHEAD)
         fetch(g, i + AHEAD)
         fetch(x, i + AHEAD)
-        t = _added(t, load(u, i, pu) - pu, load(g, i, pu) - pg, load(x, i, pu) - hi, _weights(w, run, i, LANES, pu), w, skip)
+        t = _added(
+            t, load(u, i, pu) - pu, load(g, i, pu) - pg, load(x, i, pu) - hi, _weights(w, run, i, LANES, pu), w, skip
+        )
         i += LANES
     if i < n:
         m = n - i
@@ -608,7 +619,7 @@ def _coefficients(q, c, table, tangents, sizes, part, co, ggamma, weighted, plan
         co[q, 5, c] -= co[q, 3, c] * pu + co[q, 4, c] * hi
         co[q, 9, c] -= co[q, 7, c] * pu + co[q, 8, c] * hi
         co[q, 10 if weighted else 9, c] -= co[q, 6, c] * pg
-        
+
 
 @part()
 def _finish(q, c, table, tangents, sizes, part, co, ggamma, weighted, plan):  # type: ignore[no-untyped-def]
@@ -686,7 +697,9 @@ def _lent(m):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def second_item(k, items, u, g, x, r, z, w, order, starts, table, tangents, sizes, part, co, ggamma, claims, plan, stage):  # type: ignore[no-untyped-def]
+def second_item(
+    k, items, u, g, x, r, z, w, order, starts, table, tangents, sizes, part, co, ggamma, claims, plan, stage
+):  # type: ignore[no-untyped-def]
     """u, g, x, r, z (O, C, I), u, g, r, z or none of it; w (O, I) or None; order (O,) or none of it, starts (Q + 1,),
     table (Q, 6, C), tangents (2, C), sizes (2, Q): count and sum of weights; part (Q P, 9, C), co (Q, 11, C),
     ggamma (Q, C)."""
@@ -726,7 +739,9 @@ def second_item(k, items, u, g, x, r, z, w, order, starts, table, tangents, size
 
 
 @Kernel
-def second_kernel(items, item, u, g, x, r, z, w, order, starts, table, tangents, sizes, part, co, ggamma, claims, plan, stage):  # type: ignore[no-untyped-def]
+def second_kernel(
+    items, item, u, g, x, r, z, w, order, starts, table, tangents, sizes, part, co, ggamma, claims, plan, stage
+):  # type: ignore[no-untyped-def]
     """`second_item`, whose address is `item`, for all items."""
     for k in prange(items):
         call(item, (
