@@ -1,7 +1,7 @@
 """Forward mode and second order: `jvp`, the tangent of `forward`, and `backward_backward`, the gradient of `backward`.
 
-Both are linear in what they are given, with d = x - mean and four numbers for each channel, so that one pass of sums and
-one map over memory do all of it; the formulas are derived in `fastbn.kernels.cpu.second`.
+Both are linear in what they are given, with a few numbers for each channel, so that one pass of sums and one map over
+memory do all of it; the formulas are derived in `fastbn.kernels.cpu.second`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from .arguments import check_array, check_out, check_place, check_real, describe, native
-from .arrays import FLOAT64, Span
-from .batchnorm import Saved, _dense, _elements, _flat, _number_type, _samples, _shaped
-from .dispatch import kernels
+from .arrays import Span
+from .batchnorm import Saved, _elements, _flat, _number_type, _samples, _shaped
+from .dispatch import get_backend, kernels
 from .layout import Views, channels_of, empty
 
 
@@ -168,8 +168,8 @@ def _check_saved(where: str, saved: Any) -> None:
         raise TypeError(f"{where}: saved is {describe(saved)}; expected the second result of fastbn.forward")
     if saved._like is not None:
         raise TypeError(
-            f"{where}: forward had a {saved._like}; expected NumPy arrays, as this is not there yet for arrays on a GPU. "
-            "Copy x to main memory"
+            f"{where}: forward had a {saved._like}; expected NumPy arrays, as this is not there yet for arrays on "
+            "a GPU. Copy x to main memory"
         )
     if saved._units is not None:
         raise ValueError(f"{where}: forward had whole numbers ({saved.dtype}); expected floats. Convert x")
@@ -242,8 +242,8 @@ def _run(
     read = {id(a): next(seen) for a in inputs}
     written_r, written_z = seen
     more = None if asked is None else asked.seen(views, saved._masses, None, None, False)
-    name = backend.__name__ + (".second" if backend.__name__.endswith(".cpu") else "")
-    second = importlib.import_module(name).second
+    name = "reference" if get_backend() == "reference" else "cpu.second"
+    second = importlib.import_module(f"fastbn.kernels.{name}").second
     of = [None if a is None else read[id(a)] for a in (u, g, x)]
     found = second(*of, written_r, written_z, saved._table, numbers, saved.frozen, need_gamma, more)
     views.finish()

@@ -127,10 +127,10 @@ def test_at_any_offset(last, dtype, offset, backend, rng):
     shape, axis = ((8, 6, 50), 1) if not last else ((50, 8, 6), -1)
     x, u, g = rng.normal(0, 1, (3, *shape))
     gamma = rng.normal(size=6)
-    same = [fastbn.forward((a + offset).astype(dtype), gamma, axis=axis)[1] for a in (x,)][0]
+    saved = fastbn.forward((x + offset).astype(dtype), gamma, axis=axis)[1]
     u, g = (u + offset).astype(dtype), (g + offset).astype(dtype)
     _, kept = reference.forward((x + offset).astype(dtype), gamma, axis=axis)
-    got = fastbn.backward_backward(u, None, None, g, same)
+    got = fastbn.backward_backward(u, None, None, g, saved)
     exact = reference.backward_backward(u, None, None, g, kept)
     limit = 4 * np.finfo(dtype).eps if dtype == np.float32 else 1e-14 * max(1.0, offset / 100)
     for name, a, b in zip(("gx", "ggamma", "gdy"), got, exact, strict=True):
@@ -338,8 +338,8 @@ def test_errors(rng):
         fastbn.backward_backward(x, None, None, x, saved, need=True)
     with pytest.raises(ValueError, match="expected three: gx, ggamma and gdy"):
         fastbn.backward_backward(x, None, None, x, saved, out=(x,))
+    place = np.empty_like(x)
     with pytest.raises(ValueError, match=r"out \(gdy\) overlaps gx in memory"):
-        place = np.empty_like(x)
         fastbn.backward_backward(x, None, None, x, saved, out=(place, None, place))
     with pytest.raises(ValueError, match="out overlaps x in memory"):
         fastbn.jvp(y, saved, out=x)

@@ -17,16 +17,14 @@ y, saved = fastbn.forward(np.ones((4, 3), np.float64))
 """
 
 
-def process(cache, code, *arguments, **options):
+def process(cache, code, *arguments):
     return subprocess.run(
         [sys.executable, *(["-c", code] if code else []), *arguments],
         env={**os.environ, "NUMBA_CACHE_DIR": str(cache)},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        capture_output=True,
         text=True,
         timeout=500,
         check=False,
-        **options,
     )
 
 
