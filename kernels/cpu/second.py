@@ -16,10 +16,10 @@ e = p s - a s^2 E / W, f = -a s^2 D / W and dL/ds = gamma A - 3 a s D E / W + p 
 (dL/dx: L depends on x by d and by s, where ds/dx = -s^3 w d / W, and d by x itself and by the mean, dmean/dx = w / W.)
 Frozen statistics are constants: r = a u + p s d + q, z = p s g, dL/dgamma = s sum g u.
 
-All is computed in float64 lanes, whatever the elements. For the sums u and g are taken relative to pivots, means of some
-first values, so that products stay small at any offset; x relative to its known mean. So they are in the map of float64
-data; in that of the others pivots go to the constants, where float64 has eight digits to spare (11 coefficients by
-column took 1.2 times as long as 7).
+All is computed in float64 lanes, whatever the elements. For the sums u and g are taken relative to pivots, means of
+some first values, so that products stay small at any offset; x relative to its known mean. So they are in the map of
+float64 data; in that of the others pivots go to the constants, where float64 has eight digits to spare (11 coefficients
+by column took 1.2 times as long as 7).
 
 A unit of work is a piece of a tile of channels of a group, or a tile with all its pieces, which is mapped while it is
 in cache. Borders depend on the shape alone, and partial sums merge in order.
