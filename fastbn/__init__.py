@@ -15,6 +15,7 @@ from .layer import BatchNorm
 from .moments import Moments
 from .recalibrate import recalibrate
 from .running import RunningStats
+from .second import backward_backward, jvp
 
 __version__ = "0.1.0"
 
@@ -27,11 +28,13 @@ __all__ = [
     "Saved",
     "affine",
     "backward",
+    "backward_backward",
     "diagnose",
     "fold",
     "forward",
     "get_backend",
     "infer",
+    "jvp",
     "moments",
     "recalibrate",
     "reference",
