@@ -9,6 +9,7 @@ import numpy as np
 
 from .arguments import Axis, check_channels, check_eps, check_variances, describe
 from .batchnorm import Array, Saved, backward, forward
+from .host import seen
 from .running import RunningStats, check_like
 
 _STATE = "gamma", "beta", "running_mean", "running_var", "batches", "variances"
@@ -104,6 +105,7 @@ class BatchNorm:
             raise RuntimeError("fastbn.BatchNorm.backward: no forward pass came before; call bn(x) first")
         dx: Array
         dx, dgamma, dbeta = backward(dy, self._saved, out=out)
+        dgamma, dbeta = seen(dgamma), seen(dbeta)
         if self.accumulate:
             self.dgamma[...], self.dbeta[...] = self.dgamma + dgamma, self.dbeta + dbeta
         else:
