@@ -42,10 +42,10 @@ def check_array(function: str, name: str, value: Any, whole: bool = False) -> An
     to 16 bits are taken too, in main memory.
     """
     if type(value) is not np.ndarray:
-        if (family := on_device(value)) is not None:
-            return _check_span(function, name, family.locate(value))
         value = check_host(function, name, value)
         if not isinstance(value, np.ndarray):
+            if (family := on_device(value)) is not None:
+                return _check_span(function, name, family.locate(value))
             raise TypeError(
                 f"{function}: {name} is a {type(value).__module__}.{type(value).__qualname__}; expected a NumPy "
                 "array, a PyTorch tensor, a JAX array or another that has __dlpack__ or __array_interface__, or on a "

@@ -31,7 +31,7 @@ from .arguments import (
 from .arrays import FLOAT32, FLOAT64, Span, family_of, family_of_values
 from .dispatch import Kernels, kernels
 from .extras import Asked, ask, inverse_table, poorly_kept
-from .host import Caller, caller_of
+from .host import Caller, caller_of, check_host
 from .layout import Views, channels_of, empty
 from .moments import Moments
 
@@ -93,6 +93,19 @@ class Saved:
         if self.frozen:
             return None
         return _moments(self._shape, self._axes, self._table, self.dtype, self._asked, self._masses, self._units)
+
+    @classmethod
+    def of(cls, x: Any, table: Any, frozen: bool, axis: Axis = 1) -> Saved:
+        """Of x and the `table` of a plain forward pass, for frameworks that keep arrays themselves between passes."""
+        caller = None if type(x) is np.ndarray else caller_of(x)
+        walked = check_array("fastbn.Saved.of", "x", x)
+        table = check_host("fastbn.Saved.of", "table", table)
+        return cls(walked, walked, check_axis("fastbn.Saved.of", walked, axis), table, frozen, caller=caller)
+
+    @property
+    def table(self) -> Any:
+        """(6, C) float64, what was found: mean as a pair hi + lo, biased variance, 1 / sqrt(var + eps), gamma, beta."""
+        return self._table
 
     def __repr__(self) -> str:
         return f"Saved({self.dtype} x of shape {self._shape}, channel axes {self._axes}, frozen={self.frozen})"

@@ -98,11 +98,11 @@ _TORCH = _Torch("PyTorch tensor")
 
 def caller_of(value: Any) -> Caller | None:
     """The library of an array in main memory; None for NumPy's, for arrays on a GPU, and for what is no array."""
-    if isinstance(value, (np.ndarray, np.generic)) or on_device(value) is not None:
-        return None
     tensor: Any = getattr(sys.modules.get("torch"), "Tensor", ())
     if isinstance(value, tensor):
-        return _TORCH
+        return None if value.is_cuda else _TORCH
+    if isinstance(value, (np.ndarray, np.generic)) or on_device(value) is not None:
+        return None
     array: Any = getattr(sys.modules.get("jax"), "Array", ())
     if isinstance(value, array):
         traced = isinstance(value, sys.modules["jax"].core.Tracer)
