@@ -6,7 +6,7 @@
 BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
 >>> model(torch.ones(2, 3, 8, 8)).sum().backward()  # trains as before, and saves and loads PyTorch's own state_dict
 
-Tensors on the CPU and on CUDA take the same way. Gradients of gradients are not there: PyTorch says so when asked.
+Tensors on the CPU and on CUDA take the same way. Gradients of gradients are not there: an error says so when asked.
 """
 
 from __future__ import annotations
@@ -84,7 +84,15 @@ def _gradients(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
     return *kept, None, None, None
 
 
+def _second(*_: Any) -> Any:
+    raise NotImplementedError(
+        "fastbn.torch: a gradient of a gradient of batch norm is asked for, which these operators have none of. "
+        "fastbn.torch.revert(model) gives PyTorch's own"
+    )
+
+
 torch.library.register_autograd(_FORWARD, _gradients, setup_context=_keep)
+torch.library.register_autograd(_BACKWARD, _second)
 
 
 def batch_norm(
@@ -143,8 +151,8 @@ def batch_norm(
 
 
 def _mix(running: Tensor, new: Tensor, momentum: float | Tensor) -> None:
-    weight = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
-    running.lerp_(new.to(running.dtype), weight)
+    """In float64, and rounded once: PyTorch's lerp in bfloat16 rounds three times."""
+    running.copy_(torch.lerp(running.double(), new, momentum))
 
 
 class _Fast(nn.modules.batchnorm._BatchNorm):
@@ -156,7 +164,7 @@ class _Fast(nn.modules.batchnorm._BatchNorm):
         tracked = self.num_batches_tracked if self.training and self.track_running_stats else None
         if tracked is not None:
             tracked.add_(1)
-            momentum = 1 / tracked if momentum is None else momentum
+            momentum = 1 / tracked.double() if momentum is None else momentum
         if momentum is None:
             momentum = 0.0  # there is nothing to update
         mean, var = self.running_mean, self.running_var

@@ -8,8 +8,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import fastbn.torch as ours  # noqa: E402
 from fastbn.bench.torch_training import compare  # noqa: E402
+
+ours = pytest.importorskip("fastbn.torch")
 
 nn, F = torch.nn, torch.nn.functional
 SHAPES = {1: (6, 5, 7), 2: (6, 5, 4, 3), 3: (4, 5, 2, 3, 4)}
@@ -33,6 +34,7 @@ def tensors(shape=SHAPES[2], dtype=torch.float64):
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # PyTorch's check, of a view
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("frozen", [False, True], ids=["training", "evaluation"])
@@ -43,8 +45,6 @@ def test_opcheck(frozen, dtype, form):
     weight, bias = (a.float().requires_grad_() for a in (weight, bias))
     statistics = (mean, var) if frozen else (None, None)
     args = (x, weight, bias, *statistics, 1e-3)
-    # AOT dispatch compares two runs by torch.allclose; its tolerances know no half types' rounding, nor need they: the
-    # bits are the same.
     found = torch.library.opcheck(torch.ops.fastbn.forward.default, args, test_utils=OPCHECKS)
     assert set(found.values()) == {"SUCCESS"}
     y, table = (a.detach() for a in torch.ops.fastbn.forward(*args))
@@ -65,21 +65,21 @@ def test_gradcheck(training):
     )
 
 
-def test_gradients_of_gradients_are_refused_by_pytorch():
+def test_gradients_of_gradients_are_refused():
     x = tensors()[0].requires_grad_()
     y = ours.batch_norm(x, None, None, training=True)
     (dx,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"fastbn\.backward.* no autograd formula was registered"):
+    with pytest.raises(NotImplementedError, match=r"a gradient of a gradient of batch norm is asked for"):
         dx.sum().backward()
 
 
-# Relative to max(1, |value|): float32 sums of some hundred terms, PyTorch's own error among them; half types round once
-# in each of the two, by half of an eps of 2^-7 and 2^-10, and their inputs are the same.
-NEAR = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+# Relative to max(1, |value|), against PyTorch's float64 on the same numbers: half types round once, by half an eps of
+# 2^-7 and 2^-10; float32 has sums of some hundred terms.
+NEAR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 def near(got, wanted, dtype):
-    assert got.dtype == wanted.dtype
+    assert got.dtype == dtype
     assert got.shape == wanted.shape
     error = (got.double() - wanted.double()).abs() / wanted.double().abs().clamp(min=1)
     assert error.max() <= NEAR[dtype], error.max()
@@ -117,7 +117,10 @@ def test_modules_are_pytorchs(dims, momentum, affine, track):
             near(got.grad, wanted.grad, torch.float64)
         assert list(mine.state_dict()) == list(theirs.state_dict())
         for name, value in theirs.state_dict().items():
-            near(mine.state_dict()[name], value, torch.float64)
+            if value.is_floating_point():
+                near(mine.state_dict()[name], value, torch.float64)
+            else:
+                assert mine.state_dict()[name] == value
 
 
 @pytest.mark.parametrize("dtype", NEAR, ids=str)
@@ -130,15 +133,14 @@ def test_types(dtype, kind):
     kind = torch.float64 if dtype is torch.float64 else kind
     weight, bias, mean, var = (a.to(kind) for a in small)
     results = []
-    for function in (F.batch_norm, ours.batch_norm):
-        given = [a.clone().requires_grad_() for a in (x, weight, bias)]
-        running = mean.clone(), var.clone()
+    for function, as_given in ((F.batch_norm, lambda a: a.detach().double().clone()), (ours.batch_norm, torch.clone)):
+        given = [as_given(a).requires_grad_() for a in (x, weight, bias)]
+        running = as_given(mean).clone(), as_given(var).clone()
         y = function(given[0], *running, *given[1:], True, 0.3, 1e-3)
-        y.backward(x)
-        results.append((y, *running, given[0].grad))
-        assert [a.grad.dtype for a in given] == [dtype, kind, kind]
-    for got, wanted in zip(results[1], results[0], strict=True):
-        near(got, wanted, torch.bfloat16 if kind is torch.bfloat16 else dtype)
+        y.backward(as_given(x))
+        results.append((y, *running, *[a.grad for a in given]))
+    for got, wanted, to in zip(results[1], results[0], (dtype, kind, kind, dtype, kind, kind), strict=True):
+        near(got, wanted, to)
 
 
 def test_memory_format_is_kept():
@@ -239,8 +241,8 @@ def test_convert_and_revert():
 
 
 def test_twenty_steps_of_a_small_resnet():
-    """The same losses to 1e-4. A narrow model: where an activation is within rounding of 0, the two may take another side
-    of a ReLU, as PyTorch does against itself on another machine; that is rarer the fewer there are."""
+    """The same losses to 1e-4. A narrow model: where an activation is within rounding of 0, the two may take different
+    sides of a ReLU, and go apart from there; that is rarer the fewer activations there are."""
     runs = compare(20, width=8, batch=16, size=16)
     losses = [np.array(run.losses) for run in runs.values()]
     np.testing.assert_allclose(*losses, rtol=0, atol=1e-4)
