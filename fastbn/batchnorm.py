@@ -35,7 +35,7 @@ from .host import Caller, caller_of, check_host
 from .layout import Views, channels_of, empty
 from .moments import Moments
 
-Array = TypeVar("Array")  # a NumPy or CuPy array, a PyTorch CUDA tensor, a Numba device array
+Array = TypeVar("Array")  # a NumPy, JAX or CuPy array, a PyTorch tensor, a Numba device array, others with DLPack
 
 
 class OneValueWarning(UserWarning):
@@ -137,7 +137,10 @@ def forward(
     Parameters
     ----------
     x : array, at least 2-D, of float16, bfloat16, float32 or float64
-        NumPy's, or on a GPU: CuPy's, a PyTorch CUDA tensor (autograd does not see the call), a Numba device array.
+        NumPy's or another library's in main memory: a PyTorch tensor, a JAX array, or whatever has `__dlpack__` or
+        `__array_interface__`, read where it lies; its channels' numbers may be NumPy's, and moments are. Or on a GPU:
+        CuPy's, a PyTorch CUDA tensor, a Numba device array. Autograd does not see the call: `fastbn.torch` and
+        `fastbn.jax` are for it.
         Results are of its kind and on its device; all other arrays must be so too, as nothing is copied from one place
         to another. Any strides. It is kept, not copied, for `backward`, except as `fastbn.layout.Views` says. float64
         values from 1e154 on have no float64 variance.

@@ -117,7 +117,8 @@ def caller_of(value: Any) -> Caller | None:
 @functools.cache
 def _bfloat16() -> np.dtype[Any]:
     try:
-        return np.dtype(import_module("ml_dtypes").bfloat16)
+        found: np.dtype[Any] = np.dtype(import_module("ml_dtypes").bfloat16)
+        return found
     except ImportError:
         raise ImportError("NumPy reads bfloat16 by the package ml_dtypes; pip install ml_dtypes") from None
 

@@ -140,7 +140,7 @@ def _forward(axes: tuple[int, ...], eps: float, x: Any, gamma: Any, beta: Any, m
     return y, *found, table.view(np.uint32)
 
 
-def _backward(axes: tuple[int, ...], frozen: bool, need: tuple[bool, bool], dy: Any, x: Any, table: Any) -> Any:
+def _backward(axes: tuple[int, ...], frozen: bool, need: tuple[bool, ...], dy: Any, x: Any, table: Any) -> Any:
     x, dy, table = (np.asarray(a) for a in (x, dy, table))
     saved = Saved.of(x, np.ascontiguousarray(table).view(np.float64), frozen, axes)
     return backward(dy, saved, need=(True, *need))

@@ -138,7 +138,7 @@ def batch_norm(
     if input.dim() < 2:
         raise ValueError(f"{where}: input is a {describe(input)}; expected at least two axes, (N, C, ...)")
     if not training:
-        return torch.ops.fastbn.forward(input, weight, bias, running_mean, running_var, eps)[0]  # type: ignore[no-any-return]
+        return torch.ops.fastbn.forward(input, weight, bias, running_mean, running_var, eps)[0]
     count = input.shape[0] * input[0, 0].numel() if input.shape[0] and input.shape[1] else 0
     if count == 1:
         raise ValueError(f"{where}: one value per channel in training (input of shape {tuple(input.shape)}); pass more")
@@ -147,7 +147,7 @@ def batch_norm(
         _mix(running_mean, table[0] + table[1], momentum)
     if count and running_var is not None:
         _mix(running_var, table[2] * (count / (count - 1)), momentum)
-    return y  # type: ignore[no-any-return]
+    return y
 
 
 def _mix(running: Tensor, new: Tensor, momentum: float | Tensor) -> None:

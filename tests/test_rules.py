@@ -23,7 +23,7 @@ ARRAY_LIBRARIES = {
 }
 
 
-# fastbn/torch.py and fastbn/jax.py, which nobody imports but those who ask for them, may import what they are named after.
+# fastbn/torch.py and fastbn/jax.py may import what they are named after: nobody imports them but those who ask.
 FRAMEWORKS = {"torch", "jax"}
 
 
