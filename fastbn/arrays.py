@@ -278,8 +278,8 @@ class _Torch(OnDevice):
             return f"its sign is kept apart from its memory; pass {name}.resolve_neg()"
         if value.requires_grad and torch.is_grad_enabled():
             return (
-                f"it requires a gradient, which autograd would not get from here; pass {name}.detach(), or call this "
-                "from a torch.autograd.Function"
+                f"it requires a gradient, which autograd would not get from here; pass {name}.detach(), or call "
+                "fastbn.torch.batch_norm"
             )
         return None
 

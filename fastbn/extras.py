@@ -13,6 +13,7 @@ import numpy as np
 
 from .arguments import check_array, check_place, describe, finite
 from .arrays import FLOAT32, FLOAT64, Span
+from .host import check_host
 from .layout import Channels, Views
 
 # Activations, and the parameter that those have that take one.
@@ -178,7 +179,7 @@ def _weights(where: str, weights: Any, x: Any, axes: tuple[int, ...]) -> np.ndar
     check_place(where, "weights", weights, x)
     if isinstance(weights, np.ma.MaskedArray):
         raise TypeError(f"{where}: weights is a masked array; expected a plain array. Pass ~weights.mask")
-    array = np.asarray(weights)
+    array = np.asarray(check_host(where, "weights", weights))
     if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
         raise TypeError(f"{where}: weights is a {describe(array)}; expected bools, or real numbers of 0 or more")
     others = [a for a in range(x.ndim) if a not in axes]
@@ -211,6 +212,7 @@ def _groups(where: str, groups: Any, samples: int) -> Groups:
         sizes = np.full(number, samples // number, np.int64)
         sizes[: samples % number] += 1
         return Groups(number, samples, None, np.concatenate([[0], np.cumsum(sizes)]))
+    groups = check_host(where, "groups", groups)
     if isinstance(groups, np.ndarray):
         if groups.shape != (samples,) or groups.dtype.kind not in "iu" or (groups.size and groups.min() < 0):
             raise ValueError(

@@ -9,6 +9,7 @@ import numpy as np
 
 from .arguments import Axis, check_channels, check_eps, check_variances, describe
 from .batchnorm import Array, Saved, backward, forward
+from .host import seen
 from .moments import check_like
 from .running import RunningStats
 
@@ -113,6 +114,7 @@ class BatchNorm:
             raise RuntimeError("fastbn.BatchNorm.backward: no forward pass came before; call bn(x) first")
         dx: Array
         dx, dgamma, dbeta = backward(dy, self._saved, out=out)
+        dgamma, dbeta = seen(dgamma), seen(dbeta)
         if self.accumulate:
             self.dgamma[...], self.dbeta[...] = self.dgamma + dgamma, self.dbeta + dbeta
         else:

@@ -247,15 +247,6 @@ def test_torch_oddities_are_refused(library, rng):
         fastbn.forward(x)
 
 
-def test_tensors_in_main_memory_are_refused_as_before(library, rng):
-    if library.name != "torch":
-        pytest.skip("of PyTorch")
-    x = library.put(data(rng, (6, 3, 5), (1,))[0])
-    x.is_cuda = False
-    with pytest.raises(TypeError, match=r"x is a .*Tensor; expected a NumPy array, a CuPy array.*np.from_dlpack"):
-        fastbn.forward(x)
-
-
 def test_subclasses_are_refused(library, rng):
     if library.name != "cupy":
         pytest.skip("of CuPy")
