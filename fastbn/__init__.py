@@ -7,9 +7,10 @@ y = fastbn.infer(x, running.mean, running.var, gamma, beta)
 """
 
 from . import reference
-from .batchnorm import OneValueWarning, Saved, backward, forward, infer, moments
+from .batchnorm import OneValueWarning, Saved, backward, forward, infer, moments, normalize
 from .diagnose import Diagnosis, diagnose
 from .dispatch import get_backend, set_backend
+from .distributed import Ranks, RanksError
 from .fold import affine, fold
 from .layer import BatchNorm
 from .moments import Moments
@@ -24,6 +25,8 @@ __all__ = [
     "Diagnosis",
     "Moments",
     "OneValueWarning",
+    "Ranks",
+    "RanksError",
     "RunningStats",
     "Saved",
     "affine",
@@ -36,6 +39,7 @@ __all__ = [
     "infer",
     "jvp",
     "moments",
+    "normalize",
     "recalibrate",
     "reference",
     "set_backend",

@@ -6,6 +6,7 @@ together with C-sized arrays: parameters, gradients, and a table (6, C) of what 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
 from collections.abc import Sequence
@@ -28,8 +29,9 @@ from .arguments import (
     native,
     same_memory,
 )
-from .arrays import FLOAT32, FLOAT64, Span, family_of, family_of_values
+from .arrays import FLOAT32, FLOAT64, Span, family_of, family_of_values, place_of
 from .dispatch import Kernels, kernels
+from .distributed import ALONE, Ranks, Shared, ranks_of, statistics, sums
 from .extras import Asked, ask, inverse_table, poorly_kept
 from .host import Caller, caller_of, check_host
 from .layout import Views, channels_of, empty
@@ -62,8 +64,8 @@ class Saved:
     """
 
     __slots__ = (
-        *("_asked", "_axes", "_caller", "_like", "_lost", "_masses", "_shape", "_strides", "_table", "_units", "_x"),
-        *("dtype", "frozen"),
+        *("_asked", "_axes", "_caller", "_like", "_lost", "_masses", "_shape", "_shared", "_strides", "_table"),
+        *("_units", "_x", "dtype", "frozen"),
     )
 
     def __init__(
@@ -86,13 +88,15 @@ class Saved:
         self._masses = masses  # (G,), by set: sums of weights, or numbers of values; None without weights and groups
         self._lost = lost  # with save="y": the channels that can't be had back from y, and their x
         self._units = units  # scale and zero point of whole numbers
+        self._shared: Shared | None = None  # with `comm`: the ranks whose batch this is a part of
 
     @property
     def moments(self) -> Any:
         """Moments of x (None if frozen), made when asked for: that takes as long as normalizing a small array."""
         if self.frozen:
             return None
-        return _moments(self._shape, self._axes, self._table, self.dtype, self._asked, self._masses, self._units)
+        total = None if self._shared is None else self._shared.values
+        return _moments(self._shape, self._axes, self._table, self.dtype, self._asked, self._masses, self._units, total)
 
     @classmethod
     def of(cls, x: Any, table: Any, frozen: bool, axis: Axis = 1) -> Saved:
@@ -128,6 +132,7 @@ def forward(
     save: str = "x",
     scale: float = 1.0,
     zero_point: float = 0.0,
+    comm: Any = None,
 ) -> tuple[Array, Saved]:
     """Normalize each channel by its own mean and variance (training), or by given ones (evaluation).
 
@@ -179,6 +184,12 @@ def forward(
     scale, zero_point : float
         x may be of whole numbers q (uint8, int8, uint16, int16), which stand for ``scale (q - zero_point)``. y is
         float32 then, and x isn't copied.
+    comm : communicator or fastbn.Ranks, optional
+        x is this rank's part of a batch that is spread over processes, and mean and variance are those of the whole of
+        it: what kinds there are, and how long to wait for other ranks, is in `fastbn.Ranks`. All ranks must make the
+        call, with as many channels, one dtype and one eps; their numbers of samples may differ, and be 0. Then
+        `saved.moments` are the whole batch's, and `backward` is a collective too. Not with groups; with `frozen`
+        statistics nothing is sent.
 
     Returns
     -------
@@ -190,11 +201,13 @@ def forward(
     ------
     TypeError, ValueError, numpy.exceptions.AxisError
         Before anything is written.
+    RanksError
+        With `comm`, on all ranks: if they don't agree, if one raised another error, or if one doesn't answer.
 
     Warns
     -----
     OneValueWarning
-        If each channel has a single value to train on.
+        If each channel has a single value to train on (on all ranks together).
 
     >>> import numpy as np, fastbn
     >>> x = np.float32([[1, 1e6], [3, 1e6 + 4]])
@@ -207,7 +220,11 @@ def forward(
     more = None
     if not (weights is groups is residual is activation is None and masked == "normalize" and save == "x"):
         more = (weights, masked, groups, residual, activation, save)
-    return _forward("fastbn.forward", x, gamma, beta, axis, eps, frozen, out, more, scale, zero_point)
+    if comm is None:
+        return _forward("fastbn.forward", x, gamma, beta, axis, eps, frozen, out, more, scale, zero_point)
+    ranks = ranks_of("fastbn.forward", comm)
+    with contextlib.nullcontext() if frozen is not None else ranks.joined("fastbn.forward"):
+        return _forward("fastbn.forward", x, gamma, beta, axis, eps, frozen, out, more, scale, zero_point, ranks)
 
 
 def backward(
@@ -216,6 +233,7 @@ def backward(
     *,
     need: Sequence[bool] = (True, True, True),
     out: Any = None,
+    reduce_params: bool = False,
 ) -> tuple[Any, ...]:
     """The gradients of a loss with respect to x, gamma and beta, from that with respect to y.
 
@@ -239,6 +257,11 @@ def backward(
         Which of dx, dgamma and dbeta to compute. The others are None.
     out : array, or (dx, dgamma, dbeta) with None where there is none, optional
         Where results go; dx may go to dy, or to x, of which nothing is left for another `backward` then.
+    reduce_params : bool
+        If forward had `comm`: whether dgamma and dbeta are the sums over all ranks, the same bits on each, or (False)
+        those of this rank's dy, to be summed or averaged with the gradients of all other parameters of the net. dx is
+        that of the whole batch in either case; where a loss is averaged over ranks, so is all that follows from it.
+        All ranks must ask for the same (in `need` too).
 
     Returns
     -------
@@ -260,6 +283,13 @@ def backward(
     where = "fastbn.backward"
     if not isinstance(saved, Saved):
         raise TypeError(f"{where}: saved is {describe(saved)}; expected the second result of fastbn.forward")
+    if saved._shared is None:
+        return _backward(where, dy, saved, need, out, False)
+    with saved._shared.ranks.joined(where):
+        return _backward(where, dy, saved, need, out, reduce_params)
+
+
+def _backward(where: str, dy: Any, saved: Saved, need: Any, out: Any, reduce_params: bool) -> tuple[Any, ...]:
     like = saved._like
     given_dy = check_array(where, "dy", dy)
     check_place(where, "dy", dy, like)
@@ -316,7 +346,9 @@ def backward(
     dgamma = _flat(given_dgamma, channels.number, numbers, like) if need_dgamma else None
     dbeta = _flat(given_dbeta, channels.number, numbers, like) if need_dbeta else None
     read = given_dy if x is None else x
-    if asked is None:
+    if saved._shared is not None:
+        _run_backward_shared(where, given_dy, read, dx, dr, saved, dgamma, dbeta, reduce_params)
+    elif asked is None:
         _run_backward(where, given_dy, read, dx, saved, dgamma, dbeta)
     else:
         _run_backward_with(where, given_dy, read, dx, dr, saved, dgamma, dbeta, asked)
@@ -388,9 +420,57 @@ def moments(x: Any, *, axis: Axis = 1, weights: Any = None, scale: float = 1.0, 
     return found
 
 
+def normalize(
+    x: Array,
+    moments: Moments,
+    gamma: Any = None,
+    beta: Any = None,
+    *,
+    axis: Axis = 1,
+    eps: float = 1e-5,
+    out: Array | None = None,
+    comm: Any = None,
+) -> tuple[Array, Saved]:
+    """The second half of `forward`: normalize x by moments that were made before, in training.
+
+    ``forward(x, comm=comm)`` is ``normalize(x, moments(x).allreduce(comm), comm=comm)``. In parts, there is time for
+    other work while the ranks' moments travel:
+
+    >>> import numpy as np, fastbn
+    >>> class Mirror:  # stands for two ranks with the same data
+    ...     def allgather(self, data):
+    ...         return data, data
+    >>> comm, x = Mirror(), np.float32([[1, 10], [3, 10]])
+    >>> pending = fastbn.moments(x).allreduce(comm, wait=False)
+    >>> other_work = x @ x.T  # such as the branch beside this one
+    >>> y, saved = fastbn.normalize(x, pending.wait(), comm=comm)
+    >>> y.round(3).tolist(), saved.moments.count
+    ([[-1.0, 0.0], [1.0, 0.0]], 4)
+
+    `moments` are those of the whole batch, of which x is a part; `comm` is who has the rest of it, for `backward`. The
+    arguments, results and errors are otherwise those of `forward`.
+    """
+    where = "fastbn.normalize"
+    if not isinstance(moments, Moments):
+        raise TypeError(
+            f"{where}: moments is {describe(moments)}; expected those of the batch, as of fastbn.moments(x)"
+        )
+    checked = check_array(where, "x", x)
+    x_shape = channels_of(checked.shape, check_axis(where, checked, axis)).shape
+    if moments.shape != x_shape:
+        raise ValueError(
+            f"{where}: moments has channels of shape {moments.shape}; expected {x_shape}. Is axis the same?"
+        )
+    if moments.count == 0 and checked.size:
+        raise ValueError(f"{where}: moments has a count of 0, and x {checked.size} values; expected those of the batch")
+    ranks = ranks_of(where, ALONE if comm is None else comm)
+    return _forward(where, x, gamma, beta, axis, eps, None, out, None, 1.0, 0.0, ranks, moments)
+
+
 def _forward(
     where: str, x: Any, gamma: Any, beta: Any, axis: Axis, eps: float, frozen: Any, out: Any,
-    more: tuple[Any, ...] | None, scale: float, zero_point: float,
+    more: tuple[Any, ...] | None, scale: float, zero_point: float, ranks: Ranks | None = None,
+    known: Moments | None = None,
 ) -> tuple[Any, Saved]:  # fmt: skip
     caller = None if type(x) is np.ndarray else caller_of(x)
     x = check_array(where, "x", x, whole=True)
@@ -414,7 +494,7 @@ def _forward(
         y = caller.empty(x.shape, x.strides, result)
     else:
         y = x.family.like(x, x.strides) if isinstance(x, Span) else np.empty_like(x, dtype=result, subok=False)
-    if frozen is None and channels.values == 1:
+    if frozen is None and ranks is None and channels.values == 1:
         _warn_of_one_value(x, axis)
     table = _new((6, channels.number * (1 if asked is None else asked.sets)), FLOAT64, x)
     lost = None
@@ -422,13 +502,69 @@ def _forward(
         lost = _lost(x, axes, gamma, beta, channels)
     if units is not None:
         mean, var, eps = _in_whole_numbers(mean, var, eps, units)
-    masses, kept = _run_forward(where, x, y, axes, table, (gamma, beta, mean, var), eps, asked)
+    if ranks is None or frozen is not None:
+        shared = None
+        masses, kept = _run_forward(where, x, y, axes, table, (gamma, beta, mean, var), eps, asked)
+    else:
+        found = _shared_statistics(where, x, axes, table, eps, asked, units, ranks, axis, known)
+        shared, masses, kept = _run_shared(where, x, y, axes, table, (gamma, beta), eps, asked, *found)
     if asked is not None and asked.save == "y":
         kept = y
     elif out is not None and same_memory(x, y):
         kept = None
     y = _own(y) if caller is None else caller.result(y, out)
-    return y, Saved(kept, x, axes, table, frozen is not None, asked, masses, lost, units, caller)
+    saved = Saved(kept, x, axes, table, frozen is not None, asked, masses, lost, units, caller)
+    saved._shared = shared
+    return y, saved
+
+
+def _shared_statistics(
+    where: str, x: Any, axes: tuple[int, ...], table: Any, eps: float, asked: Asked | None,
+    units: tuple[float, float] | None, ranks: Ranks, axis: Axis, known: Moments | None,
+) -> tuple[Shared, np.ndarray]:  # fmt: skip
+    """Mean hi, mean lo and variance (3, C) of the whole batch, from this rank's sums and one message."""
+    channels = channels_of(x.shape, axes)
+    if asked is not None and asked.groups is not None:
+        raise ValueError(f"{where}: groups and comm are both given; expected one. Groups are each rank's own")
+    if asked is not None and asked.save == "y":
+        raise ValueError(f"{where}: save='y' and comm are both given; expected save='x', from which gradients are made")
+    if known is not None:
+        mean, m2 = (family_of_values(a).host(a).reshape(-1) for a in (known._mean, known._m2))
+        rows = np.stack([mean, np.zeros_like(mean), m2 / (known.count or 1)])
+        shared = Shared(ranks, ranks.calls, known.count, eps)
+    else:
+        own = None if asked is None or asked.weights is None else asked.plain()
+        masses, _ = _run_forward(where, x, None, axes, table, (None, None, None, None), eps, own)
+        count = float(channels.values if masses is None else masses[0])
+        shared, rows = statistics(where, ranks, family_of_values(table).host(table), count, x.dtype, eps, units)
+    if shared.values == 1:
+        _warn_of_one_value(x, axis)
+    return shared, rows
+
+
+def _run_shared(
+    where: str, x: Any, y: Any, axes: tuple[int, ...], table: Any, affine: tuple[Any, Any], eps: float,
+    asked: Asked | None, shared: Shared, rows: np.ndarray,
+) -> tuple[Shared, np.ndarray | None, Any]:  # fmt: skip
+    """As `_run_forward`, with the statistics of the whole batch."""
+    family, device = place_of(table)
+    hi, lo, var = rows
+    gamma, beta = affine
+    if shared.values == 0:  # no statistics anywhere, and none here
+        return shared, *_run_forward(where, x, y, axes, table, (gamma, beta, None, None), eps, asked)
+    exact = isinstance(table, np.ndarray) and x.dtype == FLOAT64 and bool(lo.any())
+    shift = beta
+    with np.errstate(all="ignore"):
+        invstd = 1 / np.sqrt(var + eps)
+        if exact:  # given statistics have no lo: it goes into beta
+            shift = (0.0 if beta is None else beta) - (1.0 if gamma is None else gamma) * invstd * lo
+    given = gamma, shift, family.put(hi if exact else hi + lo, device), family.put(var, device)
+    masses, kept = _run_forward(where, x, y, axes, table, given, eps, asked)
+    if x.size == 0:
+        table[:4] = family.put(np.stack([hi, lo, var, invstd]), device)
+    elif exact:
+        table[1], table[5] = lo, 0.0 if beta is None else beta
+    return shared, None if masses is None else np.array([shared.values]), kept
 
 
 def _units(where: str, x: Any, scale: Any, zero_point: Any) -> tuple[float, float] | None:
@@ -495,7 +631,7 @@ def _warn_of_one_value(x: Any, axis: Axis) -> None:
 
 def _moments(
     shape: tuple[int, ...], axes: tuple[int, ...], table: Any, dtype: Any, asked: Asked | None,
-    masses: np.ndarray | None, units: tuple[float, float] | None,
+    masses: np.ndarray | None, units: tuple[float, float] | None, total: float | None = None,
 ) -> Any:  # fmt: skip
     """Moments, or with groups a list of them."""
     channels = channels_of(shape, axes)
@@ -506,9 +642,9 @@ def _moments(
         if units is not None:
             mean, lo, var = units[0] * ((mean + lo) - units[1]), None, units[0] ** 2 * var
         if asked is None or masses is None:
-            m2, shape = channels.values * var, channels.shape
+            count, shape = channels.values if total is None else int(total), channels.shape
             lo = None if lo is None else lo.reshape(shape)
-            return Moments.found(channels.values, mean.reshape(shape), m2.reshape(shape), kind, lo)
+            return Moments.found(count, mean.reshape(shape), (count * var).reshape(shape), kind, lo)
         shape = asked.sets, *channels.shape
         mean, var, lo = mean.reshape(shape), var.reshape(shape), None if lo is None else lo.reshape(shape)
         counts = [float(m) if asked.weights is not None else int(m) for m in masses]
@@ -676,22 +812,88 @@ def _lost_backward(where: str, dy: np.ndarray, dx: Any, saved: Saved, dgamma: An
         dgamma[lost] = found
 
 
-def _sums(dy: np.ndarray, saved: Saved) -> np.ndarray:
-    """(2, C) float64: sum dy and sum dy (x - mean), by saved's mean, which may be that of more values than x has."""
-    backend = kernels("fastbn.backward", dy)
-    if dy.size == 0:
-        return np.zeros((2, saved._table.shape[1]))
-    read_x, read_dy = _elements(Views(saved._axes, [saved._x, dy], []).views, backend)
-    sums: np.ndarray = backend.gradient_sums(read_dy, read_x, saved._table)
-    return sums
+def _run_backward_shared(
+    where: str, dy: Any, x: Any, dx: Any, dr: Any, saved: Saved, dgamma: Any, dbeta: Any, reduce_params: bool
+) -> None:
+    """With the sums of all ranks: one message."""
+    shared = saved._shared
+    assert shared is not None, "of a forward pass with comm"
+    local = total = _sums(dy, x, dr, saved)
+    if dx is not None or (reduce_params and not (dgamma is dbeta is None)):
+        total = sums(where, shared, local, saved.dtype)
+    chosen = total if reduce_params else local
+    with np.errstate(all="ignore"):
+        if dgamma is not None:
+            dgamma[...] = chosen[1] * saved._table[3]
+        if dbeta is not None:
+            dbeta[...] = chosen[0]
+    if dx is not None:
+        _map(dy, x, dx, saved, total, shared.values)
 
 
-def _map(dy: np.ndarray, saved: Saved, sums: np.ndarray, count: float, dx: np.ndarray) -> None:
-    """dx by such sums over `count` values."""
-    backend = kernels("fastbn.backward", dy)
+def _sums(dy: Any, x: Any, dr: Any, saved: Saved) -> np.ndarray:
+    """(2, C) float64: sum g and sum g (x - mean); g is dy times the activation's slope, and goes to dr."""
+    found = np.zeros((2, saved._table.shape[1]))
+    if dy.size and saved._asked is None:
+        backend = kernels("fastbn.backward", dy)
+        views = Views(saved._axes, [x, dy], [])
+        read_x, read_dy = (_elements([v], backend)[0] for v in views.views)
+        sums: np.ndarray = backend.gradient_sums(read_dy, read_x, saved._table)
+        return sums
+    if dy.size:
+        views, g, d, _ = _terms(dy, x, saved, dr)
+        with np.errstate(all="ignore"):
+            found[0], found[1] = g.sum((0, 2)), (g * d).sum((0, 2))
+        if dr is not None:
+            written: Any = views.views[-1]
+            written[...] = g
+            views.finish()
+    return found
+
+
+def _map(dy: Any, x: Any, dx: Any, saved: Saved, sums: np.ndarray, values: float) -> None:
+    """dx, from sums over so many values, or over weights of this sum."""
     if dy.size == 0:
         return
-    views = Views(saved._axes, [saved._x, dy], [dx])
-    read_x, read_dy, written = _elements(views.views, backend)
-    backend.gradient_map(read_dy, read_x, written, saved._table, sums, count)
+    if saved._asked is None:
+        backend = kernels("fastbn.backward", dy)
+        views = Views(saved._axes, [x, dy], [dx])
+        read_x, read_dy, target = (_elements([v], backend)[0] for v in views.views)
+        backend.gradient_map(read_dy, read_x, target, saved._table, sums, values)
+        views.finish()
+        return
+    views, g, d, w = _terms(dy, x, saved, dx)
+    invstd, gamma = saved._table[3:5, :, None]
+    with np.errstate(all="ignore"):
+        a, (s, t) = gamma * invstd, sums[:, :, None] / (values or 1.0)
+        own = s + invstd * (d * invstd) * t
+        found = a * (g - own if w is None else g - np.where(w == 0, 0.0, w * own))
+    if saved._asked is not None and saved._asked.masked == "keep":
+        found = np.where(w == 0, views.views[1], found)
+    written: Any = views.views[-1]
+    written[...] = found
     views.finish()
+
+
+def _terms(dy: Any, x: Any, saved: Saved, out: Any) -> tuple[Views, Any, Any, Any]:
+    """g, x - mean and weights as float64 (O, C, I)."""
+    from .kernels.reference import slope
+
+    asked = saved._asked
+    residual = None if asked is None else asked.residual
+    views = Views(saved._axes, [x, dy] if residual is None else [x, dy, residual], [out])
+    v, g = (np.asarray(a, np.float64) for a in views.views[:2])
+    hi, lo, _, invstd, gamma, beta = saved._table[:, :, None]
+    w = None
+    with np.errstate(all="ignore"):
+        d = (v - hi) - lo
+        if asked is not None:
+            z = gamma * invstd * d + beta
+            if residual is not None:
+                z = z + np.asarray(views.views[2], np.float64)
+            g = g * slope(asked.activation, asked.parameter, z)
+            if asked.weights is not None:
+                w = np.asarray(views.positions(asked.weights), np.float64)
+                if asked.masked != "normalize":
+                    g, d = np.where(w == 0, 0.0, g), np.where(w == 0, 0.0, d)
+    return views, g, d, w

@@ -64,6 +64,10 @@ class Asked(NamedTuple):
         """How many sets of statistics there are."""
         return 1 if self.groups is None else self.groups.number
 
+    def plain(self) -> Asked:
+        """With the weights alone: what statistics depend on."""
+        return self._replace(activation="", residual=None, masked="normalize", groups=None, save="x")
+
     def masses(self, channels: Channels, shape: tuple[int, ...]) -> np.ndarray:
         """(G,) float64: the sum of the weights of each set, or the number of its values without weights."""
         samples = shape[self.samples]

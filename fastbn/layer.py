@@ -9,6 +9,7 @@ import numpy as np
 
 from .arguments import Axis, check_channels, check_eps, check_variances, describe
 from .batchnorm import Array, Saved, backward, forward
+from .distributed import ranks_of
 from .host import seen
 from .moments import check_like
 from .running import RunningStats
@@ -45,6 +46,12 @@ class BatchNorm:
     on_nonfinite, debias : as in `fastbn.RunningStats`
         What the running statistics do about NaN and Inf, and whether their initial 0 and 1 count. With "raise" a call
         raises when y is computed already: it is not returned, but was written to an `out`.
+    comm : communicator or fastbn.Ranks, optional
+        Batches are spread over these ranks, as in `fastbn.forward`; in training `bn(x)` and `bn.backward(dy)` are
+        collectives, and the running statistics are the same on all ranks.
+    reduce_params : bool
+        With `comm`: `dgamma` and `dbeta` are summed over the ranks. Leave it False where the gradients of all
+        parameters are summed or averaged over the ranks anyway.
 
     Attributes
     ----------
@@ -83,7 +90,11 @@ class BatchNorm:
         like: Any = None,
         on_nonfinite: str = "propagate",
         debias: bool = False,
+        comm: Any = None,
+        reduce_params: bool = False,
     ) -> None:
+        self.comm = None if comm is None else ranks_of("fastbn.BatchNorm", comm)
+        self.reduce_params = reduce_params
         self.axis = axis
         self.eps = check_eps("fastbn.BatchNorm", eps)
         self._family, self._device = check_like("fastbn.BatchNorm", like)
@@ -102,7 +113,9 @@ class BatchNorm:
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:
         """y; in training the running statistics take x in."""
         frozen = None if self.training else self.running
-        y, saved = forward(x, self.gamma, self.beta, axis=self.axis, eps=self.eps, frozen=frozen, out=out)
+        y, saved = forward(
+            x, self.gamma, self.beta, axis=self.axis, eps=self.eps, frozen=frozen, out=out, comm=self.comm
+        )
         if (moments := saved.moments) is not None:
             self.running.update(moments)
         self._saved = saved
@@ -113,7 +126,7 @@ class BatchNorm:
         if self._saved is None:
             raise RuntimeError("fastbn.BatchNorm.backward: no forward pass came before; call bn(x) first")
         dx: Array
-        dx, dgamma, dbeta = backward(dy, self._saved, out=out)
+        dx, dgamma, dbeta = backward(dy, self._saved, out=out, reduce_params=self.reduce_params)
         dgamma, dbeta = seen(dgamma), seen(dbeta)
         if self.accumulate:
             self.dgamma[...], self.dbeta[...] = self.dgamma + dgamma, self.dbeta + dbeta

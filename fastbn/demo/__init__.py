@@ -2,13 +2,15 @@
 
 Deep nets in plain NumPy (`net.py`) on scikit-learn's 8x8 digits (`training.py`), six experiments and a
 seventh on what batch norm does not help with (`experiments.py`), and a report with plots (`report.py`,
-`plots.py`). scikit-learn, matplotlib and rich are imported only when the demo runs.
+`plots.py`). With `--ranks 4`, one experiment instead: training on four processes (`ranks.py`).
+scikit-learn, matplotlib and rich are imported only when the demo runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import platform
 import sys
 import time
@@ -40,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", choices=("auto", "cpu", "reference"), help="kernels (default: fastbn's own choice)"
     )
+    parser.add_argument(
+        "--ranks", type=number_of_ranks, help="train on so many processes under mpiexec, and nothing else"
+    )
 
 
 def seed(text: str) -> int:
@@ -47,6 +52,14 @@ def seed(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"a seed is a whole number, zero or more; got {text}")
+    return value
+
+
+def number_of_ranks(text: str) -> int:
+    """A number of processes, two or more."""
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"ranks are processes, two or more; got {text}")
     return value
 
 
@@ -69,11 +82,15 @@ def demonstrate(args: argparse.Namespace) -> int:
 
     from . import experiments, report
 
+    if args.ranks is not None and (importlib.util.find_spec("mpi4py") is None or launcher() is None):
+        return fail("mpi4py or mpiexec not found; pip install 'fastbn[demo,mpi]'")
     try:
         report.prepare(args.out)
     except OSError as error:
         return fail(f"cannot write to {args.out}: {error.strerror or error}")
 
+    if args.ranks is not None:
+        return on_ranks(args)
     budget = experiments.QUICK if args.quick else experiments.FULL
     outcomes: list[Outcome] = []
     interrupted = False
@@ -106,6 +123,38 @@ def demonstrate(args: argparse.Namespace) -> int:
         return fail(f"interrupted, {done}{'' if outcomes else '; no report'}", INTERRUPTED)
     claims = [claim for outcome in outcomes for claim in outcome.claims]
     print(f"{sum(claim.passed for claim in claims)} of {len(claims)} claims passed in {seconds:.0f} s")
+    return 0
+
+
+def launcher() -> str | None:
+    """mpiexec, if it is there."""
+    from .ranks import mpiexec
+
+    return mpiexec()
+
+
+def on_ranks(args: argparse.Namespace) -> int:
+    """The experiment on several processes: its summary and its plot."""
+    from . import ranks, report
+
+    plan = ranks.QUICK if args.quick else ranks.FULL
+    start = time.perf_counter()
+    print(f"training on {args.ranks} ranks: {2 * len(plan.rates) * plan.seeds} nets of {plan.steps} steps", flush=True)
+    try:
+        found = ranks.measure(args.ranks, plan, args.seed, args.backend or fastbn.get_backend())
+    except RuntimeError as error:
+        return fail(f"the ranks failed: {error}")
+    outcome = ranks.outcome(args.ranks, plan, found)
+    print_summary([outcome])
+    about = [
+        f"{plan.name} run, seed {args.seed}, {args.ranks} ranks, {time.perf_counter() - start:.0f} s",
+        f"Python {platform.python_version()}, NumPy {np.__version__}, {platform.machine()}",
+    ]
+    try:
+        path = report.write_ranks(args.out, outcome, about)
+    except OSError as error:
+        return fail(f"cannot write to {args.out}: {error.strerror or error}")
+    print(f"report: {path}")
     return 0
 
 

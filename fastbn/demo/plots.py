@@ -257,6 +257,22 @@ def places(taken: Mapping[str, Sequence[float]], title: str, path: Path) -> None
         ax.set_title("A dot is a seed, a bar the median")
 
 
+def training_curves(steps: Floats, accuracy: Mapping[str, Floats], title: str, path: Path) -> None:
+    """Test accuracy along training, (seeds, steps) by arm: the mean as a line, the seeds as a band."""
+    colours = dict(zip(accuracy, (WITHOUT, WITH), strict=True))
+    with sheet(path, title, (8.5, 4.6), 1, 1) as (_, axes):
+        ax = axes[0][0]
+        for arm, curves in accuracy.items():
+            mean = 100 * curves.mean(0)
+            ax.fill_between(
+                steps, 100 * curves.min(0), 100 * curves.max(0), color=colours[arm], alpha=0.18, linewidth=0
+            )
+            ax.plot(steps, mean, color=colours[arm], linewidth=2, label=f"{arm}: {mean[-1]:.1f}% at the end")
+        ax.set_xlabel("step")
+        ax.set_ylabel("test accuracy, % (mean; band: all seeds)")
+        ax.legend(loc="lower right")
+
+
 def legend_below(ax: Axes) -> None:
     """A legend under the axes, where it covers no data."""
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=9)

@@ -35,6 +35,17 @@ def write(folder: Path, outcomes: Sequence[Outcome], about: Sequence[str]) -> Pa
     return path
 
 
+def write_ranks(folder: Path, outcome: Outcome, about: Sequence[str]) -> Path:
+    """`ranks.md` and `ranks.png`: the experiment on several processes. Raises OSError as `write` does."""
+    outcome.draw(folder / "ranks.png")
+    text = ["# " + outcome.title, "", *(f"- {line}" for line in about), "", outcome.setup, "", "![](ranks.png)", ""]
+    text += [*table(["", "claim", "bar", "measured", ""], summary([outcome])), ""]
+    text += [*table(outcome.header, outcome.rows), "", outcome.note]
+    path = folder / "ranks.md"
+    path.write_text("\n".join(text) + "\n", encoding="utf-8")
+    return path
+
+
 def lines(outcomes: Sequence[Outcome], about: Sequence[str]) -> Iterator[str]:
     """The report, line by line."""
     yield "# What batch normalization does to deep nets on 1,797 real digits"
