@@ -131,7 +131,7 @@ def ask(
         raise ValueError(f"{where}: masked={masked!r} without weights; expected weights, whose zeros it is about")
     if save not in ("x", "y"):
         raise ValueError(f"{where}: save is {describe(save)}; expected 'x' or 'y'")
-    name, parameter = _activation(where, activation)
+    name, parameter = check_activation(where, activation)
     if save == "y":
         if name not in INVERTIBLE:
             raise ValueError(
@@ -154,7 +154,8 @@ def ask(
     return Asked(name, parameter, residual, checked, masked, samples, parted, save)
 
 
-def _activation(where: str, activation: Any) -> tuple[str, float]:
+def check_activation(where: str, activation: Any) -> tuple[str, float]:
+    """Its name and its parameter; no name for none."""
     name, given = activation, None
     if isinstance(activation, (tuple, list)) and len(activation) == 2:
         name, given = activation

@@ -10,6 +10,7 @@ import numpy as np
 from .arguments import Axis, check_channels, check_eps, check_variances, describe
 from .batchnorm import Array, Saved, backward, forward
 from .distributed import ranks_of
+from .extras import check_activation
 from .host import seen
 from .moments import check_like
 from .running import RunningStats
@@ -46,6 +47,8 @@ class BatchNorm:
     on_nonfinite, debias : as in `fastbn.RunningStats`
         What the running statistics do about NaN and Inf, and whether their initial 0 and 1 count. With "raise" a call
         raises when y is computed already: it is not returned, but was written to an `out`.
+    activation : as in `fastbn.forward`
+        What is done to y in the same pass; `bn(x, residual=r)` adds r before it.
     comm : communicator or fastbn.Ranks, optional
         Batches are spread over these ranks, as in `fastbn.forward`; in training `bn(x)` and `bn.backward(dy)` are
         collectives, and the running statistics are the same on all ranks.
@@ -57,6 +60,7 @@ class BatchNorm:
     ----------
     gamma, beta : arrays, yours to update in place
     dgamma, dbeta : arrays, filled by `backward`
+    dresidual : array, the gradient of the last call's residual, by `backward`; None if there was none
     running : RunningStats
     training : bool
 
@@ -90,11 +94,15 @@ class BatchNorm:
         like: Any = None,
         on_nonfinite: str = "propagate",
         debias: bool = False,
+        activation: Any = None,
         comm: Any = None,
         reduce_params: bool = False,
     ) -> None:
         self.comm = None if comm is None else ranks_of("fastbn.BatchNorm", comm)
         self.reduce_params = reduce_params
+        self.activation = activation
+        check_activation("fastbn.BatchNorm", activation)
+        self.dresidual: Any = None
         self.axis = axis
         self.eps = check_eps("fastbn.BatchNorm", eps)
         self._family, self._device = check_like("fastbn.BatchNorm", like)
@@ -110,12 +118,21 @@ class BatchNorm:
         )
         self._saved: Saved | None = None
 
-    def __call__(self, x: Array, *, out: Array | None = None) -> Array:
-        """y; in training the running statistics take x in."""
+    def __call__(
+        self,
+        x: Array,
+        *,
+        out: Array | None = None,
+        weights: Any = None,
+        masked: str = "normalize",
+        residual: Array | None = None,
+    ) -> Array:
+        """y; in training the running statistics take x in. The rest is as in `fastbn.forward`."""
         frozen = None if self.training else self.running
         y, saved = forward(
-            x, self.gamma, self.beta, axis=self.axis, eps=self.eps, frozen=frozen, out=out, comm=self.comm
-        )
+            x, self.gamma, self.beta, axis=self.axis, eps=self.eps, frozen=frozen, out=out, weights=weights,
+            masked=masked, residual=residual, activation=self.activation, comm=self.comm,
+        )  # fmt: skip
         if (moments := saved.moments) is not None:
             self.running.update(moments)
         self._saved = saved
@@ -126,7 +143,8 @@ class BatchNorm:
         if self._saved is None:
             raise RuntimeError("fastbn.BatchNorm.backward: no forward pass came before; call bn(x) first")
         dx: Array
-        dx, dgamma, dbeta = backward(dy, self._saved, out=out, reduce_params=self.reduce_params)
+        dx, dgamma, dbeta, *rest = backward(dy, self._saved, out=out, reduce_params=self.reduce_params)
+        self.dresidual = rest[0] if rest else None
         dgamma, dbeta = seen(dgamma), seen(dbeta)
         if self.accumulate:
             self.dgamma[...], self.dbeta[...] = self.dgamma + dgamma, self.dbeta + dbeta

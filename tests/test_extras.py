@@ -327,3 +327,20 @@ def test_errors(more, error, match, rng):
     with pytest.raises(error, match=match):
         fastbn.forward(x, out=out, **more)
     assert (out == 7).all()
+
+
+def test_a_layer_with_an_activation(rng, backend):
+    """The same as a layer without one and an activation behind it, forward and backward."""
+    x, r, dy = (rng.normal(1, 2, (6, 5, 4, 4)).astype(np.float32) for _ in range(3))
+    plain, fused = fastbn.BatchNorm(5), fastbn.BatchNorm(5, activation="relu")
+    for bn in (plain, fused):
+        bn.gamma[...], bn.beta[...] = np.linspace(-1, 2, 5), np.linspace(-1, 1, 5)
+    z = plain(x) + r
+    np.testing.assert_allclose(fused(x, residual=r), np.maximum(z, 0), rtol=1e-6, atol=1e-6)
+    dx, g = plain.backward(dy * (z > 0)), dy * (z > 0)
+    np.testing.assert_allclose(fused.backward(dy), dx, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(fused.dresidual, g)
+    np.testing.assert_allclose(fused.dgamma, plain.dgamma, rtol=1e-5, atol=1e-5)
+    assert fastbn.BatchNorm(5)(x, weights=np.zeros(6), masked="keep") is not x
+    with pytest.raises(ValueError, match=r"fastbn\.BatchNorm: activation is str 'swish'"):
+        fastbn.BatchNorm(5, activation="swish")
