@@ -102,17 +102,39 @@ class Arrays:
         count = max(2, FULL_CHECK // (self.case.size // channels))
         return np.unique(np.linspace(0, channels - 1, min(count, channels)).astype(np.intp))
 
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """A mask of positions, six of ten."""
+        wide = [1 if a == 1 else n for a, n in enumerate(self.x.shape)]
+        return np.asarray(self._rng.random(wide) < 0.6)
+
+    def more(self, function: str) -> dict[str, Any]:
+        """What a function with more asks for: `forward` of "forward+relu" an activation."""
+        what = function.partition("+")[2]
+        if what == "residual":
+            return {"residual": self.dy, "activation": "relu"}
+        if what == "y":
+            return {"activation": "leaky_relu", "save": "y"}
+        if what == "groups":
+            return {"groups": min(4, len(self.x))}
+        return {} if not what else {"weights": self.weights} if what == "weights" else {"activation": what}
+
     def _exact(self, function: str) -> tuple[np.ndarray, ...]:
         """The reference's results on the checked channels."""
         picked = self._channels()
         x, gamma, beta = self.x[:, picked], self.gamma[picked], self.beta[picked]
+        more = self.more(function)
+        more.pop("save", None)
+        if "residual" in more:
+            more["residual"] = more["residual"][:, picked]
+        function = function.partition("+")[0]
         if function == "infer":
-            return (fastbn.reference.infer(x, self.mean[picked], self.var[picked], gamma, beta, eps=EPS),)
+            return (fastbn.reference.infer(x, self.mean[picked], self.var[picked], gamma, beta, eps=EPS, **more),)
         if function == "moments":
             found = fastbn.reference.moments(x)
             return found.mean, found.var()
-        y, saved = fastbn.reference.forward(x, gamma, beta, eps=EPS)
-        return (y,) if function == "forward" else fastbn.reference.backward(self.dy[:, picked], saved)
+        y, saved = fastbn.reference.forward(x, gamma, beta, eps=EPS, **more)
+        return (y,) if function == "forward" else fastbn.reference.backward(self.dy[:, picked], saved)[:3]
 
     def error(self, function: str, results: Sequence[np.ndarray]) -> float:
         """The largest error of results (N, C, ...) or (C,), relative to max(1, |exact|); NaN counts as infinite."""

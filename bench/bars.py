@@ -15,7 +15,7 @@ import numpy as np
 from .measure import NOT_OFFERED, Row
 from .shapes import Case, Selection
 
-MEASURES = ("copies", "PyTorch", "twin", "growth", "us", "seconds")
+MEASURES = ("copies", "PyTorch", "twin", "plain", "growth", "us", "seconds")
 Key = tuple[str, str, bool]  # case, function, out
 
 
@@ -167,7 +167,9 @@ def _value(measure: str, row: Row | None, peer: Row | None) -> float | None:
         return None
     if measure == "PyTorch":
         return None if peer is None or peer.ms is None else peer.ms / row.ms
-    return row.twin if measure == "twin" else row.ms * 1e3 if measure == "us" else row.copies
+    if measure in ("twin", "plain"):
+        return row.twin if measure == "twin" else row.plain
+    return row.ms * 1e3 if measure == "us" else row.copies
 
 
 def replaced(rows: Sequence[Row], new: Sequence[Row]) -> list[Row]:

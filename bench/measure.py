@@ -15,7 +15,7 @@ import numpy as np
 from .arrays import Arrays
 from .floor import copies
 from .peers import Call, Library
-from .shapes import Case
+from .shapes import Case, base
 
 SAMPLE = 200e-6  # seconds that a sample lasts at least, by repeating the call
 SLOW = 10  # times the fastest: such a call takes part in three rounds only
@@ -62,6 +62,7 @@ class Row:
     copy_ms: float = math.nan  # the fastest copy of x's bytes, in the same rounds
     copy_by: str = ""
     twin: float | None = None  # time per element over that of `Case.twin`
+    plain: float | None = None  # of a function with more: time over that of the plain one, in the same rounds
     note: str = ""
 
     @property
@@ -82,7 +83,7 @@ class Row:
     @property
     def gbytes(self) -> float:
         """GB/s, counting each array that must be read or written once."""
-        return math.nan if self.ms is None else PASSES[self.function] * self.mbytes / self.ms
+        return math.nan if self.ms is None else PASSES[base(self.function)] * self.mbytes / self.ms
 
 
 def take_turns(calls: Mapping[str, Callable[[], Any]], budget: Budget) -> dict[str, tuple[list[float], int]]:
@@ -142,7 +143,7 @@ def prepare(library: Library, arrays: Arrays, function: str, out: bool) -> Call 
         if call is None:
             return NOT_OFFERED
         if out:  # so that the results of another library can't pass for this one's
-            (arrays.dx if function == "backward" else arrays.y).fill(np.nan)
+            (arrays.dx if base(function) == "backward" else arrays.y).fill(np.nan)
         error = arrays.error(function, call.read(call.run()))
     except Exception as cause:  # whatever a peer raises, the run goes on without it
         return f"failed: {type(cause).__name__}: {cause}"
@@ -164,31 +165,41 @@ def measure(
     twin = case.twin() if twins else None
     others = None if twin is None else Arrays(twin)
     torch = next((library.torch for library in libraries if hasattr(library, "torch")), None)
-    for function in dict.fromkeys(function for function, _ in calls):
-        outs = [out for name, out in calls if name == function]
-        found = {(library, out): prepare(library, arrays, function, out) for library in libraries for out in outs}
-        runs = {f"{library.name} {out}": c.run for (library, out), c in found.items() if isinstance(c, Call)}
+    for plain in dict.fromkeys(base(function) for function, _ in calls):
+        wanted = [(name, out) for name, out in calls if base(name) == plain]
+        beside = [(plain, out) for name, out in wanted if name != plain and (plain, out) not in wanted]
+        outs = dict.fromkeys(out for name, out in wanted if name == plain)
+        found = {
+            (library, name, out): prepare(library, arrays, name, out)
+            for name, out in [*wanted, *dict.fromkeys(beside)]
+            for library in (libraries if name == plain and (name, out) in wanted else libraries[:1])
+        }
+        runs = {
+            f"{library.name} {name} {out}": c.run for (library, name, out), c in found.items() if isinstance(c, Call)
+        }
         ways = copies(arrays.source(), arrays.target(), torch)
         runs |= {f"copy {way}": run for way, run in ways.items()}
         for copy in ways.values():
             copy()  # compiles
         if others is not None and twin is not None:
             for out in outs:
-                call = prepare(libraries[0], others, function, out)
+                call = prepare(libraries[0], others, plain, out)
                 runs |= {f"twin {out}": call.run} if isinstance(call, Call) else {}
         times = take_turns(runs, budget)
         medians = {name: float(np.median(seconds)) for name, (seconds, _) in times.items()}
         best = min(ways, key=lambda way: medians[f"copy {way}"])
-        for (library, out), call in found.items():
+        for (library, function, out), call in found.items():
+            if (function, out) not in wanted:
+                continue
             about = (case.name, case.shape.name, case.shape.dims, case.shape.group, case.layout, case.dtype)
             if isinstance(call, str):
                 yield Row(*about, function, out, library.name, None, note=call)
                 continue
-            name = f"{library.name} {out}"
+            name, simple = f"{library.name} {function} {out}", f"{library.name} {plain} {out}"
             seconds, repeats = times[name]
             low, high = (float(v) for v in np.quantile(seconds, (0.25, 0.75)))
             ratio = None
-            if library is libraries[0] and twin is not None and f"twin {out}" in medians:
+            if library is libraries[0] and twin is not None and f"twin {out}" in medians and function == plain:
                 ratio = (medians[name] / case.size) / (medians[f"twin {out}"] / twin.size)
             yield Row(
                 *about,
@@ -204,5 +215,6 @@ def measure(
                 medians[f"copy {best}"] * 1e3,
                 best,
                 ratio,
+                medians[name] / medians[simple] if function != plain and simple in medians else None,
             )
         del found, runs, ways

@@ -17,6 +17,7 @@ import numpy as np
 import fastbn
 
 from .arrays import EPS, Arrays
+from .shapes import base
 
 Results = tuple[np.ndarray, ...]
 
@@ -56,14 +57,15 @@ class Fastbn(Library):
 
     def call(self, arrays: Arrays, function: str, out: bool) -> Call | None:
         """Everything, on every array."""
-        a = arrays
+        a, more = arrays, arrays.more(function)
+        function = base(function)
         if function == "moments":
-            return Call(partial(fastbn.moments, a.x), lambda m: (m.mean, m.var()))
+            return Call(partial(fastbn.moments, a.x, **more), lambda m: (m.mean, m.var()))
         if function == "backward":
-            saved = fastbn.forward(a.x, a.gamma, a.beta, eps=EPS)[1]
-            more: dict[str, Any] = {"out": (a.dx, a.dgamma, a.dbeta)} if out else {}
-            return Call(partial(fastbn.backward, a.dy, saved, **more), lambda r: r)
-        more = {"out": a.y} if out else {}
+            saved = fastbn.forward(a.x, a.gamma, a.beta, eps=EPS, **more)[1]
+            given: dict[str, Any] = {"out": (a.dx, a.dgamma, a.dbeta)} if out else {}
+            return Call(partial(fastbn.backward, a.dy, saved, **given), lambda r: r[:3])
+        more |= {"out": a.y} if out else {}
         if function == "infer":
             run = partial(fastbn.infer, a.x, a.mean, a.var, a.gamma, a.beta, eps=EPS, **more)
             return Call(run, lambda r: (r,))

@@ -10,6 +10,7 @@ import numpy as np
 from .measure import Row
 from .peers import PEERS
 from .report import speeds
+from .shapes import base
 
 STYLES = {"forward": "o", "backward": "s", "infer": "^", "moments": "v"}
 COLOURS = {"first": "#0072b2", "last": "#d55e00", "nc": "#009e73"}
@@ -45,7 +46,7 @@ def roofline(rows: Sequence[Row], path: Path) -> Path:
     for function, layout in dict.fromkeys((row.function, row.layout) for row in shown):
         points = [(r.mbytes, r.gbytes) for r in shown if (r.function, r.layout) == (function, layout)]
         label = f"{function}, {LAYOUTS[layout]}"
-        ax.plot(*zip(*points, strict=True), STYLES[function], color=COLOURS[layout], label=label, alpha=0.7)
+        ax.plot(*zip(*points, strict=True), STYLES[base(function)], color=COLOURS[layout], label=label, alpha=0.7)
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xlabel("x, MB")

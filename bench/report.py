@@ -106,19 +106,21 @@ def show(rows: Sequence[Row]) -> None:
 
     peers = [peer for peer in PEERS if any(row.library == peer for row in rows)]
     table = Table(title="Medians; × a peer: its time over fastbn's", caption=f"c: x under {CACHE / 1e6:.0f} MB, cached")
-    for heading in ("case", "function", "ms", "quartiles", "GB/s", "× copy", *(f"× {peer}" for peer in peers)):
+    more = ("× plain",) if any(row.plain for row in rows) else ()  # of "forward+relu" and the like
+    for heading in ("case", "function", "ms", "quartiles", "GB/s", "× copy", *more, *(f"× {peer}" for peer in peers)):
         table.add_column(heading, justify="left" if heading in ("case", "function") else "right")
     for row, ratios in speeds(rows):
         call = f"{row.function}{' out=' if row.out else ''}"
         cells = [f"{row.case}{' c' if row.cached else ''}", call]
         if row.ms is None:
-            cells += [f"[red]{row.note}[/]", "", "", ""]
+            cells += [f"[red]{row.note}[/]", "", "", "", *("" for _ in more)]
         else:
             cells += [
                 _number(row.ms),
                 f"{_number(row.low)}–{_number(row.high)}",
                 f"{row.gbytes:.1f}",
                 f"{row.copies:.2f}",
+                *(f"{row.plain:.2f}" if row.plain else "" for _ in more),
             ]
         table.add_row(*cells, *(_coloured(ratios.get(peer, "")) for peer in peers))
     console().print(table)

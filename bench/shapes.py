@@ -13,6 +13,18 @@ LAYOUTS = ("first", "last", "nc")  # channels first, channels last, and (N, C), 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 FUNCTIONS = ("forward", "backward", "infer", "moments")
 
+# What may be asked for beyond: "forward+relu" and so on are fastbn's alone, and are compared with the plain function.
+EXTRAS = ("relu", "gelu", "residual", "weights", "groups", "y")
+
+
+def base(function: str) -> str:
+    """The plain function of one with more: "forward" of "forward+relu".
+
+    >>> base("forward+relu")
+    'forward'
+    """
+    return function.partition("+")[0]
+
 
 class Shape(NamedTuple):
     """A named shape, (N, C, ...) whatever its layout in memory."""
@@ -140,7 +152,7 @@ class Selection:
             "shape": {*BY_NAME, *(shape.group for shape in SHAPES)},
             "layout": set(LAYOUTS),
             "dtype": set(DTYPES),
-            "function": set(FUNCTIONS),
+            "function": {*FUNCTIONS, *(f"{name}+{more}" for name in FUNCTIONS for more in EXTRAS)},
             "out": {True, False},
         }
         for field, names in known.items():
@@ -154,9 +166,9 @@ class Selection:
 
     def calls(self) -> list[tuple[str, bool]]:
         """The selected functions, each with and without `out=`; moments has no `out`."""
-        outs = {"moments": (False,)}
         functions = self.function or FUNCTIONS
-        return [(name, out) for name in functions for out in outs.get(name, self.out or (True, False))]
+        both = self.out or (True, False)
+        return [(name, out) for name in functions for out in ((False,) if base(name) == "moments" else both)]
 
     def _cases(self) -> Iterator[Case]:
         for shape in SHAPES:

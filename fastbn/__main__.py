@@ -1,4 +1,4 @@
-"""The command line: `python -m fastbn info`, `demo` and `bench`."""
+"""The command line: `python -m fastbn info`, `warmup`, `demo` and `bench`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import fastbn.bench as bench
 
-from . import __version__, demo, info
+from . import __version__, demo, info, warmup
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,6 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = commands.add_parser("info", help="versions, backends, threads, cache folder")
     about.add_argument("--json", action="store_true", help="as JSON")
     about.set_defaults(run=lambda args: info.show(args.json))
+    ahead = commands.add_parser("warmup", help="compile the CPU kernels now, not on the first call")
+    warmup.add_arguments(ahead)
+    ahead.set_defaults(run=warmup.run)
     experiments = commands.add_parser("demo", help="what batch normalization does for deep nets, on real digits")
     demo.add_arguments(experiments)
     experiments.set_defaults(run=demo.run)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.exceptions import AxisError, TooHardError
 
 from .arrays import FLOAT32, FLOAT64, NUMBA, Span, on_device
+from .host import Caller, caller_of, check_host, type_and_shape
 
 Axis = int | Sequence[int]
 
@@ -28,6 +29,8 @@ def describe(value: Any) -> str:
         return str(value)
     if (family := on_device(value)) is not None:
         return str(family.locate(value))
+    if (caller := caller_of(value)) is not None:
+        return type_and_shape(caller, value)
     text = " ".join(repr(value).split())
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
@@ -35,16 +38,19 @@ def describe(value: Any) -> str:
 def check_array(function: str, name: str, value: Any, whole: bool = False) -> Any:
     """`value`, if it is an array of a floating type that is normalized, else TypeError; one on a GPU as a Span.
 
-    With `whole`, whole numbers of up to 16 bits are taken too, in main memory.
+    One of another library in main memory comes back as NumPy's, on the same memory. With `whole`, whole numbers of up
+    to 16 bits are taken too, in main memory.
     """
     if type(value) is not np.ndarray:
-        if (family := on_device(value)) is not None:
-            return _check_span(function, name, family.locate(value))
+        value = check_host(function, name, value)
         if not isinstance(value, np.ndarray):
+            if (family := on_device(value)) is not None:
+                return _check_span(function, name, family.locate(value))
             raise TypeError(
                 f"{function}: {name} is a {type(value).__module__}.{type(value).__qualname__}; expected a NumPy "
-                "array, a CuPy array, a PyTorch CUDA tensor or a Numba device array. Convert it: np.asarray(...) for "
-                "lists, np.from_dlpack(...) for tensors in main memory, cupy.asarray(...) for arrays on a GPU"
+                "array, a PyTorch tensor, a JAX array or another that has __dlpack__ or __array_interface__, or on a "
+                "GPU a CuPy array, a PyTorch CUDA tensor or a Numba device array. Convert it: np.asarray(...) for "
+                "lists and buffers, cupy.asarray(...) for arrays on a GPU"
             )
         if isinstance(value, np.ma.MaskedArray):
             raise TypeError(
@@ -103,6 +109,13 @@ def check_place(function: str, name: str, value: Any, x: Any) -> Any:
             "there unasked. Copy it"
         )
     return span
+
+
+def check_caller(function: str, name: str, value: Any, caller: Caller | None) -> None:
+    """TypeError unless `value`, in the same place as x, is of the library that x came from (None: NumPy's)."""
+    if (caller is not None or type(value) is not np.ndarray) and caller_of(value) != caller:
+        kind = "NumPy array" if caller is None else caller.kind
+        raise TypeError(f"{function}: {name} is a {describe(value)}; expected a {kind}, like x. Convert it")
 
 
 @functools.lru_cache(maxsize=64)
@@ -182,7 +195,7 @@ def check_real(function: str, name: str, value: Any, shape: tuple[int, ...], x: 
             raise TypeError(f"{function}: {name} is a masked array; expected a plain array. Pass {name}.filled(value)")
         check_place(function, name, value, x)
         try:
-            array = np.asarray(value)
+            array = np.asarray(check_host(function, name, value))
         except ValueError:
             raise ValueError(f"{function}: {name} is ragged; expected {shape} real numbers") from None
     if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
@@ -260,10 +273,14 @@ def check_out(
     x: Any,
     may_be: dict[str, Any],
     apart_from: dict[str, Any],
+    caller: Caller | None = None,
 ) -> Any:
     """`out`, if a result of this shape and dtype can be written there, beside x, without spoiling the arrays named."""
     target = check_place(function, name, out, x)
+    if caller is not None and caller.immutable:
+        raise TypeError(f"{function}: {name} is given, but {caller.kind}s are never written to; expected None")
     target = _check_span(function, name, target) if isinstance(x, Span) else check_array(function, name, out)
+    check_caller(function, name, out, caller)
     if target.shape != shape or target.dtype != dtype:
         kind = x.type if isinstance(x, Span) and x.dtype == dtype else dtype
         raise ValueError(

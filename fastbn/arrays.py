@@ -118,6 +118,11 @@ class Family:
 
     kind = "NumPy array"
 
+    @property
+    def xp(self) -> Any:
+        """Where `where`, `isfinite` and `expm1` are found, which are called alike in all libraries."""
+        return np
+
     def assign(self, target: Any, source: Any) -> None:
         """target[...] = source, for arrays as checks see them."""
         target[...] = source
@@ -191,6 +196,7 @@ class OnDevice(Family):
 
 class _CuPy(OnDevice):
     kind, convert = "CuPy array", "cupy.asarray({})"
+    xp = property(lambda _: sys.modules["cupy"])
 
     def owns(self, value: Any) -> bool:
         return isinstance(value, getattr(sys.modules.get("cupy"), "ndarray", ()))
@@ -246,6 +252,7 @@ class _CuPy(OnDevice):
 
 class _Torch(OnDevice):
     kind, convert = "PyTorch CUDA tensor", "torch.as_tensor({}, device=x.device)"
+    xp = property(lambda _: sys.modules["torch"])
 
     def owns(self, value: Any) -> bool:
         tensor: Any = getattr(sys.modules.get("torch"), "Tensor", ())
@@ -271,8 +278,8 @@ class _Torch(OnDevice):
             return f"its sign is kept apart from its memory; pass {name}.resolve_neg()"
         if value.requires_grad and torch.is_grad_enabled():
             return (
-                f"it requires a gradient, which autograd would not get from here; pass {name}.detach(), or call this "
-                "from a torch.autograd.Function"
+                f"it requires a gradient, which autograd would not get from here; pass {name}.detach(), or call "
+                "fastbn.torch.batch_norm"
             )
         return None
 

@@ -18,6 +18,7 @@ from .arguments import (
     Axis,
     check_array,
     check_axis,
+    check_caller,
     check_eps,
     check_frozen,
     check_out,
@@ -32,10 +33,11 @@ from .arrays import FLOAT32, FLOAT64, NUMBA, Span, family_of, family_of_values, 
 from .dispatch import Kernels, kernels
 from .distributed import ALONE, Ranks, Shared, ranks_of, statistics, sums
 from .extras import Asked, ask, inverse_table, poorly_kept
+from .host import Caller, caller_of, check_host
 from .layout import Views, channels_of, empty
 from .moments import Moments
 
-Array = TypeVar("Array")  # a NumPy or CuPy array, a PyTorch CUDA tensor, a Numba device array
+Array = TypeVar("Array")  # a NumPy, JAX or CuPy array, a PyTorch tensor, a Numba device array, others with DLPack
 
 
 class OneValueWarning(UserWarning):
@@ -62,14 +64,16 @@ class Saved:
     """
 
     __slots__ = (
-        *("_asked", "_axes", "_like", "_lost", "_masses", "_shape", "_shared", "_strides", "_table", "_units", "_x"),
-        *("dtype", "frozen"),
+        *("_asked", "_axes", "_caller", "_like", "_lost", "_masses", "_shape", "_shared", "_strides", "_table"),
+        *("_units", "_x", "dtype", "frozen"),
     )
 
     def __init__(
         self, walked: Any, x: Any, axes: tuple[int, ...], table: Any, frozen: bool, asked: Asked | None = None,
         masses: np.ndarray | None = None, lost: Any = None, units: tuple[float, float] | None = None,
+        caller: Caller | None = None,
     ) -> None:  # fmt: skip
+        self._caller = caller  # the library that x came from, if x is NumPy's view of another's array
         self._x = walked  # x, or the copy of it that the kernels could walk; None if overwritten; y if asked to
         self._like = None  # the Span of x, without its memory unless that is kept anyway
         self.dtype = x.dtype
@@ -93,6 +97,19 @@ class Saved:
             return None
         total = None if self._shared is None else self._shared.values
         return _moments(self._shape, self._axes, self._table, self.dtype, self._asked, self._masses, self._units, total)
+
+    @classmethod
+    def of(cls, x: Any, table: Any, frozen: bool, axis: Axis = 1) -> Saved:
+        """Of x and the `table` of a plain forward pass, for frameworks that keep arrays themselves between passes."""
+        caller = None if type(x) is np.ndarray else caller_of(x)
+        walked = check_array("fastbn.Saved.of", "x", x)
+        table = check_host("fastbn.Saved.of", "table", table)
+        return cls(walked, walked, check_axis("fastbn.Saved.of", walked, axis), table, frozen, caller=caller)
+
+    @property
+    def table(self) -> Any:
+        """(6, C) float64, what was found: mean as a pair hi + lo, biased variance, 1 / sqrt(var + eps), gamma, beta."""
+        return self._table
 
     def __repr__(self) -> str:
         return f"Saved({self.dtype} x of shape {self._shape}, channel axes {self._axes}, frozen={self.frozen})"
@@ -125,7 +142,10 @@ def forward(
     Parameters
     ----------
     x : array, at least 2-D, of float16, bfloat16, float32 or float64
-        NumPy's, or on a GPU: CuPy's, a PyTorch CUDA tensor (autograd does not see the call), a Numba device array.
+        NumPy's or another library's in main memory: a PyTorch tensor, a JAX array, or whatever has `__dlpack__` or
+        `__array_interface__`, read where it lies; its channels' numbers may be NumPy's, and moments are. Or on a GPU:
+        CuPy's, a PyTorch CUDA tensor, a Numba device array. Autograd does not see the call: `fastbn.torch` and
+        `fastbn.jax` are for it.
         Results are of its kind and on its device; all other arrays must be so too, as nothing is copied from one place
         to another. Any strides. It is kept, not copied, for `backward`, except as `fastbn.layout.Views` says. float64
         values from 1e154 on have no float64 variance.
@@ -273,6 +293,8 @@ def _backward(where: str, dy: Any, saved: Saved, need: Any, out: Any, reduce_par
     like = saved._like
     given_dy = check_array(where, "dy", dy)
     check_place(where, "dy", dy, like)
+    caller = saved._caller
+    check_caller(where, "dy", dy, caller)
     dtype = FLOAT32 if saved._units is not None else saved.dtype if like is None else like.dtype
     if given_dy.shape != saved._shape or (given_dy.dtype != dtype and native(given_dy.dtype) != native(dtype)):
         advice = (
@@ -283,7 +305,7 @@ def _backward(where: str, dy: Any, saved: Saved, need: Any, out: Any, reduce_par
     asked = saved._asked
     results = 4 if asked is not None and asked.residual is not None else 3
     need_dx, need_dgamma, need_dbeta, need_dr = _need(where, need, results)
-    given_dx, given_dgamma, given_dbeta, given_dr = _places(where, out, results)
+    given_dx, given_dgamma, given_dbeta, given_dr = places = _places(where, out, results)
     x = saved._x
     frozen = saved.frozen
     if need_dx and saved._units is not None:
@@ -304,8 +326,10 @@ def _backward(where: str, dy: Any, saved: Saved, need: Any, out: Any, reduce_par
     def large(name: str, given: Any, apart: dict[str, Any]) -> Any:
         if given is not None:
             may_be = {"dy": given_dy, "x": x} if name == "dx" else {"dy": given_dy}
-            return check_out(where, f"out ({name})", given, saved._shape, dtype, given_dy, may_be, apart)
-        return empty(saved._shape, saved._strides, dtype) if like is None else like.family.like(like, like.strides)
+            return check_out(where, f"out ({name})", given, saved._shape, dtype, given_dy, may_be, apart, caller)
+        if like is not None:
+            return like.family.like(like, like.strides)
+        return (empty if caller is None else caller.empty)(saved._shape, saved._strides, dtype)
 
     if need_dx:
         dx = large("dx", given_dx, {})
@@ -313,10 +337,12 @@ def _backward(where: str, dy: Any, saved: Saved, need: Any, out: Any, reduce_par
         dr = large("dresidual", given_dr, {"x": x, "dx": dx})
     apart = {"dy": given_dy, "x": x, "dx": dx, "dresidual": dr}
     if need_dgamma and given_dgamma is not None:
-        given_dgamma = check_out(where, "out (dgamma)", given_dgamma, channels.shape, numbers, given_dy, {}, apart)
+        given_dgamma = check_out(
+            where, "out (dgamma)", given_dgamma, channels.shape, numbers, given_dy, {}, apart, caller
+        )
         apart["dgamma"] = given_dgamma
     if need_dbeta and given_dbeta is not None:
-        given_dbeta = check_out(where, "out (dbeta)", given_dbeta, channels.shape, numbers, given_dy, {}, apart)
+        given_dbeta = check_out(where, "out (dbeta)", given_dbeta, channels.shape, numbers, given_dy, {}, apart, caller)
     dgamma = _flat(given_dgamma, channels.number, numbers, like) if need_dgamma else None
     dbeta = _flat(given_dbeta, channels.number, numbers, like) if need_dbeta else None
     read = given_dy if x is None else x
@@ -330,8 +356,13 @@ def _backward(where: str, dy: Any, saved: Saved, need: Any, out: Any, reduce_par
         saved._x = None
     if like is not None:
         dx, dr = _own(dx), _own(dr)
-    found = dx, _shaped(dgamma, given_dgamma, channels.shape), _shaped(dbeta, given_dbeta, channels.shape)
-    return found if results == 3 else (*found, dr)
+    found: tuple[Any, ...] = (
+        dx,
+        _shaped(dgamma, given_dgamma, channels.shape),
+        _shaped(dbeta, given_dbeta, channels.shape),
+    )
+    found = found if results == 3 else (*found, dr)
+    return found if caller is None else tuple(map(caller.result, found, places))
 
 
 def infer(
@@ -441,6 +472,7 @@ def _forward(
     more: tuple[Any, ...] | None, scale: float, zero_point: float, ranks: Ranks | None = None,
     known: Moments | None = None,
 ) -> tuple[Any, Saved]:  # fmt: skip
+    caller = None if type(x) is np.ndarray else caller_of(x)
     x = check_array(where, "x", x, whole=True)
     axes = check_axis(where, x, axis)
     eps = check_eps(where, eps)
@@ -455,9 +487,11 @@ def _forward(
         shape = channels.shape if asked is None or asked.groups is None else (asked.sets, *channels.shape)
         mean, var = check_frozen(where, frozen, shape, x)
     if out is not None:
-        y = check_out(where, "out", out, x.shape, result, x, {"x": x}, {})
+        y = check_out(where, "out", out, x.shape, result, x, {"x": x}, {}, caller)
         if asked is not None and asked.residual is not None:
-            check_out(where, "out", out, x.shape, result, x, {"residual": asked.residual}, {})
+            check_out(where, "out", out, x.shape, result, x, {"residual": asked.residual}, {}, caller)
+    elif caller is not None:
+        y = caller.empty(x.shape, x.strides, result)
     else:
         y = x.family.like(x, x.strides) if isinstance(x, Span) else np.empty_like(x, dtype=result, subok=False)
     if frozen is None and ranks is None and channels.values == 1:
@@ -478,9 +512,10 @@ def _forward(
         kept = y
     elif out is not None and same_memory(x, y):
         kept = None
-    saved = Saved(kept, x, axes, table, frozen is not None, asked, masses, lost, units)
+    y = _own(y) if caller is None else caller.result(y, out)
+    saved = Saved(kept, x, axes, table, frozen is not None, asked, masses, lost, units, caller)
     saved._shared = shared
-    return _own(y), saved
+    return y, saved
 
 
 def _shared_statistics(
@@ -605,17 +640,19 @@ def _moments(
     numbers = family_of_values(table).numbers(table)
     kind = _number_type(dtype.itemsize)
     with np.errstate(all="ignore"):
-        mean, var = numbers[0] + numbers[1], numbers[2]
+        (mean, lo), var = numbers[:2], numbers[2]
         if units is not None:
-            mean, var = units[0] * (mean - units[1]), units[0] ** 2 * var
+            mean, lo, var = units[0] * ((mean + lo) - units[1]), None, units[0] ** 2 * var
         if asked is None or masses is None:
-            count = channels.values if total is None else int(total)
-            m2 = count * var
-            return Moments.found(count, mean.reshape(channels.shape), m2.reshape(channels.shape), kind)
-        sets = asked.sets
-        mean, var = mean.reshape(sets, *channels.shape), var.reshape(sets, *channels.shape)
+            count, shape = channels.values if total is None else int(total), channels.shape
+            lo = None if lo is None else lo.reshape(shape)
+            return Moments.found(count, mean.reshape(shape), (count * var).reshape(shape), kind, lo)
+        shape = asked.sets, *channels.shape
+        mean, var, lo = mean.reshape(shape), var.reshape(shape), None if lo is None else lo.reshape(shape)
         counts = [float(m) if asked.weights is not None else int(m) for m in masses]
-        found = [Moments.found(n, mean[g], n * var[g], kind) for g, n in enumerate(counts)]
+        found = [
+            Moments.found(n, mean[g], n * var[g], kind, None if lo is None else lo[g]) for g, n in enumerate(counts)
+        ]
     return found[0] if asked.groups is None else found
 
 

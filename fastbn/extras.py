@@ -13,6 +13,7 @@ import numpy as np
 
 from .arguments import check_array, check_place, describe, finite
 from .arrays import FLOAT32, FLOAT64, Span
+from .host import check_host
 from .layout import Channels, Views
 
 # Activations, and the parameter that those have that take one.
@@ -130,7 +131,7 @@ def ask(
         raise ValueError(f"{where}: masked={masked!r} without weights; expected weights, whose zeros it is about")
     if save not in ("x", "y"):
         raise ValueError(f"{where}: save is {describe(save)}; expected 'x' or 'y'")
-    name, parameter = _activation(where, activation)
+    name, parameter = check_activation(where, activation)
     if save == "y":
         if name not in INVERTIBLE:
             raise ValueError(
@@ -153,7 +154,8 @@ def ask(
     return Asked(name, parameter, residual, checked, masked, samples, parted, save)
 
 
-def _activation(where: str, activation: Any) -> tuple[str, float]:
+def check_activation(where: str, activation: Any) -> tuple[str, float]:
+    """Its name and its parameter; no name for none."""
     name, given = activation, None
     if isinstance(activation, (tuple, list)) and len(activation) == 2:
         name, given = activation
@@ -182,7 +184,7 @@ def _weights(where: str, weights: Any, x: Any, axes: tuple[int, ...]) -> np.ndar
     check_place(where, "weights", weights, x)
     if isinstance(weights, np.ma.MaskedArray):
         raise TypeError(f"{where}: weights is a masked array; expected a plain array. Pass ~weights.mask")
-    array = np.asarray(weights)
+    array = np.asarray(check_host(where, "weights", weights))
     if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
         raise TypeError(f"{where}: weights is a {describe(array)}; expected bools, or real numbers of 0 or more")
     others = [a for a in range(x.ndim) if a not in axes]
@@ -215,6 +217,7 @@ def _groups(where: str, groups: Any, samples: int) -> Groups:
         sizes = np.full(number, samples // number, np.int64)
         sizes[: samples % number] += 1
         return Groups(number, samples, None, np.concatenate([[0], np.cumsum(sizes)]))
+    groups = check_host(where, "groups", groups)
     if isinstance(groups, np.ndarray):
         if groups.shape != (samples,) or groups.dtype.kind not in "iu" or (groups.size and groups.min() < 0):
             raise ValueError(

@@ -10,9 +10,13 @@ import numpy as np
 from .arguments import Axis, check_channels, check_eps, check_variances, describe
 from .batchnorm import Array, Saved, backward, forward
 from .distributed import ranks_of
-from .running import RunningStats, check_like
+from .extras import check_activation
+from .host import seen
+from .moments import check_like
+from .running import RunningStats
 
 _STATE = "gamma", "beta", "running_mean", "running_var", "batches", "variances"
+_SKIPS = "skipped", "skipped_variances"  # may be missing in a state: then nothing was skipped
 
 
 class BatchNorm:
@@ -40,6 +44,11 @@ class BatchNorm:
     like : array, optional
         Parameters, gradients and running statistics live where it lives, as x must: NumPy (not given), or a GPU's CuPy
         arrays or PyTorch tensors. (Numba device arrays can't be computed with: use the functions.)
+    on_nonfinite, debias : as in `fastbn.RunningStats`
+        What the running statistics do about NaN and Inf, and whether their initial 0 and 1 count. With "raise" a call
+        raises when y is computed already: it is not returned, but was written to an `out`.
+    activation : as in `fastbn.forward`
+        What is done to y in the same pass; `bn(x, residual=r)` adds r before it.
     comm : communicator or fastbn.Ranks, optional
         Batches are spread over these ranks, as in `fastbn.forward`; in training `bn(x)` and `bn.backward(dy)` are
         collectives, and the running statistics are the same on all ranks.
@@ -51,6 +60,7 @@ class BatchNorm:
     ----------
     gamma, beta : arrays, yours to update in place
     dgamma, dbeta : arrays, filled by `backward`
+    dresidual : array, the gradient of the last call's residual, by `backward`; None if there was none
     running : RunningStats
     training : bool
 
@@ -82,15 +92,22 @@ class BatchNorm:
         accumulate: bool = False,
         dtype: Any = np.float32,
         like: Any = None,
+        on_nonfinite: str = "propagate",
+        debias: bool = False,
+        activation: Any = None,
         comm: Any = None,
         reduce_params: bool = False,
     ) -> None:
         self.comm = None if comm is None else ranks_of("fastbn.BatchNorm", comm)
         self.reduce_params = reduce_params
+        self.activation = activation
+        check_activation("fastbn.BatchNorm", activation)
+        self.dresidual: Any = None
         self.axis = axis
         self.eps = check_eps("fastbn.BatchNorm", eps)
         self._family, self._device = check_like("fastbn.BatchNorm", like)
-        self.running = RunningStats(channels, momentum, ddof, decay=decay, dtype=dtype, like=like)
+        guards: dict[str, Any] = {"on_nonfinite": on_nonfinite, "debias": debias}
+        self.running = RunningStats(channels, momentum, ddof, decay=decay, dtype=dtype, like=like, **guards)
         self.accumulate = accumulate
         self.training = True
         self.dtype = np.dtype(dtype)
@@ -101,14 +118,24 @@ class BatchNorm:
         )
         self._saved: Saved | None = None
 
-    def __call__(self, x: Array, *, out: Array | None = None) -> Array:
-        """y; in training the running statistics take x in."""
+    def __call__(
+        self,
+        x: Array,
+        *,
+        out: Array | None = None,
+        weights: Any = None,
+        masked: str = "normalize",
+        residual: Array | None = None,
+    ) -> Array:
+        """y; in training the running statistics take x in. The rest is as in `fastbn.forward`."""
         frozen = None if self.training else self.running
-        y, self._saved = forward(
-            x, self.gamma, self.beta, axis=self.axis, eps=self.eps, frozen=frozen, out=out, comm=self.comm
-        )
-        if (moments := self._saved.moments) is not None:
+        y, saved = forward(
+            x, self.gamma, self.beta, axis=self.axis, eps=self.eps, frozen=frozen, out=out, weights=weights,
+            masked=masked, residual=residual, activation=self.activation, comm=self.comm,
+        )  # fmt: skip
+        if (moments := saved.moments) is not None:
             self.running.update(moments)
+        self._saved = saved
         return y
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
@@ -116,7 +143,9 @@ class BatchNorm:
         if self._saved is None:
             raise RuntimeError("fastbn.BatchNorm.backward: no forward pass came before; call bn(x) first")
         dx: Array
-        dx, dgamma, dbeta = backward(dy, self._saved, out=out, reduce_params=self.reduce_params)
+        dx, dgamma, dbeta, *rest = backward(dy, self._saved, out=out, reduce_params=self.reduce_params)
+        self.dresidual = rest[0] if rest else None
+        dgamma, dbeta = seen(dgamma), seen(dbeta)
         if self.accumulate:
             self.dgamma[...], self.dbeta[...] = self.dgamma + dgamma, self.dbeta + dbeta
         else:
@@ -142,22 +171,30 @@ class BatchNorm:
         mean, var = self.running.exact(copy=False)
         arrays = (self.gamma, self.beta, mean, var)
         counts = np.array(self.running.batches), np.array(self.running.variances)
-        return dict(zip(_STATE, (*map(self._family.host, arrays), *counts), strict=True))
+        skips = self.running._skip_counts()
+        return dict(zip(_STATE + _SKIPS, (*map(self._family.host, arrays), *counts, *skips), strict=True))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a `state_dict`, or an opened npz file. Nothing changes if anything in it is wrong."""
+        """Take over a `state_dict`, or an opened npz file. Nothing changes if anything in it is wrong.
+
+        One without `skipped` and `skipped_variances`, from before there were any, has skipped nothing.
+        """
         where = "fastbn.BatchNorm.load_state_dict"
-        if not isinstance(state, Mapping) or set(state) != set(_STATE):
+        if not isinstance(state, Mapping) or set(state) not in (set(_STATE), {*_STATE, *_SKIPS}):
             came = sorted(map(str, state)) if isinstance(state, Mapping) else describe(state)
-            raise ValueError(f"{where}: state has {came}; expected {sorted(_STATE)}. Rename or add what differs")
+            raise ValueError(
+                f"{where}: state has {came}; expected {sorted(_STATE + _SKIPS)}. Rename or add what differs"
+            )
         shape = self.running.shape
         gamma, beta, mean = (check_channels(where, k, state[k], shape) for k in ("gamma", "beta", "running_mean"))
         var = check_variances(where, state["running_var"], shape, "running_var")
         batches, variances = (_count(where, k, state[k]) for k in ("batches", "variances"))
+        skips = [_counts(where, k, state.get(k, np.zeros(shape, int)), shape) for k in _SKIPS]
         gamma, beta, mean, var = (self._family.put(a.reshape(shape), self._device) for a in (gamma, beta, mean, var))
         self.gamma[...], self.beta[...] = gamma, beta
         self.running.mean, self.running.var = mean, var
         self.running.batches, self.running.variances = batches, variances
+        self.running._set_skip_counts(*skips)
 
     def __repr__(self) -> str:
         shape, seen = self.running.shape, self.running.batches
@@ -173,3 +210,10 @@ def _count(where: str, name: str, value: Any) -> int:
     if number.shape != () or number.dtype.kind not in "iu" or number < 0:
         raise ValueError(f"{where}: {name} is {describe(value)}; expected a number of batches, 0 or more")
     return int(number)
+
+
+def _counts(where: str, name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
+    numbers = np.asarray(value)
+    if numbers.shape != shape or numbers.dtype.kind not in "iu" or (numbers < 0).any():
+        raise ValueError(f"{where}: {name} is {describe(value)}; expected {shape} numbers of batches, 0 or more")
+    return numbers

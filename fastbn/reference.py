@@ -21,7 +21,7 @@ import numpy as np
 
 from .arguments import Axis, check_array, check_axis, check_channels, check_eps, check_frozen
 from .extras import Asked, ask
-from .kernels.reference import activate, average, centred, gradient, normalize, slope
+from .kernels.reference import activate, average, centred, gradient, normalize, second_order, slope
 from .moments import Moments
 
 
@@ -189,6 +189,52 @@ def _backward_with(dy: np.ndarray, saved: Saved, asked: Asked, channels: tuple[i
             dx = np.where(absent, dy, dx)
     found = dx, products.reshape(channels), sums.reshape(channels)
     return found if asked.residual is None else (*found, g)
+
+
+def jvp(x_t: Any, saved: Saved, gamma_t: Any = None, beta_t: Any = None) -> np.ndarray:
+    """The tangent of y in float64; None is 0."""
+    return _second_order("fastbn.reference.jvp", x_t, gamma_t, beta_t, None, saved)[0]
+
+
+def backward_backward(
+    ddx: Any, ddgamma: Any, ddbeta: Any, dy: np.ndarray, saved: Saved
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The gradients with respect to x, gamma and dy in float64; None is 0."""
+    where = "fastbn.reference.backward_backward"
+    gdy, gx, ggamma = _second_order(where, ddx, ddgamma, ddbeta, check_array(where, "dy", dy), saved)
+    return gx, ggamma, gdy
+
+
+def _second_order(where: str, u: Any, p: Any, q: Any, dy: Any, saved: Saved) -> tuple[np.ndarray, ...]:
+    shape, axes = saved.d.shape, saved.axes
+    channels = tuple(n for a, n in enumerate(shape) if a not in axes)
+    wide = tuple(1 if a in axes else n for a, n in enumerate(shape))
+    one, two = (np.zeros(shape) if a is None else a.astype(np.float64) for a in (u, dy))
+    if saved.groups:
+        assert saved.asked is not None
+        axis = saved.asked.samples
+        r, z, ggamma = np.empty(shape), np.empty(shape), np.zeros(channels)
+        for samples, kept in saved.groups:
+            own = [a.take(samples, axis) for a in (one, two)]
+            part = _second_order(where, own[0], p, q, own[1], kept)
+            for target, values in zip((r, z), part, strict=False):
+                np.moveaxis(target, axis, 0)[samples] = np.moveaxis(values, axis, 0)
+            ggamma += part[2]
+        return r, z, ggamma
+    names = ("gamma", "beta")
+    scales = [
+        np.zeros(wide) if a is None else check_channels(where, name, a, channels).reshape(wide)
+        for name, a in zip(names, (p, q), strict=True)
+    ]
+    asked = saved.asked
+    w = None if asked is None or asked.weights is None else asked.weights.astype(np.float64)
+    masked = "normalize" if asked is None else asked.masked
+    s = 1.0 / np.sqrt(saved.var + saved.eps)
+    frozen = saved.moments is None
+    if one.size == 0:
+        return one, one, np.zeros(channels)
+    r, z, ggamma = second_order(one, two, saved.d, s, saved.gamma, scales[0], scales[1], axes, frozen, w, masked)
+    return r, z, ggamma.reshape(channels)
 
 
 def infer(

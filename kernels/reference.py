@@ -271,3 +271,76 @@ def gradient_map(
         d = (x.astype(np.float64) - hi) - lo
         term = sums[0][:, None] / count + d * invstd * (sums[1][:, None] / count * invstd)
         dx[...] = gamma * invstd * (dy.astype(np.float64) - term)
+
+
+# Second order and forward mode, as in `fastbn.kernels.cpu.second`, whose letters these are.
+
+
+def second_order(
+    u: np.ndarray, g: np.ndarray, d: np.ndarray, s: np.ndarray, gamma: np.ndarray, p: np.ndarray, q: np.ndarray,
+    axes: tuple[int, ...], frozen: bool, w: np.ndarray | None = None, masked: str = "normalize",
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """r = dL/dg, which is jvp's tangent of y too, z = dL/dx, and dL/dgamma with the reduced axes kept as 1."""
+    mass = math.prod(u.shape[a] for a in axes) if w is None else float(w.sum())
+    v: Any = np.ones(()) if w is None else w
+    counts = np.broadcast_to(np.asarray(True) if masked == "normalize" else v != 0, u.shape)
+
+    def weighted(a: np.ndarray) -> np.ndarray:
+        return v * np.where(v == 0, 0.0, a)
+
+    def add(a: np.ndarray) -> np.ndarray:
+        return np.asarray(a.sum(axes, keepdims=True))
+
+    with np.errstate(all="ignore"):
+        g, d = np.where(counts, g, 0.0), np.where(counts, d, 0.0)
+        if frozen:
+            r, z, ggamma = gamma * s * u + p * s * d + q, np.where(counts, p * s * g, 0.0), s * add(g * u)
+        elif mass == 0:
+            r, z, ggamma = np.broadcast_to(q, u.shape), np.zeros(u.shape), add(np.zeros(u.shape))
+        else:
+            e = u - add(weighted(u)) / mass
+            e = e - add(weighted(e)) / mass
+            f = np.where(counts, e, 0.0)
+            if w is None:  # dy less its mean gives the same sums
+                h = g - add(g) / mass
+                h = h - add(h) / mass
+            else:
+                h = g
+            k, m, a = s * s * add(weighted(d * e)) / mass, add(h * d), add(h * f)
+            r = gamma * s * (e - d * k) + p * s * d + q
+            ggamma = s * (a - m * k)
+            slope_s = gamma * a - 3.0 * gamma * m * k + p * m
+            c, b = p * s - gamma * s * k, -gamma * s**3 * m / mass
+            if w is None:
+                z = c * h + b * e - s**3 / mass * slope_s * d
+            else:
+                z = c * g + weighted(b * e - s**3 / mass * slope_s * d - c * add(g) / mass)
+        if masked != "normalize":
+            r, z = np.where(counts, r, u if masked == "keep" else 0.0), np.where(counts, z, 0.0)
+    return r, z, ggamma
+
+
+def second(
+    u: np.ndarray | None, g: np.ndarray | None, x: np.ndarray | None, r: np.ndarray | None, z: np.ndarray | None,
+    table: np.ndarray, tangents: np.ndarray, frozen: bool, need_gamma: bool, more: Any = None,
+) -> np.ndarray | None:  # fmt: skip
+    """The contract of `fastbn.kernels.cpu.second.second`."""
+    like = next(a for a in (u, g, x, r, z) if a is not None)
+    channels = like.shape[1]
+    sets = [np.arange(like.shape[0])] if more is None else _sets(like.shape[0], more)
+    found = np.zeros((len(sets), channels))
+    p, q = tangents[:, :, None]
+    for k, rows in enumerate(sets):
+        hi, lo, _, invstd, gamma, _ = table[:, k * channels : (k + 1) * channels, None]
+        shape = (len(rows), *like.shape[1:])
+        one, two, three = (np.zeros(shape) if a is None else a[rows].astype(np.float64) for a in (u, g, x))
+        w = None if more is None or more.weights is None else more.weights[rows].astype(np.float64)
+        d = np.zeros(shape) if x is None else (three - hi) - lo
+        masked = "normalize" if more is None else more.masked
+        result, other, ggamma = second_order(one, two, d, invstd, gamma, p, q, (0, 2), frozen, w, masked)
+        found[k] = ggamma[0, :, 0]
+        if r is not None:
+            r[rows] = result
+        if z is not None:
+            z[rows] = other
+    return found if need_gamma else None

@@ -104,9 +104,22 @@ def _operation(name: str) -> Any:
     )
 
 
+def _selected(mask: Any, one: Any, other: Any) -> Any:
+    """cupy.where and torch.where."""
+    return mask._made(np.where(mask.on_host, mask._other(one), mask._other(other)))
+
+
+_FUNCTIONS = {
+    "where": _selected,
+    "isfinite": lambda values: values._made(np.isfinite(values.on_host)),
+    "expm1": lambda values: values._made(np.expm1(values.on_host)),
+}
+
 for _name in ("add", "sub", "mul", "truediv"):
     for _attribute, _function in zip((f"__{_name}__", f"__r{_name}__"), _operation(_name), strict=True):
         setattr(Array, _attribute, _function)
+for _name, _operator in (("lt", "lt"), ("gt", "gt"), ("and", "and_")):
+    setattr(Array, f"__{_name}__", _operation(_operator)[0])
 
 
 def fake_cupy(state: State) -> Any:
@@ -160,6 +173,7 @@ def fake_cupy(state: State) -> Any:
         array=array,
         asnumpy=asnumpy,
         copyto=copyto,
+        **_FUNCTIONS,
         empty=lambda shape, dtype: ndarray(shape, dtype),
     )
 
@@ -232,6 +246,7 @@ def fake_torch(state: State) -> Any:
         is_grad_enabled=lambda: True,
         cuda=types.SimpleNamespace(current_stream=lambda number: types.SimpleNamespace(cuda_stream=1000 + number)),
         **kinds,
+        **_FUNCTIONS,
     )
 
 

@@ -115,6 +115,7 @@ PRELUDE = """
 import os, signal, sys
 import numpy as np
 from toys import compile, toy
+compile.PATIENCE = 1e9  # on a busy machine, what a toy takes is no news
 x = np.array([1.0, 2.0, 5.0])
 
 def check(dispatcher, hits=None, dtype=np.float64):

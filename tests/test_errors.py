@@ -61,7 +61,11 @@ WRONG_X = {
     "none": (lambda _: None, TypeError, r"x is a builtins\.NoneType"),
     "a number": (lambda _: 3.0, TypeError, r"x is a builtins\.float"),
     "a NumPy scalar": (lambda _: np.float32(3), TypeError, r"x is a numpy\.float32"),
-    "a memoryview": (lambda x: memoryview(x.copy()), TypeError, r"x is a builtins\.memoryview.*np\.from_dlpack"),
+    "a memoryview": (
+        lambda x: memoryview(x.copy()),
+        TypeError,
+        r"x is a builtins\.memoryview.*np\.asarray.* for lists and buffers",
+    ),
     "masked": (lambda x: np.ma.masked_greater(x, 3), TypeError, r"mask would be ignored.*x\.filled"),
     "masked, no mask": (lambda x: np.ma.asarray(x), TypeError, r"x is a masked array"),
     "int64": (lambda x: x.astype(np.int64), TypeError, r"int64 array of shape \(6, 4, 5\).*x\.astype\(np\.float32\)"),

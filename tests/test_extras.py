@@ -145,3 +145,202 @@ def test_activations(activation, dtype, rng):
     for shape, axis in SHAPES.values():
         for residual, frozen in itertools.product((False, activation in ("relu", "gelu")), (False, True)):
             check(rng, shape, axis, dtype, activation=activation, residual=residual, frozen=frozen)
+
+
+@pytest.mark.parametrize("activation", [None, ("leaky_relu", 0.2), "elu"], ids=str)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", ["nchw", "nhwc", "nc", "instance"])
+def test_x_had_back_from_y(name, frozen, activation, rng):
+    """In place: y is all that is kept. Gradients are those of x kept, to 1e-5; signs of gamma, and channels without."""
+    shape, axis = SHAPES[name]
+    x = rng.normal(3, 1.5, shape).astype(np.float32)
+    axes = sorted(a % len(shape) for a in (axis if isinstance(axis, tuple) else (axis,)))
+    channels = tuple(shape[a] for a in axes)
+    gamma, beta = rng.normal(0, 1, channels).astype(np.float32), rng.normal(0, 1, channels).astype(np.float32)
+    gamma.reshape(-1)[1], gamma.reshape(-1)[2] = 0, 1e-6
+    stats = (rng.normal(3, 1, channels), rng.gamma(2, 1, channels)) if frozen else None
+    more = {"axis": axis, "frozen": stats, "activation": activation}
+    y, saved = fastbn.forward(x, gamma, beta, **more)
+    place = x.copy()
+    got, kept = fastbn.forward(place, gamma, beta, **more, save="y", out=place)
+    assert got is place
+    np.testing.assert_array_equal(got, y)
+    dy = rng.normal(0.1, 1, shape).astype(np.float32)
+    for part, a, b in zip(
+        ("dx", "dgamma", "dbeta"), fastbn.backward(dy, kept), fastbn.backward(dy, saved), strict=True
+    ):
+        n = x.size / a.size
+        assert np.abs(a - b).max() <= 1e-5 * max(1, np.abs(b).max()) * n**0.5, part
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("name", ["nchw", "nhwc narrow", "short runs"])
+def test_whole_numbers(name, dtype, rng):
+    """They are read as they are: y is that of scale (q - zero point), in float32, and so are moments."""
+    shape, axis = SHAPES[name]
+    info, scale, zero = np.iinfo(dtype), 0.037, 11.0
+    q = rng.integers(info.min, info.max, shape, dtype, endpoint=True)
+    gamma, beta = rng.normal(1, 0.5, shape[axis]), rng.normal(0, 1, shape[axis])
+    more = {"axis": axis, "scale": scale, "zero_point": zero}
+    y, saved = fastbn.forward(q, gamma, beta, **more)
+    x = scale * (q.astype(np.float64) - zero)
+    exact, kept = fastbn.reference.forward(x, gamma, beta, axis=axis)
+    assert y.dtype == np.float32
+    compare("y", y, exact, y.dtype)
+    for found in (saved.moments, fastbn.moments(q, **more)):
+        np.testing.assert_allclose(found.mean, kept.moments.mean, rtol=2e-7, atol=2e-7 * scale * info.max)
+        np.testing.assert_allclose(found.var(), kept.moments.var(), rtol=1e-6)
+    again = fastbn.infer(q, *kept.moments.exact(), gamma, beta, **more)
+    compare("infer", again, exact, y.dtype)
+    dy = rng.normal(0, 1, shape).astype(np.float32)
+    dx, dgamma, dbeta = fastbn.backward(dy, saved, need=(False, True, True))
+    _, want_gamma, want_beta = fastbn.reference.backward(dy, kept)
+    assert dx is None
+    n = q.size / len(dgamma)
+    assert np.abs(dgamma - want_gamma).max() <= 1e-6 * n
+    assert np.abs(dbeta - want_beta).max() <= 1e-6 * n
+    with pytest.raises(ValueError, match=r"dx of whole numbers .* no gradient.*need=\(False, True, True\)"):
+        fastbn.backward(dy, saved)
+
+
+def test_a_mask_is_the_compacted_array(rng):
+    """Equal to dense batch norm on the rows that count, whatever the others hold."""
+    x = rng.normal(1e5, 1, (200, 7)).astype(np.float32)
+    mask = rng.random(200) < 0.5
+    gamma, beta = rng.normal(1, 0.5, 7), rng.normal(0, 1, 7)
+    dense, saved = fastbn.forward(x[mask], gamma, beta)
+    dy = rng.normal(0, 1, x.shape).astype(np.float32)
+    dx, dgamma, dbeta = fastbn.backward(dy[mask], saved)
+    x[~mask] = np.resize([np.nan, np.inf, 1e30], (np.sum(~mask), 7))
+    y, kept = fastbn.forward(x, gamma, beta, weights=mask, masked="zero")
+    np.testing.assert_allclose(y[mask], dense, rtol=5e-7, atol=5e-7)
+    assert not y[~mask].any()
+    assert kept.moments.count == mask.sum()
+    got = fastbn.backward(dy, kept)
+    np.testing.assert_allclose(got[0][mask], dx, rtol=1e-6, atol=1e-6)
+    assert not got[0][~mask].any()
+    np.testing.assert_allclose(got[1], dgamma, rtol=1e-5)
+    np.testing.assert_allclose(got[2], dbeta, rtol=1e-5)
+
+
+def test_no_weight_at_all(rng):
+    """What is normalized is beta, and nothing is known of the batch."""
+    x = rng.normal(3, 1, (20, 6)).astype(np.float32)
+    beta = rng.normal(0, 1, 6).astype(np.float32)
+    y, saved = fastbn.forward(x, beta=beta, weights=np.zeros(20))
+    np.testing.assert_array_equal(y, np.broadcast_to(beta, y.shape))
+    assert saved.moments.count == 0
+    running = fastbn.RunningStats(6)
+    before = running.exact()
+    running.update(saved.moments)
+    np.testing.assert_array_equal(running.exact(), before)
+    dx, dgamma, _ = fastbn.backward(x, saved)
+    assert not dx.any()
+    assert not dgamma.any()
+
+
+def test_groups_are_calls_of_their_own(rng):
+    """And one group a sample is instance norm."""
+    x = rng.normal(3, 2, (11, 5, 8, 9)).astype(np.float32)
+    gamma, beta = rng.normal(1, 0.5, 5), rng.normal(0, 1, 5)
+    y, saved = fastbn.forward(x, gamma, beta, groups=3)
+    parts = [fastbn.forward(part, gamma, beta) for part in np.split(x, [4, 8])]
+    np.testing.assert_allclose(y, np.concatenate([part for part, _ in parts]), rtol=5e-7, atol=5e-7)
+    for found, (_, own) in zip(saved.moments, parts, strict=True):
+        assert found.count == own.moments.count
+        np.testing.assert_allclose(found.mean, own.moments.mean, rtol=1e-6)
+    alone, _ = fastbn.forward(x, gamma, beta, groups=11)
+    wide = np.broadcast_to(gamma, (11, 5)), np.broadcast_to(beta, (11, 5))
+    np.testing.assert_allclose(alone, fastbn.forward(x, *wide, axis=(0, 1))[0], rtol=5e-7, atol=5e-7)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_same_bits_for_any_number_of_threads(rng, backend):
+    """Sets, weights and activations too; blocks are tiny, so that threads share each set's."""
+    if backend == "reference":
+        pytest.skip("NumPy")
+    numba = pytest.importorskip("numba")
+    if numba.config.NUMBA_NUM_THREADS < 2:
+        pytest.skip("one thread only")
+    for shape, axis in SHAPES.values():
+        x = rng.normal(3, 2, shape).astype(np.float32)
+        dy = rng.normal(0, 1, shape).astype(np.float32)
+        ids = groups_for("ids", rng, shape, axis)
+        for more in ({"groups": 2}, {"groups": ids}, {"weights": weights_for("positions", rng, shape, axis)}):
+            found = []
+            for threads in (1, 2):
+                numba.set_num_threads(threads)
+                try:
+                    y, saved = fastbn.forward(x, axis=axis, **more)
+                    found.append((y, *fastbn.backward(dy, saved)))
+                finally:
+                    numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+            for one, two in zip(*found, strict=True):
+                np.testing.assert_array_equal(one.view(np.uint32), two.view(np.uint32))
+
+
+WRONG = {
+    "weights below 0": (
+        {"weights": [1, -1, 1, 1]},
+        ValueError,
+        r"weights has -1; expected finite numbers of 0 or more",
+    ),
+    "weights of NaN": ({"weights": [1, np.nan, 1, 1]}, ValueError, r"weights has nan"),
+    "weights of another shape": (
+        {"weights": np.ones((3, 1, 1))},
+        ValueError,
+        r"weights has shape \(3, 1, 1\); .*\(4, 1, 5\)",
+    ),
+    "weights by channel": ({"weights": np.ones((4, 3, 5))}, ValueError, r"weights has shape \(4, 3, 5\)"),
+    "weights of text": ({"weights": ["a"] * 4}, TypeError, r"weights is a .*expected bools, or real numbers"),
+    "masked without weights": ({"masked": "zero"}, ValueError, r"masked='zero' without weights"),
+    "masked unknown": ({"masked": "drop", "weights": np.ones(4)}, ValueError, r"masked is str 'drop'; expected one of"),
+    "no groups": ({"groups": 0}, ValueError, r"groups is 0; expected a number of groups from 1 to 4"),
+    "too many groups": ({"groups": 5}, ValueError, r"groups is 5"),
+    "sizes that don't add up": ({"groups": [1, 2]}, ValueError, r"sizes that add up to 3; expected 4"),
+    "ids of another length": ({"groups": np.zeros(3, int)}, ValueError, r"one whole number .* for each of 4 samples"),
+    "ids far apart": ({"groups": np.array([0, 1, 2, 10**6])}, ValueError, r"np\.unique"),
+    "groups of text": ({"groups": "two"}, TypeError, r"groups is str 'two'"),
+    "an unknown activation": ({"activation": "swish"}, ValueError, r"activation is str 'swish'; expected one of relu,"),
+    "a parameter that isn't taken": ({"activation": ("relu", 1.0)}, ValueError, r"which takes no parameter"),
+    "a parameter of NaN": ({"activation": ("elu", np.nan)}, ValueError, r"expected a finite number as its parameter"),
+    "y kept of relu": (
+        {"activation": "relu", "save": "y"},
+        ValueError,
+        r"save='y' needs an activation that can be inv",
+    ),
+    "y kept of a residual": (
+        {"save": "y", "residual": np.ones((4, 3, 5), np.float32)},
+        ValueError,
+        r"can't be had with",
+    ),
+    "save unknown": ({"save": "z"}, ValueError, r"save is str 'z'; expected 'x' or 'y'"),
+    "a residual of another type": ({"residual": np.ones((4, 3, 5))}, ValueError, r"residual is a float64 .*float32"),
+    "units of floats": ({"scale": 0.1}, ValueError, r"scale or zero_point is given with x of float32"),
+}
+
+
+@pytest.mark.parametrize(("more", "error", "match"), WRONG.values(), ids=WRONG)
+def test_errors(more, error, match, rng):
+    x = rng.normal(0, 1, (4, 3, 5)).astype(np.float32)
+    out = np.full_like(x, 7)
+    with pytest.raises(error, match=match):
+        fastbn.forward(x, out=out, **more)
+    assert (out == 7).all()
+
+
+def test_a_layer_with_an_activation(rng, backend):
+    """The same as a layer without one and an activation behind it, forward and backward."""
+    x, r, dy = (rng.normal(1, 2, (6, 5, 4, 4)).astype(np.float32) for _ in range(3))
+    plain, fused = fastbn.BatchNorm(5), fastbn.BatchNorm(5, activation="relu")
+    for bn in (plain, fused):
+        bn.gamma[...], bn.beta[...] = np.linspace(-1, 2, 5), np.linspace(-1, 1, 5)
+    z = plain(x) + r
+    np.testing.assert_allclose(fused(x, residual=r), np.maximum(z, 0), rtol=1e-6, atol=1e-6)
+    dx, g = plain.backward(dy * (z > 0)), dy * (z > 0)
+    np.testing.assert_allclose(fused.backward(dy), dx, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(fused.dresidual, g)
+    np.testing.assert_allclose(fused.dgamma, plain.dgamma, rtol=1e-5, atol=1e-5)
+    assert fastbn.BatchNorm(5)(x, weights=np.zeros(6), masked="keep") is not x
+    with pytest.raises(ValueError, match=r"fastbn\.BatchNorm: activation is str 'swish'"):
+        fastbn.BatchNorm(5, activation="swish")

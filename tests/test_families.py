@@ -247,15 +247,6 @@ def test_torch_oddities_are_refused(library, rng):
         fastbn.forward(x)
 
 
-def test_tensors_in_main_memory_are_refused_as_before(library, rng):
-    if library.name != "torch":
-        pytest.skip("of PyTorch")
-    x = library.put(data(rng, (6, 3, 5), (1,))[0])
-    x.is_cuda = False
-    with pytest.raises(TypeError, match=r"x is a .*Tensor; expected a NumPy array, a CuPy array.*np.from_dlpack"):
-        fastbn.forward(x)
-
-
 def test_subclasses_are_refused(library, rng):
     if library.name != "cupy":
         pytest.skip("of CuPy")
@@ -411,6 +402,51 @@ def test_running_stats_live_with_the_first_batch(library, rng):
         with pytest.raises(TypeError, match=r"RunningStats: mean is a float64 array .* in main memory; expected a"):
             running.mean = np.zeros(3)
     assert library.state.transfers.count("from") == 0
+
+
+def test_moments_subtract_merge_and_load_where_they_are(library, rng):
+    x = rng.normal(1e4, 1, (40, 3)).astype(np.float32)
+    parts = [x[:25], x[25:]]
+    whole = fastbn.Moments.merge_all(fastbn.moments(library.put(part, 1)) for part in parts)
+    back = whole - fastbn.moments(library.put(parts[1], 1))
+    assert type(back.mean) is library.type
+    assert library.state.transfers == []
+    np.testing.assert_allclose(back.exact()[1].on_host, fastbn.moments(parts[0]).exact()[1], rtol=1e-12)
+    assert not (whole - whole).m2.on_host.any()
+    more = fastbn.Moments(1, *(library.put(np.array(a), 1) for a in ([1e4] * 3, [0, 1e9, 0])))
+    assert (whole - more).m2.on_host[1] == 0  # nothing is waited for
+    state = whole.to_dict()
+    assert {type(value) for value in state.values()} == {np.ndarray}
+    loaded = fastbn.Moments.from_dict(state, like=library.put(x, 1))
+    assert type(loaded.mean) is library.type
+    for got, kept in zip(loaded.exact(), whole.exact(), strict=True):
+        assert got.on_device == 1
+        np.testing.assert_array_equal(got.on_host, kept.on_host)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"momentum": None}, {"debias": True}, {"momentum": 0.0, "debias": True}], ids=str
+)
+def test_the_guard_skips_without_waiting(arguments, library, rng):
+    running = fastbn.RunningStats(3, on_nonfinite="skip", **arguments)
+    twin = fastbn.RunningStats(3, on_nonfinite="skip", **arguments)
+    for k in range(5):
+        x = rng.normal(3, 2, (8, 3, 5)).astype(np.float32)
+        if k in (0, 2):
+            x[0, k, 0] = (np.nan, np.inf)[k == 2]
+        running.update(fastbn.moments(library.put(x, 1)))
+        twin.update(fastbn.moments(x))
+    assert "from" not in library.state.transfers
+    assert type(running.mean) is library.type
+    np.testing.assert_allclose(running.mean.on_host, twin.mean, rtol=3e-7)
+    np.testing.assert_allclose(running.var.on_host, twin.var, rtol=3e-7)
+    assert running.skipped.tolist() == [1, 0, 1]
+    assert repr(running) == repr(twin)
+    strict = fastbn.RunningStats(3, on_nonfinite="raise")
+    with pytest.raises(ValueError, match=r"update: moments is NaN or Inf in 3 of 3 channels"):
+        strict.update(fastbn.moments(library.put(np.full((4, 3), np.nan, np.float32), 1)))
+    running.replace(fastbn.moments(library.put(x, 1)))
+    np.testing.assert_allclose(running.mean.on_host, x.mean((0, 2)), rtol=1e-6)
 
 
 def test_running_stats_stay_where_something_was_set(library, rng):

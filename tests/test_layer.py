@@ -73,6 +73,8 @@ def test_parameters_have_the_layers_dtype(dtype):
         ({"momentum": 0.3}, {"momentum": 0.3, "ddof": 1}),
         ({"momentum": None, "ddof": 0}, {"momentum": None, "ddof": 0}),
         ({"decay": 0.75}, {"momentum": 0.25, "ddof": 1}),
+        ({"on_nonfinite": "skip", "debias": True}, {"on_nonfinite": "skip", "debias": True}),
+        ({}, {"on_nonfinite": "propagate", "debias": False}),
     ],
 )
 def test_arguments_reach_the_running_statistics(arguments, attributes):
@@ -189,6 +191,52 @@ def test_state_goes_through_a_file(rng, tmp_path, channels, axis, dtype):
     np.testing.assert_array_equal(other.running.exact(), bn.running.exact())
 
 
+def test_the_guard_goes_through_a_state(rng):
+    """Counts of what was skipped come along, so that an average goes on per channel as it would have."""
+    arguments = {"momentum": None, "on_nonfinite": "skip"}
+    bn, other = layer(rng, **arguments), BatchNorm(3, **arguments)
+    for k in range(4):
+        x = batch(rng)[0]
+        if k:
+            x[0, k - 1, 0] = np.nan
+        bn(x)
+    assert bn.running.skipped.tolist() == [1, 1, 1]
+    other.load_state_dict(bn.state_dict())
+    x = batch(rng)[0]
+    for each in (bn, other):
+        each(x)
+    np.testing.assert_array_equal(other.running.exact(), bn.running.exact())
+    assert np.isfinite(bn.running.exact()).all()
+    assert repr(other.running) == repr(bn.running)
+
+
+def test_a_state_from_before_the_guard_loads(rng):
+    bn, other = layer(rng), layer(rng, on_nonfinite="skip")
+    x = batch(rng)[0]
+    bn(x)
+    spoilt = x.copy()
+    spoilt[0, 1, 0] = np.inf
+    other(spoilt)
+    state = bn.state_dict()
+    del state["skipped"], state["skipped_variances"]
+    other.load_state_dict(state)
+    np.testing.assert_array_equal(other.running.exact(), bn.running.exact())
+    assert other.running.skipped.tolist() == [0, 0, 0]
+
+
+def test_the_guard_raises_and_leaves_the_layer(rng):
+    bn = layer(rng, on_nonfinite="raise")
+    x, dy = batch(rng)
+    bn(x)
+    before, dx = bn.running.exact(), bn.backward(dy)
+    spoilt = x.copy()
+    spoilt[0, 1, 0] = np.nan
+    with pytest.raises(ValueError, match=r"RunningStats.update: moments is NaN or Inf in 1 of 3 channels \(1\)"):
+        bn(spoilt)
+    np.testing.assert_array_equal(bn.running.exact(), before)
+    np.testing.assert_array_equal(bn.backward(dy), dx)  # of the last pass that was right
+
+
 def test_state_dict_is_a_copy_and_loading_copies(rng):
     bn, other = layer(rng), BatchNorm(3)
     gamma = other.gamma
@@ -223,6 +271,9 @@ WRONG_STATES = {
     "batches negative": (lambda s: s.update(batches=-3), ValueError, r"batches is int -3"),
     "batches fractional": (lambda s: s.update(batches=1.5), ValueError, r"batches is float 1\.5"),
     "batches nan": (lambda s: s.update(batches=np.nan), ValueError, r"batches is float nan"),
+    "skips of another shape": (lambda s: s.update(skipped=np.zeros(4, int)), ValueError, r"skipped is int64 array .*4"),
+    "skips negative": (lambda s: s.update(skipped=np.int64([0, -1, 0])), ValueError, r"skipped is int64 array"),
+    "skips without their variances": (lambda s: s.pop("skipped_variances"), ValueError, r"state has .*; expected"),
     "batches per channel": (
         lambda s: s.update(batches=np.zeros(3, int)),
         ValueError,

@@ -7,6 +7,8 @@ import re
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import fastbn
 from fastbn import Moments
@@ -190,6 +192,174 @@ def test_channel_axes_in_any_order_of_memory(rng, order):
     np.testing.assert_allclose(fastbn.moments(x, axis=(1, 2)).mean, x.mean(0), rtol=1e-14)
 
 
+@st.composite
+def cut_and_grouped(draw):
+    """Values (n, 2), borders between parts, and an order in which neighbours of a shuffled list merge."""
+    n = draw(st.integers(1, 60))
+    seed, offset, scale = (
+        draw(st.integers(0, 999)),
+        draw(st.sampled_from([0.0, 1.0, 1e4, -1e8])),
+        draw(st.floats(0.1, 9)),
+    )
+    x = offset + scale * np.random.default_rng(seed).normal(size=(n, 2))
+    x[0] += 100 * draw(st.integers(0, 1)) * scale  # an outlier
+    borders = sorted(draw(st.lists(st.integers(0, n), max_size=9)))
+    parts = draw(st.permutations(np.split(x, borders)))
+    return x, parts, draw(st.lists(st.integers(0, 99), min_size=len(parts), max_size=len(parts)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(cut_and_grouped())
+def test_any_partition_in_any_order_and_grouping(drawn):
+    """1e-12 of the variance, and of a standard deviation for the mean, but for what float64 can't say of it: half an
+    ulp. That at any offset: with the mean as one float64, 1e8 gave a variance off by 1e-8."""
+    x, parts, picks = drawn
+    merged = [fastbn.moments(part) for part in parts]
+    for pick in picks[1:]:
+        k = pick % (len(merged) - 1)
+        merged[k : k + 2] = [merged[k] + merged[k + 1]]
+    (total,), whole = merged, fastbn.moments(x)
+    assert total.count == whole.count == len(x)
+    (mean, var), (mean_whole, var_whole) = total.exact(), whole.exact()
+    assert (np.abs(mean - mean_whole) <= 1e-12 * np.sqrt(var_whole) + np.spacing(np.abs(mean_whole))).all()
+    np.testing.assert_allclose(var, var_whole, rtol=TOLERANCE)
+
+
+def test_the_pair_matters():
+    """Three values whose mean has no float64: with means rounded to one, M2 is off by more than 1e-10."""
+    x = 1e8 + np.float64([[0.1], [0.2], [0.4]])
+    wide = x[:, 0].astype(np.longdouble)
+    exact = float(((wide - wide.mean()) ** 2).sum())
+    for grouped in (
+        (fastbn.moments(x[:2]) + fastbn.moments(x[2:])),
+        sum(fastbn.moments(x[k : k + 1]) for k in range(3)),
+    ):
+        np.testing.assert_allclose(grouped.m2[0], exact, rtol=TOLERANCE)
+    rounded = Moments(2, fastbn.moments(x[:2]).mean, fastbn.moments(x[:2]).m2, np.float64) + fastbn.moments(x[2:])
+    assert abs(rounded.m2[0] / exact - 1) > 1e-10  # the test would see it
+
+
+def weighted(x, w):
+    """Moments of x (n, C) by weights (n,), in NumPy's widest type."""
+    w = w.astype(np.longdouble)
+    total = w.sum()
+    mean = (w[:, None] * x).sum(0) / total if total else np.zeros(x.shape[1])
+    return Moments(float(total), np.float64(mean), np.float64((w[:, None] * (x - mean) ** 2).sum(0)), np.float64)
+
+
+def test_weights(rng):
+    """Sums of weights as counts: parts merge, and a weight of 0 is no value."""
+    x, w = rng.normal(rng.normal(size=3), 2, (40, 3)), rng.uniform(0, 2, 40)
+    w[[0, 7, 30]] = 0
+    whole, cuts = weighted(x, w), (slice(1), slice(1, 9), slice(9, 30), slice(30, None))
+    merged = sum(weighted(x[cut], w[cut]) for cut in cuts)
+    assert isinstance(merged.count, float)
+    np.testing.assert_allclose(merged.count, w.sum(), rtol=1e-15)
+    np.testing.assert_allclose(merged.exact(1), whole.exact(1), rtol=1e-13)
+    np.testing.assert_allclose(merged.exact()[1], np.cov(x.T, aweights=w, ddof=0).diagonal(), rtol=1e-13)
+    assert repr(Moments(2.5, [1], [1])) == "Moments(count=2.5, mean=[1], var=[0.4])"
+    mixed = whole + fastbn.moments(x)
+    np.testing.assert_allclose(mixed.count, w.sum() + 40)
+    np.testing.assert_allclose(mixed.exact(), weighted(np.concatenate([x, x]), np.append(w, np.ones(40))).exact())
+
+
+def test_var_of_fractional_weights():
+    assert Moments(1.5, [0], [3]).var(1)[0] == 6
+    assert np.isnan(Moments(0.75, [0], [3]).var(1)[0])  # no more than ddof
+
+
+@pytest.mark.parametrize("offset", [0, 1e6])
+@pytest.mark.parametrize("sizes", [(30, 31), (60, 1), (1, 60), (0, 61)])
+def test_subtraction_takes_a_batch_back(rng, sizes, offset):
+    x = offset + rng.normal(rng.normal(size=3), [1, 0.1, 30], (61, 3))
+    a, b = (fastbn.moments(part) for part in parts(x, sizes))
+    back = (a + b) - b
+    assert back.count == a.count
+    # What cancels is M2 of the whole, at most 61 times that of a value: a few eps of it stay as error.
+    np.testing.assert_allclose(back.m2, a.m2, rtol=1e-12, atol=1e-14 * (a + b).m2.max())
+    np.testing.assert_allclose(back.mean, a.mean, rtol=1e-15, atol=1e-12)
+    assert (back + b).count == 61
+    np.testing.assert_allclose((back + b).exact(), (a + b).exact(), rtol=1e-12)
+
+
+def test_subtraction_leaves_nothing_or_all(rng):
+    a, empty = fastbn.moments(rng.normal(4, 2, (9, 3))), fastbn.moments(np.empty((0, 3)))
+    nothing = a - a
+    assert (nothing.count, nothing.mean.tolist(), nothing.m2.tolist()) == (0, [0] * 3, [0] * 3)
+    np.testing.assert_array_equal((a - empty).exact(), a.exact())
+    by_weight = Moments(0.1 + 0.2, [1], [1]) - Moments(0.3, [1], [1])
+    assert by_weight.count == 0  # 5.6e-17 by rounding alone
+    assert (Moments(0.5, [1], [1]) - Moments(0.25, [1], [0.5])).count == 0.25
+
+
+def test_an_m2_below_0_by_rounding_is_0():
+    """A constant channel, of which rounding may leave anything."""
+    a, b = Moments(3, [0.1], [1e-33], np.float64), Moments(2, [0.1], [1.1e-33], np.float64)
+    assert (a - b).m2[0] == 0
+    kept = Moments(9, [5.0], [np.nan]) - Moments(2, [5.0], [1.0])
+    assert np.isnan(kept.m2[0])  # unknown stays unknown
+
+
+def test_merge_all_is_one_tree_whatever_it_is_given(rng):
+    """The same bits from a list, a generator and the tree by hand; right for any number of parts."""
+    found = [fastbn.moments(rng.normal(k, 2, (k % 4, 3)).astype(np.float32)) for k in range(1, 8)]
+    a, b, c, d, e, f, g = found
+    by_hand = ((a + b) + (c + d)) + ((e + f) + g)
+    for merged in (Moments.merge_all(found), Moments.merge_all(iter(found)), Moments.merge_all(m for m in found)):
+        assert merged.count == by_hand.count
+        np.testing.assert_array_equal(merged.exact(), by_hand.exact())
+    for number in range(1, 8):
+        merged = Moments.merge_all(found[:number])
+        np.testing.assert_allclose(merged.exact(), sum(found[:number]).exact(), rtol=TOLERANCE)
+
+
+def test_larger_and_smaller_parts_commute(rng):
+    """Bit by bit, as the larger one is always the base."""
+    a, b = (fastbn.moments(rng.normal(1e6, 2, (n, 300))) for n in (5, 9))
+    one, other = (a + b).to_dict(), (b + a).to_dict()
+    for name in ("mean", "mean_lo", "m2"):
+        np.testing.assert_array_equal(one[name], other[name])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("channels", [(3,), (2, 3)])
+def test_state_goes_through_a_file(rng, tmp_path, dtype, channels):
+    """np.savez and back, without pickle: the same bits, also in what it merges to later."""
+    x = rng.normal(1e6, 1, (7, *channels)).astype(dtype)
+    axis = tuple(range(1, x.ndim))
+    whole = fastbn.moments(x[:5], axis=axis) + fastbn.moments(x[5:], axis=axis)
+    for m in (whole, Moments(2.5, x[0], x[1] ** 2, dtype), fastbn.moments(x[:0], axis=axis)):
+        np.savez(tmp_path / "m.npz", **m.to_dict())
+        with np.load(tmp_path / "m.npz", allow_pickle=False) as state:
+            loaded = Moments.from_dict(state)
+        assert (loaded.count, type(loaded.count), loaded.dtype) == (m.count, type(m.count), m.dtype)
+        assert loaded.shape == channels
+        np.testing.assert_array_equal(loaded.exact(), m.exact(), strict=True)
+        np.testing.assert_array_equal((loaded + whole).exact(), (m + whole).exact())
+        again = loaded.to_dict()
+        for name, value in m.to_dict().items():
+            np.testing.assert_array_equal(again[name], value, strict=True)
+    assert whole.to_dict()["mean"].dtype == np.float64
+    assert (whole.to_dict()["mean_lo"] != 0).any()
+    np.testing.assert_array_equal(whole.to_dict()["mean"], whole.exact()[0])
+
+
+def test_to_dict_is_a_copy_and_loading_copies(rng):
+    m = fastbn.moments(rng.normal(4, 2, (9, 3)))
+    state, before = m.to_dict(), m.exact()
+    loaded = Moments.from_dict(state)
+    for name in ("mean", "mean_lo", "m2"):
+        state[name][:] = 9
+    for each in (m, loaded):
+        np.testing.assert_array_equal(each.exact(), before)
+
+
+def test_finite(rng):
+    x = rng.normal(2, 1, (5, 4))
+    x[2, 1], x[1, 2] = np.inf, np.nan
+    np.testing.assert_array_equal(fastbn.moments(x).finite(), [True, False, False, True])
+
+
 @pytest.mark.parametrize("scale", [1e20, 1e200])
 def test_large_numbers_merge_in_silence(scale):
     """Squares leave float32, and at 1e200 float64 too: inf, and no warning (warnings are errors here)."""
@@ -216,7 +386,52 @@ def test_repr():
 
 
 M = Moments(2, np.ones(3), np.ones(3))
+STATE = M.to_dict()
 WRONG = {
+    "subtract more": (lambda: M - Moments(3, [1] * 3, [0] * 3), ValueError, r"subtract: other has a count of 3; .* 2,"),
+    "subtract more weight": (lambda: M - Moments(2.1, [1] * 3, [0] * 3), ValueError, r"a count of 2\.1; expected at m"),
+    "subtract other channels": (lambda: M - Moments(1, [1], [1]), ValueError, r"subtract: other has channels of shape"),
+    "subtract a number": (lambda: M - 1, TypeError, "unsupported operand"),
+    "subtract by name": (lambda: M.subtract(1), TypeError, r"Moments\.subtract: other is a int; expected Moments"),
+    "subtract what is no part": (
+        lambda: M - Moments(1, [1] * 3, [0, 5, 0]),
+        ValueError,
+        r"subtract: other has more M2 than a part of these can, in 1 of 3 channels",
+    ),
+    "merge all of none": (lambda: Moments.merge_all([]), ValueError, r"merge_all: parts is empty; expected at least"),
+    "merge all of numbers": (lambda: Moments.merge_all([M, 1]), TypeError, r"merge_all: parts has a int; expected Mom"),
+    "a state of nothing": (
+        lambda: Moments.from_dict(None),
+        ValueError,
+        r"from_dict: state has NoneType None; expected",
+    ),
+    "a state without count": (
+        lambda: Moments.from_dict({k: v for k, v in STATE.items() if k != "count"}),
+        ValueError,
+        r"from_dict: state has \['dtype', 'm2', 'mean', 'mean_lo'\]; expected \['count',",
+    ),
+    "a state of negative M2": (
+        lambda: Moments.from_dict({**STATE, "m2": [-1, 1, 1]}),
+        ValueError,
+        r"from_dict: m2 has a negative value \(-1\)",
+    ),
+    "a state of two shapes": (lambda: Moments.from_dict({**STATE, "m2": [1]}), ValueError, r"m2 has shape \(1,\); exp"),
+    "a state of a negative count": (
+        lambda: Moments.from_dict({**STATE, "count": np.array(-1)}),
+        ValueError,
+        r"from_dict: count is int -1",
+    ),
+    "a state of a count per channel": (
+        lambda: Moments.from_dict({**STATE, "count": np.ones(3)}),
+        ValueError,
+        r"from_dict: count is float64 array of shape \(3,\)",
+    ),
+    "a state of another dtype": (lambda: Moments.from_dict({**STATE, "dtype": "int8"}), ValueError, r"dtype is 'int8'"),
+    "a place that can't be": (
+        lambda: Moments.from_dict(STATE, like=[1]),
+        TypeError,
+        r"from_dict: like is a list \[1\]; expected a NumPy array, a CuPy",
+    ),
     "another number of channels": (lambda: M.merge(Moments(2, [1], [1])), ValueError, r"shape \(1,\); expected \(3,\)"),
     "merge an array": (lambda: M.merge(np.ones(3)), TypeError, r"Moments\.merge: other is a ndarray; expected Moments"),
     "merge none": (lambda: M.merge(None), TypeError, r"other is a NoneType"),
@@ -227,6 +442,9 @@ WRONG = {
         ValueError,
         r"Moments: count is .*-1; expected a number of values",
     ),
+    "fractional count below 0": (lambda: Moments(-2.5, [1], [1]), ValueError, r"Moments: count is float -2\.5"),
+    "infinite count": (lambda: Moments(np.inf, [1], [1]), ValueError, r"Moments: count is float inf"),
+    "count of text": (lambda: Moments("2", [1], [1]), ValueError, r"Moments: count is str '2'"),
     "NaN count": (lambda: Moments(np.nan, [1], [1]), ValueError, r"Moments: count is float nan"),
     "negative M2": (lambda: Moments(2, [1], [-1]), ValueError, r"Moments: m2 has a negative value \(-1\)"),
     "M2 of other channels": (

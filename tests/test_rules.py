@@ -23,6 +23,10 @@ ARRAY_LIBRARIES = {
 }
 
 
+# fastbn/torch.py and fastbn/jax.py may import what they are named after: nobody imports them but those who ask.
+FRAMEWORKS = {"torch", "jax"}
+
+
 def sources(*folders):
     found = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
     assert found, folders
@@ -79,9 +83,16 @@ def test_a_kernel_imports_its_array_library_and_its_siblings(path):
 
 @pytest.mark.parametrize("path", [p for p in sources("fastbn") if "fastbn/demo/" not in p.id])
 def test_the_library_imports_numpy_only(path):
+    framework = {path.stem} & FRAMEWORKS if path.parent == ROOT / "fastbn" else set()
     for name in imports(path, at_import(tree(path))):
-        assert name.partition(".")[0] in STANDARD | {"numpy", "fastbn"}, f"{path.name} imports {name}"
+        assert name.partition(".")[0] in STANDARD | {"numpy", "fastbn"} | framework, f"{path.name} imports {name}"
         assert not f"{name}.".startswith("fastbn.kernels.cpu."), "kernels are imported on first use"
+
+
+@pytest.mark.parametrize("path", sources("fastbn", "kernels"))
+def test_no_other_file_imports_a_framework_of_ours(path):
+    ours = {f"fastbn.{name}" for name in FRAMEWORKS}
+    assert not ours & set(imports(path, ast.walk(tree(path)))), "import fastbn would import the framework"
 
 
 @pytest.mark.parametrize("path", sources("fastbn", "kernels", "tests", "bench"))

@@ -190,8 +190,157 @@ def test_repr():
     assert repr(RunningStats((3, 2), None, 0)) == "RunningStats(channels=(3, 2), momentum=None, ddof=0, batches=0)"
 
 
+def spoilt(rng, spoilt_channels):
+    """Ten batches, of which some have NaN or Inf in some of the three channels."""
+    for k, x in enumerate(ten_batches(rng)):
+        for c in spoilt_channels.get(k, ()):
+            x[0, c] = (np.nan, np.inf, -np.inf)[k % 3]
+        yield x
+
+
+SPOILT = {0: (0,), 1: (0, 2), 4: (1,), 5: (0, 1, 2), 9: (2,)}
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("debias", [False, True])
+@pytest.mark.parametrize(("arguments", "weight"), WEIGHTS.values(), ids=WEIGHTS)
+def test_skip_is_a_channel_that_never_saw_the_batch(rng, arguments, weight, debias):
+    """Each channel as statistics of its own, fed with its finite batches only."""
+    batches = list(spoilt(rng, SPOILT))
+    running = RunningStats(3, on_nonfinite="skip", debias=debias, **arguments)
+    alone = [RunningStats(1, debias=debias, **arguments) for _ in range(3)]
+    for k, x in enumerate(batches):
+        running.update(fastbn.moments(x))
+        for c in range(3):
+            if c not in SPOILT.get(k, ()):
+                alone[c].update(fastbn.moments(x[:, c : c + 1]))
+        for c in range(3):
+            np.testing.assert_allclose(running.mean[c], alone[c].mean[0], rtol=1e-13)
+            np.testing.assert_allclose(running.var[c], alone[c].var[0], rtol=1e-13)
+            assert running.batches - running.skipped[c] == alone[c].batches
+    assert running.skipped.tolist() == [3, 2, 3]
+    assert running.skipped.dtype == np.int64
+    assert repr(running).endswith("batches=10, skipped=8 in 3 channels)")
+
+
+def test_skip_without_cause_changes_nothing(rng):
+    """The same bits as without a guard."""
+    for arguments in ({}, {"momentum": None}, {"debias": True}):
+        guarded, plain = RunningStats(3, on_nonfinite="skip", **arguments), RunningStats(3, **arguments)
+        for x in ten_batches(rng):
+            guarded.update(fastbn.moments(x))
+            plain.update(fastbn.moments(x))
+        np.testing.assert_allclose(guarded.exact(), plain.exact(), rtol=1e-14)
+        assert not guarded.skipped.any()
+        assert "skipped" not in repr(guarded)
+
+
+def test_a_batch_without_variance_can_be_skipped(rng):
+    """One value per channel, NaN in one: counts of mean and variance go their own ways."""
+    running = RunningStats(2, momentum=None, on_nonfinite="skip")
+    running.update(Moments(1, [np.nan, 5], [np.nan, 0]))
+    running.update(Moments(2, [3, np.inf], [8, np.nan]))
+    running.update(Moments(2, [5, 7], [4, 2]))
+    np.testing.assert_array_equal(running.exact(), [[4, 6], [6, 2]])
+    assert running.skipped.tolist() == [1, 1]
+
+
+def test_propagate_is_the_default_and_keeps_a_nan(rng):
+    running = RunningStats(3)
+    for x in spoilt(rng, {3: (1,)}):
+        running.update(fastbn.moments(x))
+    np.testing.assert_array_equal(np.isnan(running.mean), [False, True, False])
+    assert not running.skipped.any()
+
+
+def test_a_guard_may_be_set_later(rng):
+    running = RunningStats(1, momentum=None)
+    running.update(Moments(2, [3], [8]))
+    running.on_nonfinite = "skip"
+    running.update(Moments(2, [np.nan], [8]))
+    running.on_nonfinite = "propagate"
+    running.update(Moments(2, [5], [4]))
+    np.testing.assert_array_equal(running.exact(), [[4], [6]])  # the average over the two that counted
+
+
+@pytest.mark.parametrize("method", ["update", "replace"])
+def test_raise_changes_nothing(rng, method):
+    running = RunningStats(9, on_nonfinite="raise")
+    running.update(fastbn.moments(rng.normal(5, 2, (6, 9))))
+    before = running.exact()
+    x = rng.normal(5, 2, (6, 9))
+    x[0, [2, 5]] = np.nan, np.inf
+    with pytest.raises(ValueError, match=rf'{method}: moments is NaN or Inf in 2 of 9 channels \(2, 5\); .*="skip"'):
+        getattr(running, method)(fastbn.moments(x))
+    x[1, 1:] = np.nan
+    with pytest.raises(ValueError, match=r"in 8 of 9 channels \(1, 2, 3, 4, 5, 6, \.\.\.\)"):
+        getattr(running, method)(fastbn.moments(x))
+    np.testing.assert_array_equal(running.exact(), before)
+    assert running.batches == 1
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.01, 1e-9, 0.9])
+def test_debias_is_adams(rng, momentum):
+    """The moving average that starts from 0, divided by 1 - (1 - momentum)^k, with ^ in NumPy's widest type."""
+    running = RunningStats(3, momentum, debias=True)
+    m = np.longdouble(momentum)
+    mean, var = np.zeros(3, np.longdouble), np.zeros(3, np.longdouble)
+    for k, x in enumerate(ten_batches(rng), 1):
+        running.update(fastbn.moments(x))
+        mean = (1 - m) * mean + m * x.mean(0)
+        var = (1 - m) * var + m * x.var(0, ddof=1)
+        mass = 1 - (1 - m) ** k
+        np.testing.assert_allclose(running.exact()[0], np.float64(mean / mass), rtol=2e-9 if momentum < 1e-6 else 1e-12)
+        np.testing.assert_allclose(running.exact()[1], np.float64(var / mass), rtol=2e-9 if momentum < 1e-6 else 1e-12)
+
+
+@pytest.mark.parametrize("on_nonfinite", ["propagate", "skip"])
+def test_debias_starts_from_the_first_batch(on_nonfinite):
+    """Exactly: nothing of the initial values, whatever they are."""
+    running = RunningStats(2, 0.1, debias=True, on_nonfinite=on_nonfinite)
+    running.mean, running.var = [1e9, np.nan], [1e9, np.nan]
+    running.update(Moments(4, [1e-9, 3], [3e-9, 6], np.float64))
+    np.testing.assert_array_equal(running.exact(), [[1e-9, 3], [1e-9, 2]])
+
+
+@pytest.mark.parametrize("momentum", [0, 1])
+@pytest.mark.parametrize("on_nonfinite", ["propagate", "skip"])
+def test_debias_of_momentum_0_and_1(momentum, on_nonfinite):
+    running = RunningStats(1, momentum, debias=True, on_nonfinite=on_nonfinite, ddof=0)
+    for k in (1, 2):
+        running.update(Moments(2, [k], [4 * k]))
+    np.testing.assert_array_equal(running.exact(), [[2 * momentum], [4 if momentum else 1]])
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_replace(rng, ddof):
+    running = RunningStats(3, momentum=None, ddof=ddof)
+    for x in ten_batches(rng):
+        running.update(fastbn.moments(x))
+    x, z = rng.normal(5, 2, (8, 3)), rng.normal(5, 2, (4, 3))
+    running.replace(fastbn.moments(x), batches=3)
+    np.testing.assert_allclose(running.exact(), [x.mean(0), x.var(0, ddof=ddof)], rtol=1e-14)
+    assert running.batches == running.variances == 3
+    running.update(fastbn.moments(z))
+    np.testing.assert_allclose(running.mean, (3 * x.mean(0) + z.mean(0)) / 4, rtol=1e-14)
+
+
+def test_replace_under_the_guard():
+    running = RunningStats(2, momentum=None, on_nonfinite="skip")
+    running.update(Moments(2, [7, 7], [2, 2]))
+    running.replace(Moments(2, [5, np.nan], [4, 4]), batches=4)
+    np.testing.assert_array_equal(running.exact(), [[5, 7], [4, 2]])
+    assert running.skipped.tolist() == [0, 4]
+
+
 R = "fastbn.RunningStats: "
 WRONG = {
+    "guard unknown": (
+        lambda: RunningStats(3, on_nonfinite="ignore"),
+        ValueError,
+        R + "on_nonfinite is str 'ignore'; .*",
+    ),
+    "guard none": (lambda: RunningStats(3, on_nonfinite=None), ValueError, R + "on_nonfinite is NoneType None"),
     "momentum above 1": (lambda: RunningStats(3, 1.1), ValueError, R + r"momentum is float 1\.1; .* in \[0, 1\]"),
     "momentum below 0": (lambda: RunningStats(3, -0.1), ValueError, R + r"momentum is float -0\.1"),
     "momentum nan": (lambda: RunningStats(3, np.nan), ValueError, R + "momentum is float nan"),
@@ -227,6 +376,17 @@ WRONG_USE = {
         r"update: moments has channels of shape \(2,\); expected \(3,\)",
     ),
     "other channels, of no values": (lambda r: r.update(Moments(0, [1], [1])), ValueError, r"channels of shape \(1,\)"),
+    "replace by none": (lambda r: r.replace(None), TypeError, r"replace: moments is a NoneType"),
+    "replace by other channels": (
+        lambda r: r.replace(Moments(2, [1], [1])),
+        ValueError,
+        r"replace: moments has channe",
+    ),
+    "replace by one value": (
+        lambda r: r.replace(Moments(1, [1, 2, 3], [0, 0, 0])),
+        ValueError,
+        r"replace: moments has a count of 1; expected more than ddof=1",
+    ),
     "mean of other channels": (lambda r: setattr(r, "mean", [1, 2]), ValueError, r"mean has shape \(2,\); expected"),
     "mean of one number": (lambda r: setattr(r, "mean", 0), ValueError, r"mean has shape \(\); expected \(3,\)"),
     "var complex": (lambda r: setattr(r, "var", [1j, 1, 1]), TypeError, r"var is a complex128 array"),

@@ -7,15 +7,21 @@ them at once can leave one's argument types pointing at the other's code, and ev
 
 Here Numba still finds the folder, makes the key and turns code into bytes; but each specialisation has a file
 of its own that opens with a checksum, and whatever goes wrong around it means: compile again.
+
+A process that compiles for more than two seconds in all says so on stderr, once.
 """
 
+import contextlib
 import functools
 import hashlib
 import logging
 import os
 import pickle
+import sys
+import threading
+import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +114,67 @@ def _twin(function: Callable[..., None]) -> Callable[..., None]:
     return twin
 
 
+PATIENCE = 2.0  # seconds of compiling, all in all, after which a person wants to know what takes so long
+
+
+class _Notice:
+    """Says once in a process, on stderr and while it goes on, that kernels are being compiled."""
+
+    def __init__(self) -> None:
+        self.said = False
+        self._spent = 0.0
+        self._running = False
+
+    @contextlib.contextmanager
+    def watching(self, cached: bool) -> Iterator[None]:
+        """Around a compilation. Numba's lock lets one thread compile at a time."""
+        if self.said or self._running:
+            yield
+            return
+        start, self._running = time.perf_counter(), True
+        timer = threading.Timer(max(0.0, PATIENCE - self._spent), self.say, (cached,))
+        timer.daemon = True
+        with contextlib.suppress(RuntimeError):  # no more threads to be had
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            self._spent += time.perf_counter() - start
+            self._running = False
+
+    def say(self, cached: bool) -> None:
+        if self.said:
+            return
+        self.said = True
+        when = "once on this machine; ahead of time: python -m fastbn warmup"
+        if not cached:
+            when = "in every process, as no folder can be written to for them; set NUMBA_CACHE_DIR to one"
+        if sys.stderr is None:
+            return
+        with contextlib.suppress(Exception):  # it is closed
+            print(f"fastbn is compiling kernels for this processor, which takes some seconds ({when})", file=sys.stderr)
+
+
+notice = _Notice()
+
+
 def _compiled(function: Callable[..., None], options: dict[str, Any]) -> Any:
     """A dispatcher, cached where it can be; with NUMBA_DISABLE_JIT=1 the function itself."""
+    dispatcher = _cached(function, options)
+    with contextlib.suppress(AttributeError):  # no JIT, or a Numba that has changed these names
+        compiler = dispatcher._compiler
+        compile_ = compiler.compile
+
+        def watched(*args: Any, **keywords: Any) -> Any:
+            with notice.watching(isinstance(getattr(dispatcher, "_cache", None), _Guard)):
+                return compile_(*args, **keywords)
+
+        compiler.compile = watched
+    return dispatcher
+
+
+def _cached(function: Callable[..., None], options: dict[str, Any]) -> Any:
     dispatcher = numba.njit(**options)(function)
     try:
         dispatcher.enable_caching()

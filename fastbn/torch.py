@@ -1,0 +1,240 @@
+"""Batch normalization for PyTorch: operators that autograd and torch.compile know, modules, and `convert(model)`.
+
+>>> import torch, fastbn.torch
+>>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+>>> fastbn.torch.convert(model)[1]
+BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+>>> model(torch.ones(2, 3, 8, 8)).sum().backward()  # trains as before, and saves and loads PyTorch's own state_dict
+
+Tensors on the CPU and on CUDA take the same way. Gradients of gradients are not there: an error says so when asked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .arguments import describe
+from .batchnorm import Saved, backward, forward
+from .host import seen
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "batch_norm", "convert", "revert"]
+
+# table (6, C) float64 is what `forward` found; mean and var, both or none, are statistics to be taken as they are.
+_FORWARD, _BACKWARD = "fastbn::forward", "fastbn::backward"
+torch.library.define(
+    _FORWARD,
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps) -> (Tensor y, Tensor table)",
+)
+torch.library.define(
+    _BACKWARD,
+    "(Tensor dy, Tensor x, Tensor table, bool frozen, bool[3] need) -> (Tensor dx, Tensor dgamma, Tensor dbeta)",
+)
+
+
+def _seen(a: Any) -> Any:
+    """What the functions take: NumPy's view, which costs less than a tensor there; on a GPU the tensor."""
+    return a if a is None else a.detach() if a.is_cuda else seen(a)
+
+
+def _forward(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, eps: float) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x)
+    frozen = None if mean is None else (_seen(mean), _seen(var))
+    _, saved = forward(_seen(x), _seen(weight), _seen(bias), eps=eps, frozen=frozen, out=_seen(y))
+    return y, torch.as_tensor(saved.table)
+
+
+def _backward(dy: Tensor, x: Tensor, table: Tensor, frozen: bool, need: list[bool]) -> tuple[Tensor, ...]:
+    dx = torch.empty_like(x) if need[0] else None
+    saved = Saved.of(_seen(x), _seen(table), frozen)
+    _, dgamma, dbeta = backward(_seen(dy), saved, need=need, out=(_seen(dx), None, None))
+    return tuple([table.new_empty(0) if a is None else torch.as_tensor(a) for a in (dx, dgamma, dbeta)])
+
+
+torch.library.impl(_FORWARD, ("cpu", "cuda"), _forward)
+torch.library.impl(_BACKWARD, ("cpu", "cuda"), _backward)
+
+
+@torch.library.register_fake(_FORWARD)
+def _fake_forward(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((6, x.shape[1]), dtype=torch.float64)
+
+
+@torch.library.register_fake(_BACKWARD)
+def _fake_backward(_dy: Tensor, x: Tensor, table: Tensor, _frozen: bool, need: list[bool]) -> tuple[Tensor, ...]:
+    kind = torch.float64 if x.dtype is torch.float64 else torch.float32
+    dx = torch.empty_like(x) if need[0] else table.new_empty(0)
+    return dx, *(table.new_empty(x.shape[1], dtype=kind) if n else table.new_empty(0) for n in need[1:])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, mean, _, _ = inputs
+    ctx.save_for_backward(x, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.frozen = mean is not None
+    ctx.kinds = [a if a is None else a.dtype for a in (x, weight, bias)]
+
+
+def _gradients(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
+    need = list(ctx.needs_input_grad[:3])
+    found = torch.ops.fastbn.backward(dy, *ctx.saved_tensors, ctx.frozen, need)
+    kept = [a.to(kind) if n else None for a, n, kind in zip(found, need, ctx.kinds, strict=True)]
+    return *kept, None, None, None
+
+
+def _second(*_: Any) -> Any:
+    raise NotImplementedError(
+        "fastbn.torch: a gradient of a gradient of batch norm is asked for, which these operators have none of. "
+        "fastbn.torch.revert(model) gives PyTorch's own"
+    )
+
+
+torch.library.register_autograd(_FORWARD, _gradients, setup_context=_keep)
+torch.library.register_autograd(_BACKWARD, _second)
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """As `torch.nn.functional.batch_norm`: ``(input - mean) / sqrt(var + eps) * weight + bias``, channels on axis 1.
+
+    Parameters
+    ----------
+    input : tensor (N, C, ...) of float16, bfloat16, float32 or float64, in any memory format; so is the result
+    running_mean, running_var : tensor (C,), or None
+        In evaluation the statistics. In training they take in the batch's mean and its variance, M2 / (count - 1); an
+        empty batch changes nothing.
+    weight, bias : tensor (C,), or None
+    training : bool
+        Normalize by the batch's own statistics.
+    momentum : float, or tensor of one value
+        The weight of the new batch.
+
+    Raises
+    ------
+    ValueError
+        For training on one value per channel, as PyTorch does; and else, with TypeError, as `fastbn.forward`.
+
+    >>> import torch, fastbn.torch
+    >>> x = torch.tensor([[1.0, 1e6], [3.0, 1e6 + 4]])
+    >>> fastbn.torch.batch_norm(x, None, None, training=True)
+    tensor([[-1.0000, -1.0000],
+            [ 1.0000,  1.0000]])
+    """
+    where = "fastbn.torch.batch_norm"
+    if not training and (running_mean is None or running_var is None):
+        raise ValueError(
+            f"{where}: running_mean or running_var is None, and training is False; expected a tensor for each channel"
+        )
+    if input.dim() < 2:
+        raise ValueError(f"{where}: input is a {describe(input)}; expected at least two axes, (N, C, ...)")
+    if not training:
+        return torch.ops.fastbn.forward(input, weight, bias, running_mean, running_var, eps)[0]
+    count = input.shape[0] * input[0, 0].numel() if input.shape[0] and input.shape[1] else 0
+    if count == 1:
+        raise ValueError(f"{where}: one value per channel in training (input of shape {tuple(input.shape)}); pass more")
+    y, table = torch.ops.fastbn.forward(input, weight, bias, None, None, eps)
+    if count and running_mean is not None:
+        _mix(running_mean, table[0] + table[1], momentum)
+    if count and running_var is not None:
+        _mix(running_var, table[2] * (count / (count - 1)), momentum)
+    return y
+
+
+def _mix(running: Tensor, new: Tensor, momentum: float | Tensor) -> None:
+    """In float64, and rounded once: PyTorch's lerp in bfloat16 rounds three times."""
+    running.copy_(torch.lerp(running.double(), new, momentum))
+
+
+class _Fast(nn.modules.batchnorm._BatchNorm):
+    """PyTorch's modules with another forward pass: parameters, buffers, state_dict and repr are its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        momentum: Any = self.momentum
+        tracked = self.num_batches_tracked if self.training and self.track_running_stats else None
+        if tracked is not None:
+            tracked.add_(1)
+            momentum = 1 / tracked.double() if momentum is None else momentum
+        if momentum is None:
+            momentum = 0.0  # there is nothing to update
+        mean, var = self.running_mean, self.running_var
+        training = self.training or (mean is None and var is None)
+        if self.training and not self.track_running_stats:
+            mean = var = None
+        return batch_norm(input, mean, var, self.weight, self.bias, training, momentum, self.eps)
+
+
+class BatchNorm1d(_Fast, nn.BatchNorm1d):
+    """torch.nn.BatchNorm1d, for (N, C) and (N, C, L): arguments, attributes, errors and `state_dict` are PyTorch's.
+
+    >>> import torch, fastbn.torch
+    >>> fastbn.torch.BatchNorm1d(2)(torch.tensor([[1.0, 5.0], [3.0, 5.0]])).tolist()[1]
+    [0.9999949932098389, 0.0]
+    """
+
+
+class BatchNorm2d(_Fast, nn.BatchNorm2d):
+    """torch.nn.BatchNorm2d, for (N, C, H, W): arguments, attributes, errors and `state_dict` are PyTorch's.
+
+    >>> import torch, fastbn.torch
+    >>> bn = fastbn.torch.BatchNorm2d(3, momentum=None)
+    >>> bn.load_state_dict(torch.nn.BatchNorm2d(3).state_dict())
+    <All keys matched successfully>
+    """
+
+
+class BatchNorm3d(_Fast, nn.BatchNorm3d):
+    """torch.nn.BatchNorm3d, for (N, C, D, H, W): arguments, attributes, errors and `state_dict` are PyTorch's.
+
+    >>> import torch, fastbn.torch
+    >>> fastbn.torch.BatchNorm3d(4).eval()(torch.zeros(1, 4, 2, 2, 2)).shape
+    torch.Size([1, 4, 2, 2, 2])
+    """
+
+
+_OURS: dict[type, type] = {
+    nn.BatchNorm1d: BatchNorm1d,
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.BatchNorm3d: BatchNorm3d,
+}
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+
+
+def convert(model: nn.Module) -> nn.Module:
+    """Make every torch.nn.BatchNorm1d, 2d and 3d of a model compute by fastbn, in place; returns the model.
+
+    The modules stay the same objects, of another class: parameters, buffers, hooks, modes and optimizers that know
+    them are as they were. Subclasses of PyTorch's (SyncBatchNorm, lazy modules, your own) are left alone.
+
+    >>> import torch, fastbn.torch
+    >>> fastbn.torch.convert(torch.nn.BatchNorm1d(4)).__class__
+    <class 'fastbn.torch.BatchNorm1d'>
+    """
+    return _become(model, _OURS)
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """The other way round: modules become PyTorch's own, in place; returns the model.
+
+    >>> import torch, fastbn.torch
+    >>> fastbn.torch.revert(fastbn.torch.BatchNorm1d(4)).__class__
+    <class 'torch.nn.modules.batchnorm.BatchNorm1d'>
+    """
+    return _become(model, _THEIRS)
+
+
+def _become(model: nn.Module, classes: dict[type, type]) -> nn.Module:
+    for module in model.modules():
+        if (other := classes.get(type(module))) is not None:
+            module.__class__ = other
+    return model

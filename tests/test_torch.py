@@ -1,0 +1,256 @@
+"""fastbn.torch: the operators, the function and the modules beside PyTorch's own."""
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from fastbn.bench.torch_training import compare  # noqa: E402
+
+ours = pytest.importorskip("fastbn.torch")
+
+nn, F = torch.nn, torch.nn.functional
+SHAPES = {1: (6, 5, 7), 2: (6, 5, 4, 3), 3: (4, 5, 2, 3, 4)}
+THEIRS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+OURS = {1: ours.BatchNorm1d, 2: ours.BatchNorm2d, 3: ours.BatchNorm3d}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(3)
+
+
+def tensors(shape=SHAPES[2], dtype=torch.float64):
+    """x, and by channel weight, bias, mean and var."""
+    channels = shape[1]
+    x = (2 * torch.randn(shape, dtype=torch.float64) + 3).to(dtype)
+    small = [torch.randn(channels, dtype=torch.float64) + 1 for _ in range(3)]
+    return x, *small, torch.rand(channels, dtype=torch.float64) + 0.5
+
+
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # PyTorch's check, of a view
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("frozen", [False, True], ids=["training", "evaluation"])
+def test_opcheck(frozen, dtype, form):
+    """PyTorch's own checks of a custom operator: schema, autograd, fake tensors' shapes and strides, AOT dispatch."""
+    x, weight, bias, mean, var = tensors(dtype=dtype)
+    x = x.contiguous(memory_format=form).requires_grad_()
+    weight, bias = (a.float().requires_grad_() for a in (weight, bias))
+    statistics = (mean, var) if frozen else (None, None)
+    args = (x, weight, bias, *statistics, 1e-3)
+    found = torch.library.opcheck(torch.ops.fastbn.forward.default, args, test_utils=OPCHECKS)
+    assert set(found.values()) == {"SUCCESS"}
+    y, table = (a.detach() for a in torch.ops.fastbn.forward(*args))
+    back = torch.ops.fastbn.backward.default
+    for need in ([True] * 3, [False, True, False], [True, False, False]):
+        args = (torch.randn_like(y), x.detach(), table, frozen, need)
+        found = torch.library.opcheck(back, args, test_utils=OPCHECKS)
+        assert set(found.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradcheck(training):
+    x, weight, bias, mean, var = tensors((4, 3, 2, 3))
+    for a in (x, weight, bias):
+        a.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: ours.batch_norm(x, mean.clone(), var.clone(), w, b, training, 0.1, 1e-3), (x, weight, bias)
+    )
+
+
+def test_gradients_of_gradients_are_refused():
+    x = tensors()[0].requires_grad_()
+    y = ours.batch_norm(x, None, None, training=True)
+    (dx,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"a gradient of a gradient of batch norm is asked for"):
+        dx.sum().backward()
+
+
+# Relative to max(1, |value|), against PyTorch's float64 on the same numbers: half types round once, by half an eps of
+# 2^-7 and 2^-10; float32 has sums of some hundred terms.
+NEAR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def near(got, wanted, dtype):
+    assert got.dtype == dtype
+    assert got.shape == wanted.shape
+    error = (got.double() - wanted.double()).abs() / wanted.double().abs().clamp(min=1)
+    assert error.max() <= NEAR[dtype], error.max()
+
+
+@pytest.mark.parametrize("track", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, 0.7, None])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_modules_are_pytorchs(dims, momentum, affine, track):
+    """Three batches in training and one in evaluation: y, gradients, and every entry of state_dict."""
+    options = {
+        "eps": 1e-3,
+        "momentum": momentum,
+        "affine": affine,
+        "track_running_stats": track,
+        "dtype": torch.float64,
+    }
+    theirs, mine = THEIRS[dims](5, **options), OURS[dims](5, **options)
+    if affine:
+        nn.init.normal_(theirs.weight), nn.init.normal_(theirs.bias)
+    mine.load_state_dict(theirs.state_dict())
+    assert isinstance(mine, THEIRS[dims])
+    assert repr(mine) == repr(theirs)
+    for training in (True, True, True, False):
+        x = tensors(SHAPES[dims])[0]
+        xs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        dy = torch.randn_like(x)
+        for module, given in zip((theirs.train(training), mine.train(training)), xs, strict=True):
+            module.zero_grad()
+            module(given).backward(dy)
+        near(mine(x), theirs(x), torch.float64)
+        near(xs[1].grad, xs[0].grad, torch.float64)
+        for got, wanted in zip(mine.parameters(), theirs.parameters(), strict=True):
+            near(got.grad, wanted.grad, torch.float64)
+        assert list(mine.state_dict()) == list(theirs.state_dict())
+        for name, value in theirs.state_dict().items():
+            if value.is_floating_point():
+                near(mine.state_dict()[name], value, torch.float64)
+            else:
+                assert mine.state_dict()[name] == value
+
+
+@pytest.mark.parametrize("dtype", NEAR, ids=str)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=["float32 parameters", "bfloat16 parameters"])
+def test_types(dtype, kind):
+    """Gradients of parameters come in the parameters' type, whatever x is."""
+    if kind is torch.bfloat16 and dtype is not kind:
+        pytest.skip("a pair that PyTorch's own does not take")
+    x, *small = tensors(dtype=dtype)
+    kind = torch.float64 if dtype is torch.float64 else kind
+    weight, bias, mean, var = (a.to(kind) for a in small)
+    results = []
+    for function, as_given in ((F.batch_norm, lambda a: a.detach().double().clone()), (ours.batch_norm, torch.clone)):
+        given = [as_given(a).requires_grad_() for a in (x, weight, bias)]
+        running = as_given(mean).clone(), as_given(var).clone()
+        y = function(given[0], *running, *given[1:], True, 0.3, 1e-3)
+        y.backward(as_given(x))
+        results.append((y, *running, *[a.grad for a in given]))
+    for got, wanted, to in zip(results[1], results[0], (dtype, kind, kind, dtype, kind, kind), strict=True):
+        near(got, wanted, to)
+
+
+def test_memory_format_is_kept():
+    x = tensors(dtype=torch.float32)[0].contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = ours.BatchNorm2d(5)(x)
+    (dx,) = torch.autograd.grad(y.sum(), x)  # dy is one number, expanded
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert dx.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("training", [True, False])
+def test_compile_keeps_the_operators(training, momentum, backend):
+    """In one graph, with the running statistics and the count of batches; PyTorch's own breaks it at momentum=None."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def watch(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    module = ours.BatchNorm2d(5, momentum=momentum).train(training)
+    nn.init.normal_(module.weight)
+    other = copy.deepcopy(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # PyTorch's own
+        compiled = torch.compile(module, fullgraph=True, backend=watch)
+        for _ in range(2):
+            x = tensors(dtype=torch.float32)[0]
+            xs = x.clone().requires_grad_(), x.clone().requires_grad_()
+            y, wanted = compiled(xs[0]), other(xs[1])
+            y.backward(x), wanted.backward(x)
+            assert torch.equal(y, wanted)
+            assert torch.equal(xs[0].grad, xs[1].grad)
+    assert torch.equal(module.weight.grad, other.weight.grad)
+    for name, value in other.state_dict().items():
+        assert torch.equal(module.state_dict()[name], value), name
+    assert len(graphs) == 1
+    assert "fastbn.forward" in graphs[0].code
+
+
+def test_wrong_arguments():
+    x, *_ = tensors()
+    with pytest.raises(ValueError, match=r"expected 4D input \(got 3D input\)"):
+        ours.BatchNorm2d(5)(x[0])
+    with pytest.raises(ValueError, match=r"batch_norm: one value per channel in training \(input of shape \(1, 5\)\)"):
+        ours.BatchNorm1d(5)(torch.ones(1, 5))
+    with pytest.raises(ValueError, match=r"running_mean or running_var is None, and training is False"):
+        ours.batch_norm(x, None, None)
+    with pytest.raises(
+        ValueError, match=r"input is a float64 PyTorch tensor of shape \(3,\); expected at least two axes"
+    ):
+        ours.batch_norm(x[0, 0, 0], None, None, training=True)
+    with pytest.raises(ValueError, match=r"gamma has shape \(4,\); expected \(5,\)"):
+        ours.batch_norm(x, None, None, torch.ones(4), training=True)
+    with pytest.raises(TypeError, match=r"x is a int64 array"):
+        ours.batch_norm(x.long(), None, None, training=True)
+
+
+def test_an_empty_batch_changes_nothing():
+    module = ours.BatchNorm2d(5)
+    before = copy.deepcopy(module.state_dict())
+    x = torch.empty(0, 5, 4, 3, requires_grad=True)
+    module(x).sum().backward()
+    assert x.grad.shape == x.shape
+    assert torch.equal(module.running_mean, before["running_mean"])
+    assert torch.equal(module.running_var, before["running_var"])
+
+
+def test_convert_and_revert():
+    """The same module objects, with their parameters, hooks, modes and whatever else they have."""
+
+    class Own(nn.BatchNorm2d):
+        pass
+
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Sequential(nn.BatchNorm2d(5, momentum=0.3)), Own(5))
+    model[2].eval()
+    inner, calls = model[2][0], []
+    model[1].register_forward_hook(lambda *_: calls.append(1))
+    modules, parameters = list(model.modules()), list(model.parameters())
+    state = copy.deepcopy(model.state_dict())
+    assert ours.convert(model) is model
+    assert [type(m) for m in (model[1], inner, model[3])] == [ours.BatchNorm2d, ours.BatchNorm2d, Own]
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert [inner.training, model[1].training, inner.momentum] == [False, True, 0.3]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name])
+    model(torch.randn(2, 3, 6, 6))
+    assert calls == [1]
+    assert int(model[1].num_batches_tracked) == 1
+    copied = copy.deepcopy(model)
+    ours.revert(model)
+    assert [type(m) for m in (model[1], inner, model[3])] == [nn.BatchNorm2d, nn.BatchNorm2d, Own]
+    assert type(copied[1]) is ours.BatchNorm2d
+    assert type(ours.convert(nn.BatchNorm3d(2))) is ours.BatchNorm3d
+
+
+def test_twenty_steps_of_a_small_resnet():
+    """The same losses to 1e-4. A narrow model: where an activation is within rounding of 0, the two may take different
+    sides of a ReLU, and go apart from there; that is rarer the fewer activations there are."""
+    runs = compare(20, width=8, batch=16, size=16)
+    losses = [np.array(run.losses) for run in runs.values()]
+    np.testing.assert_allclose(*losses, rtol=0, atol=1e-4)
+    assert losses[0][-1] < losses[0][0] - 0.2  # it learns
+
+
+def test_the_modules_of_the_comparison_are_fastbns():
+    runs = compare(1, width=8, batch=4, size=8)
+    kinds = {name: {type(m) for m in run.model.modules()} for name, run in runs.items()}
+    assert ours.BatchNorm2d in kinds["fastbn"] - kinds["PyTorch"]
+    assert nn.BatchNorm2d in kinds["PyTorch"] - kinds["fastbn"]
