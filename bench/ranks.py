@@ -316,6 +316,13 @@ def page(found: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def smaller(a: Any, b: Any) -> Any:
+    """Of two runs, time by time: on a machine with other work, what that adds."""
+    if isinstance(a, dict):
+        return {key: smaller(a[key], b[key]) for key in a}
+    return min(a, b) if isinstance(a, float) else a
+
+
 BEGIN, END = "<!-- tables: python -m fastbn.bench.ranks --read ... --page ... -->\n", "<!-- end of tables -->\n"
 
 
@@ -348,9 +355,12 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="fastbn.bench.ranks", description="What synchronizing costs.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there")
     parser.add_argument("--read", type=Path, metavar="FILE", help="show what was measured before")
+    parser.add_argument("--best", type=Path, metavar="FILE", help="keep the smaller times of this run and of that one")
     parser.add_argument("--page", type=Path, metavar="FILE", help="put the tables into this page, between its marks")
     args = parser.parse_args(words)
     found: dict[str, Any] = measure() if args.read is None else json.loads(args.read.read_text(encoding="utf-8"))
+    if args.best is not None:
+        found = smaller(found, json.loads(args.best.read_text(encoding="utf-8")))
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if args.page is not None:

@@ -17,6 +17,7 @@ kinds of engines carry messages:
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import sys
@@ -81,6 +82,7 @@ class Gather(Protocol):
 _STATE, _COUNT, _FIRST, _SECOND = 0, 1, 2, 10  # of the header; what two senders that don't fit are about
 _RANK, _KIND, _PASS, _CHANNELS, _DTYPE, _EPS, _SCALE, _ZERO = range(8)  # of what one is about
 HEADER = 18
+_NOTHING = (0.0,) * (HEADER - _SECOND)
 _FINE, _DIFFER, _FAILED, _SILENT = range(4)
 MOMENTS, BACKWARD, FORWARD, CHECK, FAILURE = range(1, 6)
 _ROWS = {FORWARD: 3, MOMENTS: 3, BACKWARD: 2, CHECK: 0}
@@ -157,11 +159,12 @@ class Ranks:
     ) -> Pending[np.ndarray]:  # fmt: skip
         """Send this rank's message; the result is the merged one. `number` is that of the pass that it belongs to."""
         self.calls += 1
-        message = np.zeros(HEADER + _ROWS[kind] * channels)
-        about = message[_FIRST:_SECOND]
+        size = HEADER + _ROWS[kind] * channels
+        message = np.empty(size)
         number = self.calls if number is None else number
-        about[:] = self.rank, kind, number, channels, _code(dtype), eps, *(units or (1, 0))
-        message[_COUNT] = count
+        scale, zero = units or (1.0, 0.0)
+        about = (self.rank, kind, number, channels, _code(dtype), eps, scale, zero)
+        message[:HEADER] = (_FINE, count, *about, *_NOTHING)
         if channels:
             message[HEADER:].reshape(_ROWS[kind], channels)[...] = rows
         return self._send(where, message)
@@ -319,6 +322,7 @@ def _engine(where: str, comm: Any, ranks: Ranks) -> Any:
     return {"mpi": _Pairs, "torch": _Torch, "nccl": _Nccl, "gather": _Frames}[_engine_kind(where, comm)](comm, ranks)
 
 
+@functools.lru_cache(maxsize=64)
 def _code(dtype: Any) -> int:
     name = str(dtype).rpartition(".")[2]  # torch.float32
     return _DTYPES.index(name) if name in _DTYPES else -1
@@ -333,7 +337,7 @@ def merged(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return a
     if b[_STATE] != _FINE:
         return b
-    if not np.array_equal(a[_FIRST + 1 : _SECOND], b[_FIRST + 1 : _SECOND]):
+    if a[_FIRST + 1 : _SECOND].tobytes() != b[_FIRST + 1 : _SECOND].tobytes():
         wrong = np.zeros(HEADER)
         wrong[_STATE] = _DIFFER
         wrong[_FIRST:_SECOND], wrong[_SECOND:] = a[_FIRST:_SECOND], b[_FIRST:_SECOND]
@@ -361,7 +365,9 @@ def _merge_moments(na: float, a: np.ndarray, nb: float, b: np.ndarray, both: np.
     hi = a[0] + step  # and what it was rounded by, exactly (Knuth)
     back = hi - a[0]
     lo = (a[0] - (hi - back)) + (step - back)
-    both[0], both[1] = hi, np.where(np.isfinite(hi), lo, 0.0)  # a mean of Inf is Inf, not NaN
+    if not math.isfinite(lo.sum()):  # a mean of Inf is Inf, not NaN
+        lo[~np.isfinite(hi)] = 0.0
+    both[0], both[1] = hi, lo
     delta *= delta
     delta *= na * part
     delta += a[2]
