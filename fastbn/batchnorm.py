@@ -29,7 +29,7 @@ from .arguments import (
     native,
     same_memory,
 )
-from .arrays import FLOAT32, FLOAT64, Span, family_of, family_of_values, place_of
+from .arrays import FLOAT32, FLOAT64, NUMBA, Span, family_of, family_of_values, place_of
 from .dispatch import Kernels, kernels
 from .distributed import ALONE, Ranks, Shared, ranks_of, statistics, sums
 from .extras import Asked, ask, inverse_table, poorly_kept
@@ -524,6 +524,8 @@ def _shared_statistics(
 ) -> tuple[Shared, np.ndarray]:  # fmt: skip
     """Mean hi, mean lo and variance (3, C) of the whole batch, from this rank's sums and one message."""
     channels = channels_of(x.shape, axes)
+    if isinstance(x, Span) and x.family is NUMBA:
+        raise TypeError(f"{where}: x is a {x}, which can't be computed with across ranks. Pass cupy.asarray(x)")
     if asked is not None and asked.groups is not None:
         raise ValueError(f"{where}: groups and comm are both given; expected one. Groups are each rank's own")
     if asked is not None and asked.save == "y":
@@ -822,11 +824,12 @@ def _run_backward_shared(
     if dx is not None or (reduce_params and not (dgamma is dbeta is None)):
         total = sums(where, shared, local, saved.dtype)
     chosen = total if reduce_params else local
+    family, device = place_of(saved._table)
     with np.errstate(all="ignore"):
-        if dgamma is not None:
-            dgamma[...] = chosen[1] * saved._table[3]
-        if dbeta is not None:
-            dbeta[...] = chosen[0]
+        found = chosen[1] * family.host(saved._table)[3], chosen[0]
+    for place, values in zip((dgamma, dbeta), found, strict=True):
+        if place is not None:
+            place[...] = values if isinstance(place, np.ndarray) else family.put(values, device)
     if dx is not None:
         _map(dy, x, dx, saved, total, shared.values)
 
@@ -834,6 +837,8 @@ def _run_backward_shared(
 def _sums(dy: Any, x: Any, dr: Any, saved: Saved) -> np.ndarray:
     """(2, C) float64: sum g and sum g (x - mean); g is dy times the activation's slope, and goes to dr."""
     found = np.zeros((2, saved._table.shape[1]))
+    if dy.size and isinstance(dy, Span):
+        return _sums_on_device(dy, x, saved)
     if dy.size and saved._asked is None:
         backend = kernels("fastbn.backward", dy)
         views = Views(saved._axes, [x, dy], [])
@@ -855,6 +860,9 @@ def _map(dy: Any, x: Any, dx: Any, saved: Saved, sums: np.ndarray, values: float
     """dx, from sums over so many values, or over weights of this sum."""
     if dy.size == 0:
         return
+    if isinstance(dy, Span):
+        _map_on_device(dy, x, dx, saved, sums, values, saved._shared.eps if saved._shared is not None else 0.0)
+        return
     if saved._asked is None:
         backend = kernels("fastbn.backward", dy)
         views = Views(saved._axes, [x, dy], [dx])
@@ -872,6 +880,38 @@ def _map(dy: Any, x: Any, dx: Any, saved: Saved, sums: np.ndarray, values: float
         found = np.where(w == 0, views.views[1], found)
     written: Any = views.views[-1]
     written[...] = found
+    views.finish()
+
+
+def _sums_on_device(dy: Span, x: Any, saved: Saved) -> np.ndarray:
+    """As `_sums`, by the kernels for frozen statistics, whose sums are of any mean."""
+    kind = _number_type(dy.dtype.itemsize)
+    found = [_new((saved._table.shape[1],), kind, dy) for _ in range(2)]
+    _run_frozen(dy, x, None, saved, found[1], found[0])
+    host = family_of_values(found[0]).host
+    with np.errstate(all="ignore"):
+        return np.stack([host(found[0]), host(found[1]) / host(saved._table)[3]]).astype(np.float64)
+
+
+def _map_on_device(dy: Span, x: Any, dx: Span, saved: Saved, sums: np.ndarray, values: float, eps: float) -> None:
+    """As `_map`: what depends on x by forward's kernel, a dy by backward's for frozen statistics, and their sum."""
+    family, device = place_of(saved._table)
+    hi, lo, var, invstd, gamma, _ = family.host(saved._table)
+    rest = dy.family.like(dx, dx.strides)
+    with np.errstate(all="ignore"):
+        scale, shift = -gamma * invstd * invstd * sums[1] / values, -gamma * invstd * sums[0] / values
+    given = tuple(family.put(a, device) for a in (scale, shift, hi + lo, var))
+    table = _new((6, len(hi)), FLOAT64, dy)
+    _run_forward("fastbn.backward", x, rest, saved._axes, table, given, eps, None)
+    _run_frozen(dy, x, dx, saved, None, None)
+    dx.value[...] = dx.value + rest.value
+
+
+def _run_frozen(dy: Any, x: Any, dx: Any, saved: Saved, dgamma: Any, dbeta: Any) -> None:
+    backend = kernels("fastbn.backward", dy)
+    views = Views(saved._axes, [x, dy], [dx])
+    read_x, read_dy, written = _elements(views.views, backend)
+    backend.backward(read_dy, read_x, written, saved._table, dgamma, dbeta, True)
     views.finish()
 
 

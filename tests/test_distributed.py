@@ -269,14 +269,15 @@ def test_normalize_by_other_moments_is_refused():
         fastbn.normalize(x, (0, 1))
 
 
-def test_one_rank_is_no_different_from_none():
+@pytest.mark.parametrize("mean", [4, 1e9])  # a mean of 1e9 has a lo that counts
+def test_one_rank_is_no_different_from_none(mean):
     rng = np.random.default_rng(3)
-    x, dy, gamma = rng.normal(4, 2, (6, 3, 5)), rng.normal(size=(6, 3, 5)), rng.normal(1, 0.3, 3)
+    x, dy, gamma = rng.normal(mean, 2, (6, 3, 5)), rng.normal(size=(6, 3, 5)), rng.normal(1, 0.3, 3)
     want, whole = reference.forward(x, gamma)
-    for y, saved in (
-        fastbn.forward(x, gamma, comm=distributed.ALONE),
-        fastbn.normalize(x, fastbn.moments(x), gamma),
-    ):
+    passes = [fastbn.forward(x, gamma, comm=distributed.ALONE)]
+    if mean < 1e3:  # Moments keep one float64 for the mean
+        passes.append(fastbn.normalize(x, fastbn.moments(x), gamma))
+    for y, saved in passes:
         np.testing.assert_allclose(y, want, atol=1e-14)
         for a, b in zip(fastbn.backward(dy, saved), reference.backward(dy, whole), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-13)
@@ -424,3 +425,68 @@ def test_the_double_has_the_real_signature():
     library = pytest.importorskip("cupyx.distributed", exc_type=ImportError)
     found = list(inspect.signature(library.NCCLBackend.all_gather).parameters)
     assert found == ["self", "in_array", "out_array", "count", "stream"]
+
+
+# The benchmark's model and page, and the demo.
+
+FOUND = Path(__file__).parents[1] / "bench" / "results" / "ranks-2cores.json"
+PAGE = Path(__file__).parents[1] / "bench" / "RANKS.md"
+
+
+def test_the_page_shows_what_was_measured():
+    """Its tables are those of the committed run."""
+    from fastbn.bench import ranks as bench
+
+    text = PAGE.read_text(encoding="utf-8")
+    assert bench.with_tables(text, json.loads(FOUND.read_text(encoding="utf-8"))) == text
+
+
+def test_the_model_of_messages():
+    from fastbn.bench import ranks as bench
+
+    line = bench.Line(10e-6, 1e-9, 5e-6, 1e-8)
+    for channels in (64, 2048):
+        assert bench.doubling(line, 2, channels) == pytest.approx(bench.gather(line, 2, channels))
+        for ranks in (4, 64, 4096):
+            assert bench.doubling(line, ranks, channels) < bench.tree(line, ranks, channels)
+            assert bench.doubling(line, ranks, channels) < bench.gather(line, ranks, channels)
+    assert [bench.steps(p) for p in (1, 2, 3, 4, 5, 8)] == [0, 1, 3, 2, 4, 3]
+
+
+@needs_mpi
+def test_steps_and_bytes_of_the_model_are_those_that_are_sent():
+    """On rank 0 of 2, 3, 4: all messages of a layer's forward and backward."""
+    from fastbn.bench import ranks as bench
+
+    code = (
+        "import numpy as np, fastbn; from mpi4py import MPI; r = fastbn.Ranks(MPI.COMM_WORLD); "
+        "y, s = fastbn.forward(np.ones((2, 7)), comm=r); fastbn.backward(y, s); "
+        "r.rank or print('SENT', r.messages, r.bytes_sent)"
+    )
+    for ranks, sent in ((2, 1), (3, 2), (4, 2)):  # of 3, rank 0 takes, exchanges, and sends back: two that it sends
+        done = run([MPIEXEC, "-n", str(ranks), sys.executable, "-c", code])
+        found = re.search(r"SENT (\d+) (\d+)", done.stdout)
+        assert found, done.stdout + done.stderr
+        assert int(found[1]) == 2 * sent
+        assert int(found[2]) == sent * (bench.size(7) + bench.size(7, 2))
+
+
+@needs_mpi
+def test_the_demo_on_ranks(tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, "-m", "fastbn", "demo", "--ranks", "2", "--quick", "--out", str(tmp_path)]
+    done = run([*command, "--backend", "reference"], seconds=240)
+    assert done.returncode == 0, done.stderr
+    assert "test accuracy that synchronized statistics win" in (tmp_path / "ranks.md").read_text(encoding="utf-8")
+    assert (tmp_path / "ranks.png").stat().st_size > 10_000
+
+
+def test_the_demo_without_mpi_says_what_to_install(tmp_path, monkeypatch, capsys):
+    import fastbn.demo
+    from fastbn.__main__ import main
+
+    monkeypatch.setattr(fastbn.demo, "launcher", lambda: None)
+    monkeypatch.setattr(fastbn.demo, "importable", lambda _: True)
+    assert main(["demo", "--ranks", "2", "--out", str(tmp_path)]) == 1
+    assert "pip install 'fastbn[demo,mpi]'" in capsys.readouterr().err

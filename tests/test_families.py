@@ -621,3 +621,27 @@ def test_numpy_calls_import_no_array_library():
 def test_bfloat16_is_as_wide_as_it_seems():
     """Kernels get its bits as int16; the doubles rely on it."""
     assert np.dtype(ml_dtypes.bfloat16).itemsize == arrays.INT16.itemsize
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_across_ranks(library, dtype):
+    """Two ranks with the same data: statistics and dx are those of both together, twice each value."""
+
+    class Twice:
+        def allgather(self, frame):
+            return frame, frame
+
+    rng = np.random.default_rng(4)
+    x, dy, gamma, beta, _, _ = data(rng, (4, 5, 6), (1,), dtype)
+    want, whole = fastbn.reference.forward(np.concatenate([x, x]), gamma, beta)
+    dx, dgamma, dbeta = fastbn.reference.backward(np.concatenate([dy, dy]), whole)
+    put = library.put
+    y, saved = fastbn.forward(put(x), put(gamma), put(beta), comm=Twice())
+    assert saved.moments.count == 48
+    got = fastbn.backward(put(dy), saved, reduce_params=True)
+    assert isinstance(got[0], library.type)
+    near = 40 * np.finfo(dtype).eps
+    np.testing.assert_allclose(y.on_host, want[:4], atol=near)
+    np.testing.assert_allclose(got[0].on_host, dx[:4], atol=near)
+    np.testing.assert_allclose(got[1].on_host, dgamma, atol=10 * near)
+    np.testing.assert_allclose(got[2].on_host, dbeta, atol=10 * near)

@@ -205,7 +205,7 @@ def gradient_sums(dy: np.ndarray, x: np.ndarray, table: np.ndarray) -> np.ndarra
     extras = _NO_ORDER, _PLAINLY, None, None, None, None
     _carry_out(backward_kernel, (dy, x, target), (table, table[4:], grads), 5, SUM | FINISH, PLAIN, None, extras)
     with np.errstate(all="ignore"):
-        return np.stack([grads[5], x.shape[0] * x.shape[2] * grads[2] + grads[5] * grads[3]])
+        return np.stack([grads[5], x.shape[0] * x.shape[2] * grads[2] + grads[5] * (grads[3] - table[1])])
 
 
 def gradient_map(
