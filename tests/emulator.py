@@ -115,9 +115,7 @@ class Array:
         return bool((self.raw[self.outside] == WALL).all())
 
 
-def view_of(
-    x: Array | None, y: Array | None, dy: Array | None, r: Array | None = None, dr: Array | None = None
-) -> Any:
+def view_of(x: Array | None, y: Array | None, dy: Array | None, r: Array | None = None, dr: Array | None = None) -> Any:
     some = next(a for a in (x, dy) if a is not None).view
     strides = [None if a is None else a.view.strides for a in (x, y, dy, r, dr)]
     bases = tuple(0 if a is None else a.view.ctypes.data % 16 for a in (x, y, dy, r, dr))
