@@ -160,7 +160,8 @@ def ask(
             raise ValueError(f"{where}: save='y' can't be had with a residual, which would be needed too; use save='x'")
     samples = next((a for a in range(x.ndim) if a not in axes), 0)
     if residual is not None:
-        residual = check_place(where, "residual", check_array(where, "residual", residual), x)
+        check_place(where, "residual", residual, x)
+        residual = check_array(where, "residual", residual)
         if residual.shape != x.shape or residual.dtype != result:
             raise ValueError(
                 f"{where}: residual is a {describe(residual)}; expected {result} of shape {x.shape}, like y. Convert it"

@@ -119,7 +119,8 @@ def test_what_goes_beyond_batch_norm(more, layout, frozen, gpu, rng, monkeypatch
         sets = (
             () if groups is None else (groups if isinstance(groups, int) else 4 if len(groups) == 5 else len(groups),)
         )
-        more["frozen"] = rng.normal(1, 1, (*sets, shape[1])), rng.uniform(0.5, 2, (*sets, shape[1]))
+        wide = (*sets, shape[1])
+        more["frozen"] = rng.normal(1, 1, wide).astype(np.float32), rng.uniform(0.5, 2, wide).astype(np.float32)
 
     def total(parts, target):
         host = gpu.host(parts)

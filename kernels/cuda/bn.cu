@@ -670,8 +670,11 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
   // What is in flight, as much as 128 registers hold: vectors of each array in the first pass and in the second, and
   // other ranks' sums; plan.py's `in_flight` and `sums_in_flight`.
   constexpr bool TIGHT = LAYOUT == COLUMNS, WIDE = sizeof(T) == 8;
-  constexpr int BATCH = (WIDE || (TIGHT && sizeof(T) == 2) ? 4 : 8) / (BACKWARD ? 2 : 1);
-  constexpr int AGAIN = TIGHT && WAY != APPLY ? (BACKWARD || WIDE ? 1 : 2) : BACKWARD || WIDE ? 2 : 4;
+  constexpr bool SLOPED = BACKWARD && ACTIVATION != LINEAR, READS_R = RESIDUAL && (!BACKWARD || SLOPED);
+  constexpr int FEWER = (SLOPED && TIGHT) || (WAY == GRID && (READS_R || SETS)) ? 2 : 1;
+  constexpr int BATCH = (WIDE || (TIGHT && sizeof(T) == 2) ? 4 : 8) / (BACKWARD ? 2 : 1) / FEWER;
+  constexpr int ALL = TIGHT && WAY != APPLY ? (BACKWARD || WIDE ? 1 : 2) : BACKWARD || WIDE ? 2 : 4;
+  constexpr int AGAIN = READS_R && ALL > 1 ? ALL / 2 : ALL;
   constexpr int RANKS = WAY == CLUSTER || WIDE ? 1 : TIGHT ? 2 : 4;
   const int t = threadIdx.x, threads = blockDim.x, lane = t & 31, warp = t >> 5, warps = threads >> 5;
   const int K = p.K, rank = blockIdx.x % K, group = blockIdx.x / K, groups = gridDim.x / K, G = p.G;
@@ -687,7 +690,6 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
   A *row_count = (A *)(coefficients + G);
   Part *row_part = (Part *)((unsigned char *)row_count + (rows * sizeof(A) + 15) / 16 * 16);
   Vec *kept_dy = (Vec *)(row_part + rows * columns), *kept_x = BACKWARD ? kept_dy + (i64)p.keep * threads : kept_dy;
-  constexpr bool SLOPED = BACKWARD && ACTIVATION != LINEAR;
   const bool centred = !p.frozen, wants_x = !BACKWARD || SLOPED || centred;  // in the second pass
 
   for (int item = group; item < p.items; item += groups) {
@@ -822,7 +824,7 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
     // ---- second pass: the map
     if (p.y || (DRESIDUAL && p.dr)) {
       // Kept vectors are in shared memory, but for r, which then takes as many loads at once as other vectors do.
-      constexpr bool READS_R = RESIDUAL && (!BACKWARD || SLOPED), KEPT_R = READS_R && !(BACKWARD && IN_PLACE<T>);
+      constexpr bool KEPT_R = READS_R && !(BACKWARD && IN_PLACE<T>);
       constexpr int KEPT = KEPT_R ? AGAIN : 1;
       Coef k[N];
 #pragma unroll
