@@ -321,6 +321,15 @@ def test_in_place_and_stray_values(device):
     assert correct.stray(device) == {"ok": True}
 
 
+@pytest.mark.parametrize("kind", ["first", "last"])
+@pytest.mark.parametrize("name", correct.BEYOND)
+def test_beyond_batch_norm(device, monkeypatch, name, kind):
+    monkeypatch.setattr(correct, "BEYOND_SHAPES", {"first": (12, 3, 256), "last": (150, 32, 1)})
+    row = correct.beyond(device, name, kind, None)
+    assert (row["wrong"], row["same_bits"]) == ([], True), row["eps"]
+    assert set(row["eps"]) == {"y", "dx", "sums"} | ({"dr"} if correct.BEYOND[name][2] else set())
+
+
 def test_build(device, tmp_path, monkeypatch):
     compiler = importlib.import_module("fastbn.kernels.cuda.compile")
     monkeypatch.setattr(compiler, "machine_code", device.double.machine_code)
