@@ -361,7 +361,11 @@ def test_speed(device, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     one = Run(Rows(tmp_path / "rows.jsonl"), device, end=time.monotonic() + 0.5)
     speed.speed(one)
-    host, first, second = one.rows.of("speed")
+    host, first, second, *blocks = one.rows.of("speed")
+    assert [(row["block_forward"], row["block_backward"], row["copy_of_x"]) for row in blocks] == [
+        (70, 80, 90),
+        (100, 110, 120),
+    ]
     assert host["launch"] == 5.0
     assert (first["ours_forward"], first["ours_backward"], first["copy"]) == (10, 20, 30)
     assert (second["ours_forward"], second["ours_backward"], second["copy"]) == (40, 50, 60)

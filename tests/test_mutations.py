@@ -148,8 +148,8 @@ MUTANTS = [
     ),
     Mutant(
         "lanes behind the run are written",
-        "if (q.begin == 0 && q.end == V) return store(to, r.raw);",
-        "if (q.begin == 0) return store(to, r.raw);",
+        "if (q.begin == 0 && q.end == V) return store(to, a.raw);",
+        "if (q.begin == 0) return store(to, a.raw);",
         "WINDOWS", False, BLOCK, "wrong",
     ),
     Mutant(
@@ -184,14 +184,14 @@ MUTANTS = [
     ),
     Mutant(
         "no lo in forward",
-        "multiply_add(k.a, (up(x) - k.hi) - k.lo, k.beta)",
+        "multiply_add(k.a, deviation(k, x), k.beta)",
         "multiply_add(k.a, up(x) - k.hi, k.beta)",
         "RUNS", False, BLOCK, "wrong",
     ),
     Mutant(
         "no lo of dy",
-        "A g = (up(dy) - k.ghi) - k.glo;",
-        "A g = up(dy) - k.ghi;",
+        "g = (g - k.ghi) - k.glo;",
+        "g = g - k.ghi;",
         "RUNS", True, BLOCK, "wrong",
     ),
     Mutant(
@@ -214,8 +214,8 @@ MUTANTS = [
     ),
     Mutant(
         "rows of y by x's stride",
-        "T *to = y + q.row * p.y_row + q.inner;",
-        "T *to = y + q.row * p.x_row + q.inner;",
+        "write(y + q.row * p.y_row + q.inner, a, q);",
+        "write(y + q.row * p.x_row + q.inner, a, q);",
         "RUNS", False, BLOCK, "outside every array",
     ),
 ]  # fmt: skip

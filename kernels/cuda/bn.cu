@@ -311,6 +311,7 @@ template <class T, bool B> FASTBN_DEVICE Number<T> linear(const Coefficients<Num
 }
 
 template <class A> FASTBN_DEVICE A sigmoid(A z) { return 1 / (1 + exp(-z)); }
+template <class A> FASTBN_DEVICE A bell(A z) { const A e = exp(z < 0 ? z : -z); return e / ((1 + e) * (1 + e)); }
 template <class A> FASTBN_DEVICE A six(A z) { return z <= 0 ? (A)0 : z >= 6 ? (A)6 : z; }  // a NaN stays one, as in all
 template <class A> FASTBN_DEVICE A activate(A z, A p) {
   switch (ACTIVATION) {
@@ -339,8 +340,8 @@ template <class A> FASTBN_DEVICE A slope(A z, A p) {
       const A density = (A)0.3989422804014327 * exp((A)-0.5 * z * z);
       return multiply_add(z, density, (A)0.5 * (1 + erf(z * (A)0.70710678118654752)));
     }
-    case SIGMOID: { const A s = sigmoid(z); return s * (1 - s); }
-    case TANH: { const A y = tanh(z); return multiply_add(-y, y, (A)1); }
+    case SIGMOID: return bell(z);  // s (1 - s) and 1 - y^2 would lose their digits far from 0
+    case TANH: return 4 * bell(2 * z);
     case HARDSWISH: return z <= -3 ? (A)0 : z < 3 ? multiply_add(z, (A)(1.0 / 3), (A)0.5) : (A)1;
   }
 }
