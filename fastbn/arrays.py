@@ -150,6 +150,10 @@ class Family:
         with np.errstate(over="ignore"):  # the variance of float32 data of 1e20 is inf in float32
             return values.astype(dtype)
 
+    def total(self, parts: Any, target: Any) -> None:
+        """target (C,) = the sums over sets of parts (G C,), set by set."""
+        target[...] = parts.reshape(-1, target.shape[0]).sum(axis=0, dtype=np.float64)
+
     def device(self, _values: Any) -> int:
         return 0
 
@@ -320,6 +324,9 @@ class _Torch(OnDevice):
     def rounded(self, values: Any, dtype: np.dtype[Any]) -> Any:
         return values.to(self._kind(dtype), copy=True)
 
+    def total(self, parts: Any, target: Any) -> None:
+        target[...] = parts.reshape(-1, target.shape[0]).sum(0, dtype=sys.modules["torch"].float64)
+
     def stream(self, arrays: list[Span]) -> int:
         return int(sys.modules["torch"].cuda.current_stream(arrays[0].device).cuda_stream)
 
@@ -371,6 +378,11 @@ class _Numba(OnDevice):
     def numbers(self, values: Any) -> np.ndarray:
         return np.array(self._arrays.host(values))
 
+    def total(self, parts: Any, target: Any) -> None:
+        """By way of main memory, as there is no arithmetic where they are: it waits for the device."""
+        host = self.numbers(parts).reshape(-1, target.shape[0])
+        target.copy_to_device(host.sum(axis=0, dtype=np.float64).astype(host.dtype))
+
     def stream(self, arrays: list[Span]) -> int:
         stream = next((a.value.stream for a in arrays if a.value.stream), 0)
         return int(stream.handle.value if hasattr(stream, "handle") else stream) if stream else 0
@@ -408,6 +420,7 @@ class _Kernels:
     """Kernels of one library's arrays, for arrays of every family: `fastbn.dispatch.Kernels`."""
 
     own: OnDevice
+    name: str
 
     def __init__(self, kernels: Any) -> None:
         self._kernels = kernels
@@ -418,25 +431,31 @@ class _Kernels:
     def forward(
         self, x: Span, y: Span | None, table: Any, given: tuple[Any, ...], eps: float, more: Any = None
     ) -> None:
-        self._plain(x, more)
         with self._on([x]):
             small = self._small(x.family, (table, *given))
-            self._kernels.forward(self._array(x), y and self._array(y), small[0], small[1:], eps)
+            call = self._array(x), y and self._array(y), small[0], small[1:], eps
+            self._kernels.forward(*call, *self._more(x, more))
 
     def backward(
         self, dy: Span, x: Span, dx: Span | None, table: Any, dgamma: Any, dbeta: Any, frozen: bool, more: Any = None
     ) -> None:
-        self._plain(x, more)
         with self._on([x, dy]):
             small = self._small(x.family, (table, dgamma, dbeta))
-            self._kernels.backward(self._array(dy), self._array(x), dx and self._array(dx), *small, frozen)
+            call = self._array(dy), self._array(x), dx and self._array(dx), *small, frozen
+            self._kernels.backward(*call, *self._more(x, more))
 
-    def _plain(self, x: Span, more: Any) -> None:
-        if more is not None:
+    def _more(self, x: Span, more: Any) -> tuple[Any, ...]:
+        """`more` with the library's own arrays, or nothing; an error where the kernels lack what it asks for."""
+        if more is None:
+            return ()
+        if lacking := [name for name in more.features() if name not in self._kernels.FEATURES]:
+            has = ", ".join(sorted(self._kernels.FEATURES)) or "none of these"
             raise TypeError(
-                f"fastbn: weights, groups, residual, activation and save='y' are for NumPy arrays so far; x is a {x}. "
-                "Copy it to main memory, or do that part with your array library"
+                f"fastbn: {' and '.join(lacking)} can't be had from the backend {self.name!r}, which has {has}; x is a "
+                f"{x}. Do that part with your array library, or copy x to main memory"
             )
+        large = {name: getattr(more, name) for name in ("residual", "dresidual")}
+        return (more._replace(**{name: a and self._array(a) for name, a in large.items()}),)
 
     def _small(self, family: OnDevice, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
         """Arrays of C numbers as the library's own."""
@@ -456,7 +475,7 @@ class _Kernels:
 class CuPyKernels(_Kernels):
     """They choose the device themselves, and take CuPy's current stream."""
 
-    own = CUPY
+    own, name = CUPY, "cupy"
 
     def _on(self, arrays: list[Span]) -> Any:
         stream = arrays[0].family.stream(arrays)
@@ -479,7 +498,7 @@ class CuPyKernels(_Kernels):
 class NumbaKernels(_Kernels):
     """They take their stream from an array that has one."""
 
-    own = NUMBA
+    own, name = NUMBA, "numba-cuda"
 
     def _on(self, arrays: list[Span]) -> Any:
         return import_module("numba.cuda").gpus[arrays[0].device]

@@ -786,7 +786,7 @@ def _run_backward_with(
     if asked.groups is not None:
         for total, parts in zip((dgamma, dbeta), sums, strict=True):
             if total is not None and parts is not None:
-                total[...] = parts.reshape(asked.sets, -1).sum(axis=0, dtype=np.float64)
+                family_of_values(total).total(parts, total)
     if inverse and saved._lost is not None:
         _lost_backward(where, dy_lost, dx, saved, dgamma, asked)
 

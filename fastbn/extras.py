@@ -46,6 +46,17 @@ class Extras(NamedTuple):
     starts: Any = None  # (G + 1,) int64: where a group starts in `order`; None: one group
     inverse: bool = False  # in backward, x holds the y that forward gave
 
+    def features(self) -> list[str]:
+        """What it asks of a backend, by the names in `forward`'s signature."""
+        asked = {
+            "activation": self.activation != "",
+            "residual": self.residual is not None or self.dresidual is not None,
+            "groups": self.starts is not None,
+            "weights": self.weights is not None,
+            "save='y'": self.inverse,
+        }
+        return [name for name, there in asked.items() if there]
+
 
 class Asked(NamedTuple):
     """What the caller asked for, in the shape of x."""
@@ -133,6 +144,11 @@ def ask(
         raise ValueError(f"{where}: save is {describe(save)}; expected 'x' or 'y'")
     name, parameter = check_activation(where, activation)
     if save == "y":
+        if isinstance(x, Span):
+            raise TypeError(
+                f"{where}: save='y' with arrays on a GPU is not there: which channels can't be had back from y is read "
+                "off gamma and beta, which would wait for the device. Leave save='x'"
+            )
         if name not in INVERTIBLE:
             raise ValueError(
                 f"{where}: save='y' needs an activation that can be inverted: none, leaky_relu or elu; {name} came. "
@@ -144,7 +160,8 @@ def ask(
             raise ValueError(f"{where}: save='y' can't be had with a residual, which would be needed too; use save='x'")
     samples = next((a for a in range(x.ndim) if a not in axes), 0)
     if residual is not None:
-        residual = check_place(where, "residual", check_array(where, "residual", residual), x)
+        check_place(where, "residual", residual, x)
+        residual = check_array(where, "residual", residual)
         if residual.shape != x.shape or residual.dtype != result:
             raise ValueError(
                 f"{where}: residual is a {describe(residual)}; expected {result} of shape {x.shape}, like y. Convert it"

@@ -83,7 +83,7 @@ def slope(name: str, p: float, z: np.ndarray) -> np.ndarray:
             "leaky_relu": lambda: np.where(z <= 0, p, 1.0),
             "relu6": lambda: np.where((z <= 0) | (z >= 6), 0.0, 1.0),
             "elu": lambda: np.where(z <= 0, p * np.exp(np.minimum(z, 0)), 1.0),
-            "silu": lambda: s + z * s * (1.0 - s),
+            "silu": lambda: s + z * s * _sigmoid(-z),
             "gelu": lambda: 0.5 * (1.0 + _erf(z / math.sqrt(2.0))) + z * np.exp(-0.5 * z * z) / math.sqrt(2 * math.pi),
             "sigmoid": lambda: s * (1.0 - s),
             "tanh": lambda: 1.0 - np.tanh(z) ** 2,

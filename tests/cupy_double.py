@@ -19,6 +19,7 @@ import cupy
 import numpy as np
 from cupy.cuda import driver, runtime
 from emulator import LAYOUTS, WAYS
+from emulator import library as built
 from fastbn.kernels.cuda import launch as cuda
 from fastbn.kernels.cuda import plan as planner
 
@@ -62,7 +63,7 @@ class Started(NamedTuple):
 
     @property
     def pointers(self) -> planner.Pointers:
-        return planner.Pointers(*planner.HEAD.unpack_from(self.argument)[:12])
+        return planner.Pointers(*planner.HEAD.unpack_from(self.argument)[: len(planner.Pointers._fields)])
 
     @property
     def way(self) -> str:
@@ -98,16 +99,17 @@ class Double:
         self.allocated: list[tuple[int, int]] = []  # device, bytes
         self.cleared: list[tuple[int, int]] = []  # bytes, stream
         self.copied: list[tuple[int, ...]] = []  # shapes
+        self.replayed: list[tuple[int, ...]] = []  # copies from main memory: target, source, bytes, stream
         self.compiled: list[tuple[str, tuple[str, ...], tuple[int, int]]] = []
         self._memory: dict[int, np.ndarray] = {}  # by address
         self._kernels: dict[int, Kernel] = {}
         self._of_thread = threading.local()
         for module, names in (
-            (runtime, ("getDevice", "getDeviceProperties", "streamIsCapturing", "memsetAsync", "free")),
+            (runtime, ("getDevice", "getDeviceProperties", "streamIsCapturing", "memsetAsync", "memcpyAsync", "free")),
             (driver, ("launchKernel", "launchCooperativeKernel", "funcGetAttribute", "funcSetAttribute")),
             (driver, ("occupancyMaxActiveBlocksPerMultiprocessor",)),
-            (cupy.cuda, ("get_current_stream", "Device")),
-            (cupy, ("copyto",)),
+            (cupy.cuda, ("get_current_stream", "Device", "alloc_pinned_memory")),
+            (cupy, ("copyto", "array")),
         ):
             for name in names:
                 monkeypatch.setattr(module, name, getattr(self, name))
@@ -170,6 +172,14 @@ class Double:
     def memsetAsync(self, address: int, value: int, size: int, stream: int) -> None:
         ctypes.memset(address, value, size)
         self.cleared.append((size, stream))
+
+    def alloc_pinned_memory(self, size: int) -> Any:
+        return _Pinned(size)
+
+    def memcpyAsync(self, target: int, source: int, size: int, kind: int, stream: int) -> None:
+        assert kind == runtime.memcpyHostToDevice
+        self.replayed.append((target, source, size, stream))
+        ctypes.memmove(target, source, size)
 
     def _memory_of(self, address: int) -> tuple[int, int] | None:
         for start, memory in self._memory.items():
@@ -290,6 +300,14 @@ class _Within:
         self.double._of_thread.device = self.before
 
 
+class _Pinned(bytearray):
+    """Pinned memory."""
+
+    @property
+    def ptr(self) -> int:
+        return ctypes.addressof(ctypes.c_char.from_buffer(self))
+
+
 class _Module:
     def __init__(self, double: Double) -> None:
         self.double = double
@@ -307,12 +325,16 @@ def emulation(library: ctypes.CDLL) -> Any:
 
     def emulate(launch: Started, arrays: list[tuple[int, int]]) -> None:
         kind, width, backward, layout, way = re.findall(r"[\w]+(?=[,>])", launch.expression)
+        options = tuple(option for option in launch.options if "CLUSTER" not in option)
+        loaded = library
+        if options:  # other code, of which this instance is enough
+            loaded = built(f"ONE({TYPES.index(kind)}, {kind}, {width}, {backward}, {layout}, {way})", options=options)
         instance = (TYPES.index(kind), int(width), backward == "true", LAYOUTS.index(layout), WAYS.index(way))
         # Windows are read whole, within their 16 bytes: allocations are of 256.
         flat = [number for start, size in arrays for number in (start, -(-size // 16) * 16)]
         pairs = (ctypes.c_uint64 * len(flat))(*flat), len(arrays)
         at_once = 0 if launch.cooperative else launch.cluster
-        failed = library.fastbn_launch(
+        failed = loaded.fastbn_launch(
             (ctypes.c_int * 5)(*instance), launch.argument, launch.grid, launch.threads, launch.shared, launch.cluster,
             at_once, 2, *pairs, *pairs,
         )  # fmt: skip

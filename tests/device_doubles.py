@@ -95,6 +95,9 @@ class Array:
     def reshape(self, *shape: Any) -> Any:
         return self._made(self.on_host.reshape(*shape))
 
+    def sum(self, axis: int, dtype: Any) -> Any:
+        return self._made(self.on_host.sum(axis, np.dtype(getattr(dtype, "numpy", dtype))))
+
 
 def _operation(name: str) -> Any:
     function = getattr(operator, name)
@@ -253,21 +256,30 @@ def fake_torch(state: State) -> Any:
 class Kernels:
     """`fastbn.kernels.cuda`: it holds its callers to the contract, and runs the reference."""
 
+    FEATURES = frozenset({"activation", "residual", "groups"})
+
     def __init__(self, state: State, cupy: Any) -> None:
         self.state, self.cupy = state, cupy
 
-    def forward(self, x: Any, y: Any, table: Any, given: tuple[Any, ...], eps: float) -> None:
+    def forward(self, x: Any, y: Any, table: Any, given: tuple[Any, ...], eps: float, more: Any = None) -> None:
         assert (given[2] is None) == (given[3] is None)
-        x, y, table, *given = self._taken("forward", (x, y), table, given)
-        reference.forward(x, y, table, tuple(given), eps)
+        (x, y), (table, *given), more = self._taken("forward", (x, y), (table, *given), more)
+        reference.forward(x, y, table, tuple(given), eps, more)
 
-    def backward(self, dy: Any, x: Any, dx: Any, table: Any, dgamma: Any, dbeta: Any, frozen: bool) -> None:
+    def backward(
+        self, dy: Any, x: Any, dx: Any, table: Any, dgamma: Any, dbeta: Any, frozen: bool, more: Any = None
+    ) -> None:
         wanted = np.float64 if x.dtype == np.float64 else np.float32
         assert all(a is None or a.dtype == wanted for a in (dgamma, dbeta))
-        taken = self._taken("backward", (dy, x, dx), table, (dgamma, dbeta))
-        reference.backward(*taken, frozen)
+        large, small, more = self._taken("backward", (dy, x, dx), (table, None, None, dgamma, dbeta), more)
+        reference.backward(*large, small[0], *small[3:], frozen, more)
 
-    def _taken(self, name: str, large: tuple[Any, ...], table: Any, small: tuple[Any, ...]) -> list[Any]:
+    def _taken(self, name: str, large: tuple[Any, ...], numbers: tuple[Any, ...], more: Any) -> tuple[Any, ...]:
+        table, *small = numbers
+        sets = 1 if more is None or more.starts is None else len(more.starts) - 1
+        count = len(large)
+        if more is not None:
+            large = (*large, more.residual, more.dresidual)
         shape, dtype = large[0].shape, large[0].dtype
         assert len(shape) == 3
         assert min(shape) > 0, "an empty array came to a kernel"
@@ -275,11 +287,14 @@ class Kernels:
         assert all(type(a) is self.cupy.ndarray for a in arrays)
         assert {a.on_device for a in arrays} == {table.on_device}
         assert all(a is None or (a.shape == shape and a.dtype == dtype) for a in large)
-        assert (table.shape, table.dtype) == ((6, shape[1]), np.float64)
+        assert (table.shape, table.dtype) == ((6, sets * shape[1]), np.float64)
         assert all(a.on_host.flags.aligned for a in arrays)
-        for a in small:
-            assert a is None or (a.shape == shape[1:2] and a.on_host.flags.c_contiguous and a.dtype.char in "fd")
+        for i, a in enumerate(small):
+            wanted = (shape[1] * (sets if i > 1 else 1),)
+            assert a is None or (a.shape == wanted and a.on_host.flags.c_contiguous and a.dtype.char in "fd")
         self.state.calls.append(Call(name, self.state.device, self.state.stream, shape))
         bits = np.dtype(ml_dtypes.bfloat16) if dtype == np.int16 else dtype
-        hosts = [None if a is None else a.on_host for a in (*large, table, *small)]
-        return [None if h is None else h.view(bits) if i < len(large) else h for i, h in enumerate(hosts)]
+        hosts = [None if a is None else a.on_host.view(bits) for a in large]
+        if more is not None:
+            more = more._replace(residual=hosts[count], dresidual=hosts[count + 1])
+        return hosts[:count], [None if a is None else a.on_host for a in (table, *small)], more

@@ -46,13 +46,13 @@ WIDEST(2, bf16, 8) WIDEST(3, double, 2) NARROWER(3, double, 1)
 WALL = 0xA5  # fills what nobody may write
 
 
-def library(instances: str = ALL, source: str | None = None) -> ctypes.CDLL:
-    """The emulated kernels, built once for each source: 15 s of one core for all of them."""
+def library(instances: str = ALL, source: str | None = None, options: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """The emulated kernels, built once for each source: 15 s of one core for all of them. options: bn.cu's macros."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("the emulator needs g++, and there is none")
     text = planner.SOURCE.read_text() if source is None else source
-    parts = [text, instances, (HERE / "emulator.h").read_text(), (HERE / "instances.cpp").read_text()]
+    parts = [text, instances, *options, (HERE / "emulator.h").read_text(), (HERE / "instances.cpp").read_text()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     folder = Path(tempfile.gettempdir()) / f"fastbn-emulator-{getpass.getuser()}"
     folder.mkdir(exist_ok=True, mode=0o700)
@@ -62,7 +62,7 @@ def library(instances: str = ALL, source: str | None = None) -> ctypes.CDLL:
             (Path(work) / "bn.cu").write_text(text)
             flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w"]  # -w: g++ doesn't know `#pragma unroll`
             flags += ["-U_FORTIFY_SOURCE", "-ffp-contract=off", "-DFASTBN_EMULATOR"]  # it forbids jumps between stacks
-            defines = [f'-DFASTBN_SOURCE="{work}/bn.cu"', f"-DFASTBN_INSTANCES={' '.join(instances.split())}"]
+            defines = [*options, f'-DFASTBN_SOURCE="{work}/bn.cu"', f"-DFASTBN_INSTANCES={' '.join(instances.split())}"]
             output = f"{work}/emulated.so"
             command = [compiler, *flags, f"-I{HERE}", *defines, str(HERE / "instances.cpp"), "-o", output]
             done = subprocess.run(command, capture_output=True, text=True)
@@ -115,11 +115,11 @@ class Array:
         return bool((self.raw[self.outside] == WALL).all())
 
 
-def view_of(x: Array | None, y: Array | None, dy: Array | None) -> Any:
+def view_of(x: Array | None, y: Array | None, dy: Array | None, r: Array | None = None, dr: Array | None = None) -> Any:
     some = next(a for a in (x, dy) if a is not None).view
-    strides = [None if a is None else a.view.strides for a in (x, y, dy)]
-    bases = tuple(0 if a is None else a.view.ctypes.data % 16 for a in (x, y, dy))
-    return planner.View(some.shape, *strides, some.dtype.itemsize, bases)
+    strides = [None if a is None else a.view.strides for a in (x, y, dy, r, dr)]
+    bases = tuple(0 if a is None else a.view.ctypes.data % 16 for a in (x, y, dy, r, dr))
+    return planner.View(some.shape, *strides[:3], some.dtype.itemsize, bases, *strides[3:])
 
 
 def walled(count: int, dtype: type) -> tuple[np.ndarray, np.ndarray]:
@@ -139,10 +139,12 @@ class Result:
     table: np.ndarray
     dgamma: np.ndarray | None
     dbeta: np.ndarray | None
+    dr: np.ndarray | None = None
 
     @property
     def bits(self) -> bytes:
-        return b"".join(a.tobytes() for a in (self.y, self.table, self.dgamma, self.dbeta) if a is not None)
+        arrays = (self.y, self.dr, self.table, self.dgamma, self.dbeta)
+        return b"".join(a.tobytes() for a in arrays if a is not None)
 
 
 def execute(
@@ -159,9 +161,14 @@ def execute(
     resident: int | None = None,
     barriers: np.ndarray | None = None,
     rounds: int = 1,
+    r: Array | None = None,
+    dr: Array | None = None,
+    parameter: float = 0.0,
+    starts: np.ndarray | None = None,
+    order: np.ndarray | None = None,
 ) -> Result:
     """All launches of a plan, by the bytes that a launcher would pass. given: gamma, beta, mean, var."""
-    C = plan.walk.C
+    C = plan.walk.C * plan.walk.more.sets
     number = np.float64 if plan.letter == "d" else np.float32
     outputs = {}
     flat, outputs["table"] = walled(6 * C, np.float64)
@@ -181,6 +188,8 @@ def execute(
         x=0 if x is None else x.view.ctypes.data,
         dy=0 if dy is None else dy.view.ctypes.data,
         y=0 if y is None else y.view.ctypes.data,
+        r=0 if r is None else r.view.ctypes.data,
+        dr=0 if dr is None else dr.view.ctypes.data,
         table=flat.ctypes.data,
         gamma=address(given[0]),
         beta=address(given[1]),
@@ -190,11 +199,13 @@ def execute(
         dbeta=dbeta.ctypes.data if plan.backward and grads[1] else 0,
         workspace=workspace.ctypes.data if plan.workspace else 0,
         barriers=words.ctypes.data,
+        starts=address(starts),
+        order=address(order),
     )
     wide = any(a is not None and a.dtype == np.float64 for a in given)
-    bytes_ = planner.pack(plan, pointers, eps, wide)
+    bytes_ = planner.pack(plan, pointers, eps, wide, parameter)
     readable = []
-    for a in (x, dy):
+    for a in (x, dy, r):
         if a is not None:  # windows are read whole, within their 16 bytes
             low, high = a.span
             edge = 16 if plan.walk.layout == planner.WINDOWS else 1
@@ -202,7 +213,7 @@ def execute(
             readable += [low, high - low]
     if plan.workspace:
         readable += [workspace.ctypes.data, workspace.nbytes]
-    writable = [] if y is None else [y.span[0], y.span[1] - y.span[0]]
+    writable = [n for a in (y, dr) if a is not None for n in (a.span[0], a.span[1] - a.span[0])]
 
     def pairs(numbers):
         return (ctypes.c_uint64 * max(1, len(numbers)))(*numbers), len(numbers) // 2
@@ -227,12 +238,13 @@ def execute(
             error = f"wrote outside {name}"
     if not error and plan.backward and before.tobytes() != flat.tobytes():
         error = "backward wrote the table"
-    for a in (x, dy, y):
+    for a in (x, dy, y, r, dr):
         if not error and a is not None and not a.untouched_outside():
             error = "wrote between or outside the elements"
     return Result(
         error=error,
         y=None if y is None else y.view.copy(),
+        dr=None if dr is None else dr.view.copy(),
         table=flat.reshape(6, C),
         dgamma=dgamma if plan.backward and grads[0] else None,
         dbeta=dbeta if plan.backward and grads[1] else None,

@@ -11,6 +11,7 @@ from cupy_double import MOST, emulation, small_devices
 from emulator import library
 
 import fastbn
+from fastbn.arrays import CUPY
 
 
 @pytest.fixture(scope="module")
@@ -89,4 +90,75 @@ def test_arrays_on_two_devices_are_refused(gpu):
         fastbn.forward(x, gamma)
     with pytest.raises(TypeError, match=r"beta is a float64 array .* in main memory; .* Pass cupy.asarray\(beta\)"):
         fastbn.forward(x, beta=np.ones(4))
+    assert gpu.started == []
+
+
+MORE = {
+    "relu of a sum": ({"activation": "relu", "residual": True}, "nchw"),
+    "gelu": ({"activation": "gelu"}, "(N, C)"),
+    "leaky_relu, channels last": ({"activation": ("leaky_relu", 0.2), "residual": True}, "channels-last memory"),
+    "a residual alone": ({"residual": True}, "channel slice"),
+    "equal groups": ({"groups": 5}, "nchw"),
+    "groups of sizes": ({"groups": [2, 0, 3]}, "nchw"),
+    "groups by id": ({"groups": np.array([1, 0, 3, 1, 0])}, "channels-last memory"),
+    "all": ({"groups": np.array([1, 0, 3, 1, 0]), "activation": "relu", "residual": True}, "nchw"),
+    "all, copied": ({"groups": [1, 2], "activation": "relu", "residual": True}, "cropped, hence copied"),
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(("more", "layout"), MORE.values(), ids=MORE)
+def test_what_goes_beyond_batch_norm(more, layout, frozen, gpu, rng, monkeypatch):
+    """As fastbn.reference has it; sums over groups are CuPy's own, and doubled."""
+    shape, laid = LAYOUTS[layout]
+    x, dy, residual = (laid(rng.normal(1, 2, shape).astype(np.float32)) for _ in range(3))
+    gamma, beta = rng.normal(1, 2, (2, shape[1])).astype(np.float32)
+    more = dict(more)
+    groups = more.get("groups")
+    if frozen:
+        sets = (
+            () if groups is None else (groups if isinstance(groups, int) else 4 if len(groups) == 5 else len(groups),)
+        )
+        wide = (*sets, shape[1])
+        more["frozen"] = rng.normal(1, 1, wide).astype(np.float32), rng.uniform(0.5, 2, wide).astype(np.float32)
+
+    def total(parts, target):
+        host = gpu.host(parts)
+        gpu.host(target)[...] = host.reshape(-1, target.size).sum(0, dtype=np.float64)
+
+    monkeypatch.setattr(CUPY, "total", total)
+
+    def there(a):
+        return gpu.array(a, a) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else a
+
+    results = []
+    for place, arrays in ((fastbn.reference, (x, dy, residual)), (fastbn, (there(x), there(dy), there(residual)))):
+        given = {k: v for k, v in more.items() if k != "residual"}
+        if "residual" in more:
+            given["residual"] = arrays[2]
+        g, b = (gamma, beta) if place is not fastbn else (there(gamma), there(beta))
+        if frozen and place is fastbn:
+            given["frozen"] = tuple(there(a) for a in more["frozen"])
+        y, saved = place.forward(arrays[0], g, b, **given)
+        results.append((y, *place.backward(arrays[1], saved)))
+    names = ("y", "dx", "dgamma", "dbeta", "dresidual")
+    values = x.size / shape[1]
+    for name, right, got in zip(names, results[0], results[1], strict=False):
+        assert type(got) is cupy.ndarray, name
+        size = np.maximum(values**0.5 * 8 if right.ndim == 1 else 8, np.abs(right))
+        assert (np.abs(gpu.host(got) - right) <= 4 * 2.0**-23 * size).all(), name
+    assert len(results[0]) == len(results[1])
+    options = {option for launch in gpu.started for option in launch.options}
+    assert ("-DFASTBN_SETS=1" in options) == (groups is not None)
+    assert ("-DFASTBN_RESIDUAL=1" in options) == ("residual" in more)
+
+
+def test_what_is_not_there_is_refused(gpu):
+    x = gpu.array(np.ones((6, 4), np.float32))
+    with pytest.raises(TypeError, match=r"weights with arrays on a GPU are not there yet"):
+        fastbn.forward(x, weights=gpu.array(np.ones(6, np.float32)))
+    with pytest.raises(TypeError, match=r"save='y' with arrays on a GPU is not there.*Leave save='x'"):
+        fastbn.forward(x, save="y")
+    with pytest.raises(TypeError, match=r"residual is a float32 array .* in main memory; .* Pass cupy.asarray"):
+        fastbn.forward(x, residual=np.ones((6, 4), np.float32))
     assert gpu.started == []

@@ -102,9 +102,10 @@ def test_strided_weights_and_lists(rng):
     """Any strides; statistics of any type; gamma and beta None as 1 and 0; a mean at an offset loses nothing."""
     weight = np.asfortranarray(rng.normal(size=(6, 4, 3)))[::-1]
     mean, var = (1e8 + rng.normal(size=6)).tolist(), rng.uniform(1, 2, 6).tolist()
-    w, b = fastbn.fold(weight, mean, mean, var, None, None, 1e-5, kind="conv")
+    bias = [m + 0.25 for m in mean]  # exactly so
+    w, b = fastbn.fold(weight, bias, mean, var, None, None, 1e-5, kind="conv")
     np.testing.assert_allclose(w, weight / np.sqrt(np.array(var) + 1e-5)[:, None, None], rtol=1e-15)
-    np.testing.assert_array_equal(b, np.zeros(6))  # bias - mean first, then the scale
+    np.testing.assert_allclose(b, 0.25 / np.sqrt(np.array(var) + 1e-5), rtol=1e-15)  # bias - mean first, then the scale
 
 
 def test_padding_in_words(rng):

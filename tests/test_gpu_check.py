@@ -321,6 +321,15 @@ def test_in_place_and_stray_values(device):
     assert correct.stray(device) == {"ok": True}
 
 
+@pytest.mark.parametrize("kind", ["first", "last"])
+@pytest.mark.parametrize("name", correct.BEYOND)
+def test_beyond_batch_norm(device, monkeypatch, name, kind):
+    monkeypatch.setattr(correct, "BEYOND_SHAPES", {"first": (12, 3, 256), "last": (150, 32, 1)})
+    row = correct.beyond(device, name, kind, None)
+    assert (row["wrong"], row["same_bits"]) == ([], True), row["eps"]
+    assert set(row["eps"]) == {"y", "dx", "sums"} | ({"dr"} if correct.BEYOND[name][2] else set())
+
+
 def test_build(device, tmp_path, monkeypatch):
     compiler = importlib.import_module("fastbn.kernels.cuda.compile")
     monkeypatch.setattr(compiler, "machine_code", device.double.machine_code)
@@ -352,7 +361,11 @@ def test_speed(device, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     one = Run(Rows(tmp_path / "rows.jsonl"), device, end=time.monotonic() + 0.5)
     speed.speed(one)
-    host, first, second = one.rows.of("speed")
+    host, first, second, *blocks = one.rows.of("speed")
+    assert [(row["block_forward"], row["block_backward"], row["copy_of_x"]) for row in blocks] == [
+        (70, 80, 90),
+        (100, 110, 120),
+    ]
     assert host["launch"] == 5.0
     assert (first["ours_forward"], first["ours_backward"], first["copy"]) == (10, 20, 30)
     assert (second["ours_forward"], second["ours_backward"], second["copy"]) == (40, 50, 60)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import test_emulator_more as more
 from emulator import Array, Truth, epsilon, error_in_eps, execute, library, planner, view_of
 
 
@@ -21,6 +22,7 @@ class Mutant(NamedTuple):
     backward: bool
     ways: tuple[tuple[str, int], ...]
     finds: str  # part of what is found
+    more: str = ""  # "relu": of a sum; "sets": ragged ones
 
 
 BLOCK, CLUSTER, GRID, SPLIT = (
@@ -146,8 +148,8 @@ MUTANTS = [
     ),
     Mutant(
         "lanes behind the run are written",
-        "if (q.begin == 0 && q.end == V) return store(to, r.raw);",
-        "if (q.begin == 0) return store(to, r.raw);",
+        "if (q.begin == 0 && q.end == V) return store(to, a.raw);",
+        "if (q.begin == 0) return store(to, a.raw);",
         "WINDOWS", False, BLOCK, "wrong",
     ),
     Mutant(
@@ -182,14 +184,14 @@ MUTANTS = [
     ),
     Mutant(
         "no lo in forward",
-        "multiply_add(k.a, (up(x) - k.hi) - k.lo, k.beta)",
+        "multiply_add(k.a, deviation(k, x), k.beta)",
         "multiply_add(k.a, up(x) - k.hi, k.beta)",
         "RUNS", False, BLOCK, "wrong",
     ),
     Mutant(
         "no lo of dy",
-        "A g = (up(dy) - k.ghi) - k.glo;",
-        "A g = up(dy) - k.ghi;",
+        "g = (g - k.ghi) - k.glo;",
+        "g = g - k.ghi;",
         "RUNS", True, BLOCK, "wrong",
     ),
     Mutant(
@@ -212,11 +214,99 @@ MUTANTS = [
     ),
     Mutant(
         "rows of y by x's stride",
-        "T *to = y + q.row * p.y_row + q.inner;",
-        "T *to = y + q.row * p.x_row + q.inner;",
+        "write(y + q.row * p.y_row + q.inner, a, q);",
+        "write(y + q.row * p.x_row + q.inner, a, q);",
         "RUNS", False, BLOCK, "outside every array",
     ),
 ]  # fmt: skip
+
+MORE = [
+    Mutant(
+        "no residual in forward",
+        "return RESIDUAL ? z + up(r) : z;",
+        "return z;",
+        "RUNS", False, BLOCK, "wrong", "relu",
+    ),
+    Mutant(
+        "the residual is read by x's stride",
+        "load(a.raw, r + q.row * p.r_row + q.inner);",
+        "load(a.raw, r + q.row * p.x_row + q.inner);",
+        "RUNS", False, BLOCK, "outside every array", "relu",
+    ),
+    Mutant(
+        "a neighbour's residual beside kept vectors",
+        "if (share.any(q)) share.read_r(r[u], q);",
+        "if (share.any(q)) share.read_r(r[u ^ 1], q);",
+        "RUNS", False, BLOCK, "wrong", "relu",
+    ),
+    Mutant(
+        "no activation",
+        "case RELU: return z <= 0 ? (A)0 : z;",
+        "case RELU: return z;",
+        "COLUMNS", False, CLUSTER, "wrong", "relu",
+    ),
+    Mutant(
+        "sums of dy in place of g",
+        "if (!APART) down(d[u].lane[v], g[u][v]);",
+        "",
+        "RUNS", True, SPLIT, "wrong", "relu",
+    ),
+    Mutant(
+        "the slope counts twice where g was kept",
+        "const bool done = !SLOPED || (kept && IN_PLACE<T>);",
+        "const bool done = !SLOPED;",
+        "RUNS", True, BLOCK, "wrong", "leaky_relu",
+    ),
+    Mutant(
+        "g taken for dy where it wasn't kept",
+        "const bool done = !SLOPED || (kept && IN_PLACE<T>);",
+        "const bool done = true;",
+        "COLUMNS", True, SPLIT, "wrong", "relu",
+    ),
+    Mutant(
+        "dr without the slope",
+        "down(dr.lane[v], g);",
+        "down(dr.lane[v], up(d.lane[v]));",
+        "RUNS", True, SPLIT, "wrong", "relu",
+    ),
+    Mutant(
+        "rows of the first set for all",
+        "    i += begin;\n",
+        "",
+        "RUNS", False, BLOCK, "wrong", "sets",
+    ),
+    Mutant(
+        "every set as high as the largest",
+        "end = p.starts[set + 1] * p.rows;",
+        "end = begin + p.M;",
+        "COLUMNS", False, SPLIT, "", "sets",
+    ),
+    Mutant(
+        "an order that is ignored",
+        "if (!p.order) return i;",
+        "return i;",
+        "COLUMNS", True, BLOCK, "wrong", "sets",
+    ),
+    Mutant(
+        "a table of the first set",
+        "SETS ? (i64)set * p.C + parameter(c) : parameter(c)",
+        "parameter(c)",
+        "RUNS", False, GRID, "wrong", "sets",
+    ),
+    Mutant(
+        "a count of all rows",
+        "SETS ? (double)height() * p.fold * p.S : p.count",
+        "p.count",
+        "RUNS", False, CLUSTER, "wrong", "sets",
+    ),
+    Mutant(
+        "an empty set of NaN",
+        "if (SETS && share.height() == 0 && !p.frozen)",
+        "if (false)",
+        "RUNS", False, BLOCK, "wrong", "sets",
+    ),
+]  # fmt: skip
+MUTANTS += MORE
 
 SHAPES = {  # channels' means lie far off, so that hi and lo count
     "RUNS": [(4, 6, 64), (3, 5, 1060)],
@@ -225,8 +315,37 @@ SHAPES = {  # channels' means lie far off, so that hi and lo count
 }
 
 
+def hunt_more(mutant, lib):
+    """The same for what goes beyond batch norm, as tests/test_emulator_more.py judges it."""
+    rng = np.random.default_rng(7)
+    sets = mutant.more == "sets"
+    for name in {"RUNS": ("runs", "long runs"), "COLUMNS": ("columns", "RGB"), "WINDOWS": ("odd slice",)}[
+        mutant.layout
+    ]:
+        outer = more.CASES[name][0][0]
+        kind = more.sets_of("listed" if mutant.layout == "COLUMNS" else "ragged", outer, rng) if sets else None
+        p = more.Problem(rng, name, "f", "" if sets else mutant.more, not sets, kind, mean=300.0)
+        if p.r is not None and mutant.layout == "RUNS":  # with gaps that x doesn't have
+            p.r = Array(p.r.values, "f", gaps=((0, 0), (0, 4), (0, 0)))
+        for (way, K), policy in itertools.product(mutant.ways, range(4)):
+            plan = p.build(mutant.backward, way, K, keep=1 if policy % 2 else None)
+            if plan.walk.V != 4 or plan.walk.layout != mutant.layout:
+                break
+            run, check = (p.backward, more.check_backward) if mutant.backward else (p.forward, more.check_forward)
+            found = run(lib, plan, policy=policy, resident=2)
+            if found.error:
+                return found.error
+            try:
+                check(p, found)
+            except AssertionError:
+                return f"wrong by {way} on {name}"
+    return "survived"
+
+
 def hunt(mutant, lib):
     """What the emulator finds, or "survived"."""
+    if mutant.more:
+        return hunt_more(mutant, lib)
     rng = np.random.default_rng(7)
     for shape, (way, K) in itertools.product(SHAPES[mutant.layout], mutant.ways):
         C = shape[1]
@@ -278,12 +397,20 @@ def instances(mutant):
     return " ".join(f"ONE(0, float, 4, {str(mutant.backward).lower()}, {mutant.layout}, {part})" for part in parts)
 
 
+def options(mutant):
+    """bn.cu's macros for it."""
+    if mutant.more in ("", "sets"):
+        return planner.More(sets=2 if mutant.more else 1).options(())
+    return planner.More(mutant.more).options(("r", "dr") if mutant.backward else "r")
+
+
 @pytest.fixture(scope="module")
 def built():
     """All mutants, built two at a time, a second each."""
     library("")  # skips where there is no compiler
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(MUTANTS, pool.map(lambda m: library(instances(m), source_of(m)), MUTANTS), strict=True))
+        made = pool.map(lambda m: library(instances(m), source_of(m), options(m)), MUTANTS)
+        return dict(zip(MUTANTS, made, strict=True))
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
@@ -299,3 +426,11 @@ def test_nothing_is_found_in_the_source_itself(layout, backward):
     """Else the mutants would prove nothing."""
     own = Mutant("none", "", "", layout, backward, BLOCK + CLUSTER + GRID + SPLIT, "")
     assert hunt(own, library()) == "survived"
+
+
+@pytest.mark.parametrize("what", ["relu", "leaky_relu", "sets"])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_nothing_is_found_beyond_batch_norm_either(what, backward):
+    for layout in ("RUNS", "COLUMNS"):
+        own = Mutant("none", "", "", layout, backward, BLOCK, "", what)
+        assert hunt(own, library(instances(own), options=options(own))) == "survived"

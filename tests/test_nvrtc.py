@@ -26,11 +26,13 @@ class Build(NamedTuple):
     letter: str
     layouts: tuple[str, ...] = LAYOUTS
     ways: tuple[str, ...] = WAYS
+    directions: tuple[str, ...] = ("false", "true")
+    options: tuple[str, ...] = ()
 
     def names(self):
         kind, V = TYPES[self.letter]
         ways = [way for way in self.ways if way != "CLUSTER" or self.capability >= 90]
-        for backward, layout, way in itertools.product(("false", "true"), self.layouts, ways):
+        for backward, layout, way in itertools.product(self.directions, self.layouts, ways):
             yield f"fastbn::bn<{kind}, {V}, {backward}, fastbn::{layout}, fastbn::{way}>"
 
 
@@ -43,6 +45,12 @@ BUILDS = [
     Build(75, "f", ("RUNS", "COLUMNS"), ("BLOCK", "STATS", "APPLY")),
     Build(100, "f", ("WINDOWS", "COLUMNS"), ("CLUSTER", "GRID")),
     Build(70, "f", ("RUNS",), ("BLOCK", "GRID")),
+    # Beyond batch norm: forward and backward are other code.
+    Build(90, "f", LAYOUTS, WAYS, ("false",), planner.More("relu").options("r")),
+    Build(90, "f", LAYOUTS, WAYS, ("true",), planner.More("relu").options(("r", "dr"))),
+    Build(90, "e", ("RUNS", "COLUMNS"), ("BLOCK", "STATS", "APPLY"), ("true",), planner.More("relu").options("r")),
+    Build(80, "f", ("RUNS", "COLUMNS"), ("BLOCK", "STATS", "APPLY"), ("true",), planner.More("gelu").options(())),
+    Build(90, "f", LAYOUTS, ("BLOCK", "CLUSTER", "STATS", "APPLY"), options=planner.More(sets=2).options(())),
 ]
 
 # Columns of half types are eight channels a thread, backward 56 coefficients of 128 registers. Off Hopper up to 16
@@ -76,6 +84,7 @@ def compile_(build, folder):
     for name in names:
         checked(nvrtc.nvrtcAddNameExpression(program, name.encode()))
     options = [*planner.COMPILE_OPTIONS, f"-arch=compute_{build.capability}"]
+    options += build.options
     options += ["-DFASTBN_CLUSTER=4"] if any("CLUSTER" in name for name in names) else []
     error = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]
     log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
@@ -84,7 +93,7 @@ def compile_(build, folder):
     text = b" " * checked(nvrtc.nvrtcGetPTXSize(program))
     checked(nvrtc.nvrtcGetPTX(program, text))
     lowered = {checked(nvrtc.nvrtcGetLoweredName(program, name.encode())).decode(): name for name in names}
-    path = folder / f"{build.capability}{build.letter}.ptx"
+    path = folder / f"{build.capability}{build.letter}{BUILDS.index(build)}.ptx"
     path.write_bytes(text.rstrip(b"\0"))
     command = [ptxas(), f"-arch=sm_{build.capability}", "-v", str(path), "-o", str(path.with_suffix(".cubin"))]
     report = subprocess.run(command, capture_output=True, text=True)
@@ -122,7 +131,7 @@ def result(compiled, build):
     return compiled[build]
 
 
-each_build = pytest.mark.parametrize("build", BUILDS, ids=lambda build: f"sm_{build.capability}-{build.letter}")
+each_build = pytest.mark.parametrize("build", BUILDS, ids=lambda b: "-".join((f"sm_{b.capability}", *b[1:2], *b[5])))
 
 
 @each_build

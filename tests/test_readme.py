@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib.util
 import json
 import re
@@ -20,6 +21,20 @@ def test_the_example_runs(capsys):
     evaluated, variance = map(float, capsys.readouterr().out.split())
     assert 0.9e5 < evaluated < 1e5  # one update of momentum 0.1 has brought the mean to a tenth of the way
     assert 0.9 < variance < 1.1
+
+
+EXAMPLES = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if block.startswith(">>>")]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_examples_print_what_they_say(example, capsys):
+    for framework in ("torch", "jax"):
+        if f"import {framework}," in example:
+            pytest.importorskip(framework)
+    found = doctest.DocTestParser().get_doctest(example, {}, "README.md", "README.md", 0)
+    assert found.examples
+    outcome = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(found)
+    assert outcome.failed == 0, capsys.readouterr().out
 
 
 def test_figures_are_those_of_the_committed_run():

@@ -65,7 +65,7 @@ def check(x, gamma, axis, rng, *, dy=None, ddx=None, **more):
     beta, p, q = rng.normal(size=(3, *channels))
     u = rng.normal(0.5, 1, x.shape).astype(dtype) if ddx is None else ddx
     g = rng.normal(-0.5, 1, x.shape).astype(dtype) if dy is None else dy
-    with np.errstate(all="ignore"), fastbn.set_backend("reference" if more else fastbn.get_backend()):
+    with np.errstate(all="ignore"):
         _, saved = fastbn.forward(x, gamma, beta, axis=axis, **more)
         _, kept = reference.forward(x, gamma, beta, axis=axis, **more)
     of_r, of_z, of_gamma = sizes_of(kept, u, g, p, q)

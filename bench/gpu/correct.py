@@ -205,6 +205,12 @@ def correct(run: Run) -> None:
         extra = [("graph " + str(way or "planned"), functools.partial(graph, run.device, way)) for way in WAYS]
         extra += [("in place", functools.partial(in_place, run.device)), ("NaN", functools.partial(stray, run.device))]
         extra += [(f"public {kind}", functools.partial(public, run.device, kind)) for kind in ("CuPy", "PyTorch")]
+        extra += [
+            (f"{name} {kind} {way or 'planned'}", functools.partial(beyond, run.device, name, kind, way))
+            for way in ((None,) if run.quick else (None, "SPLIT"))
+            for name in BEYOND
+            for kind in BEYOND_SHAPES
+        ]
         if not run.quick:
             extra += [("2^31 elements", functools.partial(giant, run.device))]
         run.each("correct", extra)
@@ -225,6 +231,61 @@ def graph(device: Any, way: str | None) -> dict[str, Any]:
         again = device.put(np.full_like(plain, np.nan))
         device.replay(lambda: device.launch.forward(x, again, table, NONE, EPS), 3)
     return {"ok": device.get(again).tobytes() == plain.tobytes() and bool(np.isfinite(plain).all())}
+
+
+# What a call may ask for beyond batch norm: an activation and its parameter, a residual, groups by id.
+BEYOND: dict[str, tuple[str, float, bool, bool]] = {
+    "relu of a sum": ("relu", 0.0, True, False),
+    "gelu": ("gelu", 0.0, False, False),
+    "elu in groups": ("elu", 1.5, True, True),
+}
+BEYOND_SHAPES = {"first": (16, 64, 784), "last": (3136, 64, 1)}
+
+
+def beyond(device: Any, name: str, kind: str, way: str | None) -> dict[str, Any]:
+    """y, dx, dgamma, dbeta and dresidual in float32, beside the reference's; two repeats of the same bits."""
+    reference: Any = importlib.import_module("fastbn.kernels.reference")
+    extras: Any = importlib.import_module("fastbn.extras")
+    activation, parameter, summed, grouped = BEYOND[name]
+    shape = BEYOND_SHAPES[kind]
+    C = shape[1]
+    rng = np.random.default_rng(list(f"{name} {kind}".encode()))
+    x, dy, r = rng.normal(1, 2, (3, *shape)).astype(np.float32)
+    starts = order = None
+    if grouped:
+        starts, order = np.array([0, 3, 3, 9, shape[0]]), rng.permutation(shape[0])
+    sets = 1 if starts is None else len(starts) - 1
+    more = extras.Extras(activation, parameter, r if summed else None, None, starts=starts, order=order)
+    wide, dr, dx = (np.empty(shape) for _ in range(3))
+    table, sums = np.empty((6, C * sets)), np.empty((2, C * sets))
+    # Away from the kink, where a slope would be another one by a rounding.
+    reference.forward(x, wide, table, NONE, EPS, more._replace(activation=""))
+    x = np.where(np.abs(wide) < 1e-4, x + np.float32(0.01), x)
+    reference.forward(x, wide, table, NONE, EPS, more)
+    reference.backward(dy, x, dx, table, *sums, False, more._replace(dresidual=dr))
+    on = {"residual": device.put(r) if summed else None}
+    given_x, given_dy, seen, found = device.put(x), device.put(dy), [], []
+    for _ in range(2):
+        outs = [device.put(np.full(shape, np.nan, np.float32)) for _ in range(3)]
+        out_table, out_sums = (
+            device.put(np.full(table.shape, np.nan)),
+            device.put(np.full(sums.shape, np.nan, np.float32)),
+        )
+        with device.launch.planned(**({} if way is None else {"way": way})):
+            device.launch.forward(given_x, outs[0], out_table, NONE, EPS, more._replace(**on))
+            back = more._replace(**on, dresidual=outs[2] if summed else None)
+            device.launch.backward(given_dy, given_x, outs[1], device.put(table), *out_sums, False, back)
+        found = [device.get(a) for a in (*outs, out_table, out_sums)]
+        seen.append([a.tobytes() for a in found])
+    errors = {}
+    for label, got, right in zip(("y", "dx", "dr"), found, (wide, dx, dr if summed else None), strict=False):
+        if right is not None:
+            error = np.abs(got - right) / np.maximum(4.0, np.abs(right))  # z is the sum of three terms
+            errors[label] = float(error.max() / UNIT["float32"])
+    size = np.abs(dr).sum((0, 2)).max() + 1
+    errors["sums"] = float(np.abs(found[4] - sums).max() / size / UNIT["float32"])
+    wrong = [label for label, error in errors.items() if not error <= LIMITS["float32"]]
+    return {"ok": not wrong and seen[0] == seen[1], "same_bits": seen[0] == seen[1], "wrong": wrong, "eps": errors}
 
 
 def in_place(device: Any) -> dict[str, Any]:

@@ -126,7 +126,8 @@ def torch_turn(torch: Any, call: Callable[..., Any], sets: Sequence[tuple[Any, .
 
 def speed(run: Run) -> None:
     cases = [(timed.name, functools.partial(time_one, run, timed)) for timed in TIMED]
-    run.each("speed", [("host", functools.partial(host, run.device)), *cases])
+    beyond = [(f"{timed.name} relu of a sum", functools.partial(time_block, run, timed)) for timed in TIMED[:2]]
+    run.each("speed", [("host", functools.partial(host, run.device)), *cases[:8], *beyond, *cases[8:]])
 
 
 def data(cupy: Any, timed: Timed, seed: int) -> Any:
@@ -182,6 +183,28 @@ def time_one(run: Run, timed: Timed) -> dict[str, Any]:
         found[f"plan_{name}"] = f"{plan.walk.layout} V{plan.walk.V} {plan.way} K{plan.K}"
         found |= {f"model_{name}": modelled, f"model_{name}_bytes": moved, f"floor_{name}_bytes": floor}
     return found
+
+
+def time_block(run: Run, timed: Timed) -> dict[str, Any]:
+    """relu(batch norm + residual) in one pass, beside a copy of x: three arrays forward, five backward."""
+    extras: Any = importlib.import_module("fastbn.extras")
+    cupy, launch = run.device.cupy, run.device.launch
+    x, dy, r = (data(cupy, timed, seed) for seed in range(3))
+    y, dx, dr = (cupy.empty(timed.view, timed.dtype) for _ in range(3))
+    C = timed.view[1]
+    table, none = cupy.empty((6, C)), (None, None, None, None)
+    sums = [cupy.empty(C, np.float32) for _ in range(2)]
+    forward, backward = extras.Extras("relu", 0.0, r), extras.Extras("relu", 0.0, r, dr)
+    launch.forward(x, y, table, none, EPS, forward)
+    turns = {
+        "block_forward": cupy_turn(cupy, lambda x: launch.forward(x, y, table, none, EPS, forward), [(x,)]),
+        "block_backward": cupy_turn(cupy, lambda x: launch.backward(dy, x, dx, table, *sums, False, backward), [(x,)]),
+        "copy_of_x": cupy_turn(cupy, lambda x: cupy.copyto(y, x), [(x,)]),
+    }
+    for _ in range(10):
+        for turn in turns.values():
+            turn.times.append(turn.once())
+    return {name: turn.median for name, turn in turns.items()}
 
 
 def _torch_turns(

@@ -398,7 +398,7 @@ def _silu(how, z):  # type: ignore[no-untyped-def]
 
 def _silu_slope(how, z):  # type: ignore[no-untyped-def]
     s = _sigmoid(z)
-    return fma(z * s, constant(z, 1.0) - s, s)
+    return fma(z * s, _sigmoid(nothing(z) - z), s)  # 1 - s would lose digits that z brings forward
 
 
 def _gelu(how, z):  # type: ignore[no-untyped-def]

@@ -7,6 +7,8 @@ What has no unit stride, or runs of fewer elements than a vector, is gathered: a
 scratch run, and results are scattered from one.
 """
 
+import numpy as np
+
 from .activations import (
     absent,
     bent,
@@ -39,6 +41,8 @@ from .lanes import (
     total,
     wide,
 )
+
+# Constants go to functions as runtime values below (`np.int64(0)`): Numba compiles a function again for each literal.
 
 # Flags of a plan: store past the caches; gather; all in float64; fetch the next tile while one is mapped.
 PAST, GATHER, EXACT, NEXT = 1, 2, 4, 8
@@ -314,7 +318,7 @@ def rows_normalize(x, y, k, c0, ca, doubles, singles, rare, plan, scratch, how, 
             run_r = _gathered(r, c0 + c, o0, o1, i0, n, order, scratch[1][2])
             run_w = _gathered(w, 0, o0, o1, i0, n, order, scratch[2][0])
             result = pointer(scratch[1][1], 0)
-            _normalize_run(run, result, m, c, doubles, singles, False, run, how, run_r, run_w)
+            _normalize_run(run, result, m, c, doubles, singles, plan[7] < 0, run, how, run_r, run_w)
             _scatter(scratch[1][1], y, c0 + c, o0, o1, i0, n, order)
         return
     for o in range(o1 - 1, o0 - 1, -1):  # what was read last is in cache
@@ -326,7 +330,7 @@ def rows_normalize(x, y, k, c0, ca, doubles, singles, rare, plan, scratch, how, 
                 ahead = _at(x, there, min(ca + c, x.shape[1] - 1), ia)
             target, run_r = _at(y, p, c0 + c, i0), _at(r, p, c0 + c, i0)
             if whole:
-                _normalize_runs(run, target, n, 0, g, singles, past, ahead, how, run_r, None, doubles)
+                _normalize_runs(run, target, n, np.int64(0), g, singles, past, ahead, how, run_r, None, doubles)
             else:
                 run_w = _at(w, p, 0, i0)
                 _normalize_run(run, target, n, c, doubles, singles, past, ahead, how, run_r, run_w)
@@ -337,7 +341,7 @@ def _normalize_run(x, y, n, c, doubles, singles, past, ahead, how, r, w):  # typ
     if is_plain(how) and (n < LANES or singles[5, c] != 0):
         run_normalize(x, y, n, doubles[0, c], doubles[1, c], doubles[2, c], past, ahead)
     else:
-        _normalize_runs(x, y, n, c, 1, singles, past, ahead, how, r, w, doubles)
+        _normalize_runs(x, y, n, c, np.int64(1), singles, past, ahead, how, r, w, doubles)
 
 
 @part()
@@ -401,9 +405,9 @@ def _gradient_run(dy, x, dx, n, c, doubles, used, rare, past, ahead_dy, ahead_x,
         ghi, hi, a, b, rest = doubles[0, c], doubles[1, c], doubles[2, c], doubles[3, c], doubles[4, c]
         run_gradient(dy, x, dx, n, ghi, hi, a, b, rest, past, ahead_dy, ahead_x)
     elif not is_plain(how) and rare and used[5, c] != 0:
-        _gradient_runs(dy, x, dx, n, c, 1, doubles, past, ahead_dy, ahead_x, how, r, w, dr, lenses)
+        _gradient_runs(dy, x, dx, n, c, np.int64(1), doubles, past, ahead_dy, ahead_x, how, r, w, dr, lenses)
     else:
-        _gradient_runs(dy, x, dx, n, c, 1, used, past, ahead_dy, ahead_x, how, r, w, dr, lenses)
+        _gradient_runs(dy, x, dx, n, c, np.int64(1), used, past, ahead_dy, ahead_x, how, r, w, dr, lenses)
 
 
 @part()
@@ -426,7 +430,22 @@ def rows_gradient(
             result, m = pointer(scratch[1][1], 0), (o1 - o0) * n
             to_dr = _room(dr, scratch[1][3])
             _gradient_run(
-                run_dy, run_x, result, m, c, doubles, used, rare, False, run_dy, run_x, how, run_r, run_w, to_dr, lenses
+                run_dy,
+                run_x,
+                result,
+                m,
+                c,
+                doubles,
+                used,
+                rare,
+                plan[7] < 0,
+                run_dy,
+                run_x,
+                how,
+                run_r,
+                run_w,
+                to_dr,
+                lenses,
             )
             _scatter(scratch[1][1], dx, c0 + c, o0, o1, i0, n, order)
             _scatter(scratch[1][3], dr, c0 + c, o0, o1, i0, n, order)
@@ -443,7 +462,21 @@ def rows_gradient(
             target, run_r, run_dr = _at(dx, p, c0 + c, i0), _at(r, p, c0 + c, i0), _at(dr, p, c0 + c, i0)
             if whole:
                 _gradient_runs(
-                    run_dy, run_x, target, n, 0, g, used, past, ahead_dy, ahead_x, how, run_r, None, run_dr, lenses
+                    run_dy,
+                    run_x,
+                    target,
+                    n,
+                    np.int64(0),
+                    g,
+                    used,
+                    past,
+                    ahead_dy,
+                    ahead_x,
+                    how,
+                    run_r,
+                    None,
+                    run_dr,
+                    lenses,
                 )
             else:
                 run_w = _at(w, p, 0, i0)

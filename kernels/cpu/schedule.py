@@ -52,7 +52,7 @@ SUM, FINISH, MAP = 1, 2, 4
 UNITS = 8
 
 FEW = 1024, 16  # values of a channel (or an eighth of them), or rows of columns, whose mean is the pivot of a piece
-ALL = 1 << 62
+ALL = np.int64(1 << 62)  # a literal would be a type of its own, and all that takes it compiled again
 
 # A plan: 0 by columns?, 1 channels of a tile, 2 blocks, 3 blocks of a piece; then of rows: 4 runs of a block,
 # 5 segments of a run, 6 elements of a segment; of columns: 4 rows of a block, 5 period, 6 fold; 7 flags.
@@ -208,8 +208,8 @@ def _forward_sum(p, c0, x, part, plan, memory, w, order):  # type: ignore[no-unt
         _mean(x, k0, c0, pivot, totals, sums, near, scratch, plan, _few(x.shape, plan), w, order)
         count = 0.0
         for k in range(k0, k1):
-            _deviations(x, k, c0, pivot, sums, near, scratch, plan, np.int64(ALL), w, order)
-            count += _count(k, x.shape, plan, np.int64(ALL))
+            _deviations(x, k, c0, pivot, sums, near, scratch, plan, ALL, w, order)
+            count += _count(k, x.shape, plan, ALL)
         _by_channel(sums, totals, plan)
         for c in range(g):
             s, q, n = totals[0, c], totals[1, c], _counted(totals, c, count, w)
@@ -221,10 +221,10 @@ def _forward_sum(p, c0, x, part, plan, memory, w, order):  # type: ignore[no-unt
         mean, merged = numbers[0, :g], numbers[1:5, :g]
         merged[:] = 0.0
         for k in range(k0, k1):
-            _mean(x, k, c0, mean, totals, sums, near64, scratch, plan, np.int64(ALL), w, order)
-            _deviations(x, k, c0, mean, sums, near64, scratch, plan, np.int64(ALL), w, order)
+            _mean(x, k, c0, mean, totals, sums, near64, scratch, plan, ALL, w, order)
+            _deviations(x, k, c0, mean, sums, near64, scratch, plan, ALL, w, order)
             _by_channel(sums, totals, plan)
-            count = _count(k, x.shape, plan, np.int64(ALL))
+            count = _count(k, x.shape, plan, ALL)
             for c in range(g):
                 s, q, m = totals[0, c], totals[1, c], _counted(totals, c, count, w)
                 if m > 0.0:
@@ -437,7 +437,7 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order)
                 near,
                 scratch,
                 plan,
-                np.int64(ALL),
+                ALL,
                 how,
                 r,
                 w,
@@ -445,7 +445,7 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order)
                 lenses,
                 spread_lenses,
             )
-            n += _count(k, x.shape, plan, np.int64(ALL))
+            n += _count(k, x.shape, plan, ALL)
         _by_channel(sums, totals, plan)
         for c in range(g):
             var, off = stats[2, s0 + c], totals[1, c] / n
@@ -464,7 +464,7 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order)
         n = 0.0
         for k in range(k0, k1):
             _mean_of_dy(
-                dy, x, k, c0, mean, hi64, totals, sums, near64, scratch, plan, np.int64(ALL), how, r, w, order, lenses,
+                dy, x, k, c0, mean, hi64, totals, sums, near64, scratch, plan, ALL, how, r, w, order, lenses,
                 spread_lenses,
             )  # fmt: skip
             _products(
@@ -478,7 +478,7 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order)
                 near64,
                 scratch,
                 plan,
-                np.int64(ALL),
+                ALL,
                 how,
                 r,
                 w,
@@ -487,7 +487,7 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order)
                 spread_lenses,
             )
             _by_channel(sums, totals, plan)
-            m = _count(k, x.shape, plan, np.int64(ALL))
+            m = _count(k, x.shape, plan, ALL)
             for c in range(g):
                 s, d, e = totals[0, c] / m, totals[1, c] / m, totals[2, c] - totals[0, c] * totals[1, c] / m
                 _, merged[0, c], merged[1, c], merged[2, c], merged[3, c] = merge_comoments(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-_LAUNCHER = ("backward", "device", "element_view", "forward", "planned")
+_LAUNCHER = ("FEATURES", "backward", "device", "element_view", "forward", "planned")
 
 
 def __getattr__(name: str) -> Any:

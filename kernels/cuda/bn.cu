@@ -4,6 +4,13 @@
 //   forward    y  = a ((x - hi) - lo) + beta                                       a = gamma invstd, hi + lo = mean x
 //   backward   dx = a (((dy - ghi) - glo) - (((x - hi) - lo) invstd) invstd cov)   cov of dy and x, ghi + glo = mean dy
 //
+// and, by options of the compiler, with a residual r and an activation f
+//
+//   forward    y  = f(z)     z = a ((x - hi) - lo) + beta + r
+//   backward   dy f'(z) in place of dy, which is what dr is, too; z from x again, by the same roundings
+//
+// and for sets of rows, each with statistics of its own.
+//
 // One kernel template. Each item, a channel or a tile of columns, is read by K blocks, its ranks. Twice: for sums, and
 // for the map. What a thread reads first it keeps in shared memory as far as there is room (`keep`), and takes it from
 // there the second time: one read and one write forward, two reads and one write backward. The rest is read again, last
@@ -24,6 +31,18 @@
 #define FASTBN_DIMS __cluster_dims__(FASTBN_CLUSTER, 1, 1)
 #else
 #define FASTBN_DIMS
+#endif
+#ifndef FASTBN_ACTIVATION  // what a call asks for beyond batch norm; other code for each, plan.py's `options`
+#define FASTBN_ACTIVATION LINEAR
+#endif
+#ifndef FASTBN_RESIDUAL  // 1: r is read
+#define FASTBN_RESIDUAL 0
+#endif
+#ifndef FASTBN_DRESIDUAL  // 1: dr is written
+#define FASTBN_DRESIDUAL 0
+#endif
+#ifndef FASTBN_SETS  // 1: sets of rows
+#define FASTBN_SETS 0
 #endif
 
 namespace fastbn {
@@ -47,21 +66,30 @@ enum Way {
   STATS,    // the split path's first launch: partial sums to global memory
   APPLY     // and its second: from there on; alone, with frozen statistics
 };
+enum Activation { LINEAR, RELU, LEAKY_RELU, RELU6, ELU, SILU, GELU, SIGMOID, TANH, HARDSWISH };
+constexpr Activation ACTIVATION = FASTBN_ACTIVATION;
+constexpr bool RESIDUAL = FASTBN_RESIDUAL, DRESIDUAL = FASTBN_DRESIDUAL, SETS = FASTBN_SETS;
 
 struct Params {                    // packed by plan.py; 8-byte fields first, so that there is no padding
   const void *x, *dy;              // dy: backward. x may be null where only dx = a dy is wanted
   void *y;                         // y, or dx; null: sums only
-  double *table;                   // (6, C): hi, lo, var, invstd, gamma, beta. Written forward, read backward
+  const void *r;                   // residual
+  void *dr;                        // its gradient, or null
+  double *table;                   // (6, C), of sets (6, sets C): hi, lo, var, invstd, gamma, beta. Written forward, read backward
   const void *gamma, *beta;        // (C,) or null; float64 if `wide`, else float32, as are
-  const void *mean, *var;          // (C,) given statistics, forward with `frozen`
-  void *dgamma, *dbeta;            // (C,) of the number type, or null
+  const void *mean, *var;          // (C,), of sets (sets, C): given statistics, forward with `frozen`
+  void *dgamma, *dbeta;            // the same of the number type, or null
   void *partials;                  // (slots, G, K) Partial, then (slots, K) counts
   u32 *barriers;                   // GRID: a word a group, zero before first use
-  double eps;
+  const i64 *starts, *order;       // sets: samples order[starts[s]] to order[starts[s + 1]], of `rows` rows each; without
+                                   // order these themselves, without starts M rows each
+  double eps, parameter;           // of the activation
   u64 wide;
   i64 x_row, x_channel, dy_row, dy_channel, y_row, y_channel;  // strides, in elements
+  i64 r_row, r_channel, dr_row, dr_channel;
   double count;                    // O I
-  i64 M, S, per;                   // per: vectors, or rows of COLUMNS, of a rank
+  i64 M, S, per, rows;             // M: of the largest set; per: vectors, or rows of COLUMNS, of a rank
+  int sets, tiles;                 // tiles: items of a set
   int C, items, K, keep;           // keep: vectors that a thread keeps in shared memory
   int tx, ty, G, fold;             // COLUMNS: threads across and down; channels of an item; rows seen as one
   u32 vectors, multiplier, shift;  // RUNS, WINDOWS: vectors of a run, and how to divide by that
@@ -267,12 +295,130 @@ template <int N, class A, bool BACKWARD> FASTBN_DEVICE void merge_lanes(Sum<A, B
   }
 }
 
+// -------------------------------------------------------------------------------- the coefficients, and maps by them
+
+// What maps need of a channel, in shared memory.
+template <class A, bool BACKWARD> struct __align__(16) Coefficients { A hi, lo, a, beta; };
+template <class A> struct __align__(16) Coefficients<A, true> { A hi, lo, a, beta, ghi, glo, invstd, slope; };
+
+template <class T, bool B> FASTBN_DEVICE Number<T> deviation(const Coefficients<Number<T>, B> &k, T x) {
+  return (up(x) - k.hi) - k.lo;
+}
+// What the activation is of. One function: backward sees the very sign that forward saw.
+template <class T, bool B> FASTBN_DEVICE Number<T> linear(const Coefficients<Number<T>, B> &k, T x, T r) {
+  const Number<T> z = multiply_add(k.a, deviation(k, x), k.beta);
+  return RESIDUAL ? z + up(r) : z;
+}
+
+template <class A> FASTBN_DEVICE A sigmoid(A z) { return 1 / (1 + exp(-z)); }
+template <class A> FASTBN_DEVICE A bell(A z) { const A e = exp(z < 0 ? z : -z); return e / ((1 + e) * (1 + e)); }
+template <class A> FASTBN_DEVICE A six(A z) { return z <= 0 ? (A)0 : z >= 6 ? (A)6 : z; }  // a NaN stays one, as in all
+template <class A> FASTBN_DEVICE A activate(A z, A p) {
+  switch (ACTIVATION) {
+    case LINEAR: return z;
+    case RELU: return z <= 0 ? (A)0 : z;
+    case LEAKY_RELU: return z <= 0 ? p * z : z;
+    case RELU6: return six(z);
+    case ELU: return z <= 0 ? p * expm1(z) : z;
+    case SILU: return z / (1 + exp(-z));
+    case GELU: return (A)0.5 * z * (1 + erf(z * (A)0.70710678118654752));
+    case SIGMOID: return sigmoid(z);
+    case TANH: return tanh(z);
+    case HARDSWISH: return z * six(z + 3) * (A)(1.0 / 6);
+  }
+}
+// Its slope; at a kink that of the left side.
+template <class A> FASTBN_DEVICE A slope(A z, A p) {
+  switch (ACTIVATION) {
+    case LINEAR: return 1;
+    case RELU: return z <= 0 ? 0 : 1;
+    case LEAKY_RELU: return z <= 0 ? p : (A)1;
+    case RELU6: return z <= 0 || z >= 6 ? 0 : 1;
+    case ELU: return z <= 0 ? p * exp(z) : (A)1;
+    case SILU: { const A s = sigmoid(z); return s * multiply_add(z, 1 - s, (A)1); }
+    case GELU: {
+      const A density = (A)0.3989422804014327 * exp((A)-0.5 * z * z);
+      return multiply_add(z, density, (A)0.5 * (1 + erf(z * (A)0.70710678118654752)));
+    }
+    case SIGMOID: return bell(z);  // s (1 - s) and 1 - y^2 would lose their digits far from 0
+    case TANH: return 4 * bell(2 * z);
+    case HARDSWISH: return z <= -3 ? (A)0 : z < 3 ? multiply_add(z, (A)(1.0 / 3), (A)0.5) : (A)1;
+  }
+}
+// The gradient by z, and whether it is a number of the elements' type wherever dy is one: then it is kept in dy's place.
+template <class T, bool B>
+FASTBN_DEVICE Number<T> by_z(const Coefficients<Number<T>, B> &k, T x, T dy, T r, Number<T> parameter) {
+  return ACTIVATION == LINEAR ? up(dy) : up(dy) * slope(linear(k, x, r), parameter);
+}
+template <class T> constexpr bool IN_PLACE =
+    ACTIVATION != LINEAR && (sizeof(T) == sizeof(Number<T>) || ACTIVATION == RELU || ACTIVATION == RELU6);
+
+// The gradient by x. Frozen it is a g: it doesn't want x.
+template <class T, class A> FASTBN_DEVICE A by_x(const Coefficients<A, true> &k, T x, A g, bool wants_x) {
+  g = (g - k.ghi) - k.glo;
+  if (wants_x) g = multiply_add(deviation(k, x) * k.invstd, k.slope, g);
+  return k.a * g;
+}
+
+FASTBN_DEVICE double parameter(const void *values, u64 wide, i64 c, double absent) {
+  if (!values) return absent;
+  return wide ? ((const double *)values)[c] : (double)((const float *)values)[c];
+}
+// From numbers of the table.
+template <class A, bool B>
+FASTBN_DEVICE void centre(Coefficients<A, B> &k, double hi, double lo, double invstd, double gamma, double beta) {
+  k.hi = (A)hi, k.lo = (A)((hi - (double)k.hi) + lo), k.a = (A)(gamma * invstd), k.beta = (A)beta;
+}
+template <class A, bool B> FASTBN_DEVICE void centre(Coefficients<A, B> &k, const double *table, i64 width) {
+  centre(k, table[0], table[width], table[3 * width], table[4 * width], table[5 * width]);
+}
+
+// From sums of channel c of the share to its coefficients; the rank that reports writes the table, or dgamma and dbeta.
+template <class S, class A>
+FASTBN_DEVICE void conclude(const S &share, int c, const Sum<A, false> &s, bool report, Coefficients<A, false> &k) {
+  const Params &p = share.p;
+  const i64 own = share.statistic(c);
+  const double gamma = parameter(p.gamma, p.wide, share.parameter(c), 1);
+  const double beta = parameter(p.beta, p.wide, share.parameter(c), 0);
+  double hi, lo = 0, var;
+  if (p.frozen) {
+    hi = parameter(p.mean, p.wide, own, 0), var = parameter(p.var, p.wide, own, 1);
+  } else {
+    hi = (double)(A)(s.m + s.lo), lo = (s.m - hi) + s.lo, var = s.c / share.count();
+  }
+  double invstd = 1 / sqrt(var + p.eps);
+  if (SETS && share.height() == 0 && !p.frozen) hi = lo = var = invstd = 0;
+  centre(k, hi, lo, invstd, gamma, beta);
+  if (report) {
+    const double row[6] = {hi, lo, var, invstd, gamma, beta};
+#pragma unroll
+    for (int i = 0; i < 6; i++) p.table[i * share.statistics() + own] = row[i];
+  }
+}
+template <class S, class A>
+FASTBN_DEVICE void conclude(const S &share, int c, const Sum<A, true> &s, bool report, Coefficients<A, true> &k) {
+  const Params &p = share.p;
+  const i64 own = share.statistic(c), width = share.statistics();
+  const double invstd = p.table[3 * width + own], mean = s.m + s.lo, count = share.count();
+  centre(k, p.table + own, width);
+  k.invstd = (A)invstd;
+  k.ghi = p.frozen ? (A)0 : (A)mean;
+  k.glo = p.frozen ? (A)0 : (A)((s.m - (double)k.ghi) + s.lo);
+  k.slope = p.frozen ? (A)0 : (A)(-invstd * (s.c / count));
+  if (report) {
+    if (p.dgamma) ((A *)p.dgamma)[own] = (A)(invstd * fma(count * mean, (double)s.e, s.c));
+    if (p.dbeta) ((A *)p.dbeta)[own] = (A)(count * mean);
+  }
+}
+
 // ---------------------------------------------------------------------------------------- what a thread has of an item
 
 template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
   const Params &p;
-  const T *x, *dy;  // row 0 of the item, at this thread's columns
-  T *y;
+  const T *x, *dy, *r;  // row 0 of the array, at the item's channel or this thread's columns
+  T *y, *dr;
+  int set, tile;    // the item's
+  i64 begin, end;   // rows of the set
   i64 first;        // of this thread: vector of the channel, or row of COLUMNS
   int n;            // vectors of this thread
   int across;       // COLUMNS: this thread's place in the tile's rows
@@ -283,29 +429,52 @@ template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
   };
 
   // COLUMNS: rows of a rank.
-  FASTBN_DEVICE static i64 rows(const Params &p, int rank) {
-    const i64 left = p.M - rank * p.per;
+  FASTBN_DEVICE i64 rows(int rank) const {
+    const i64 left = height() - rank * p.per;
     return left < 0 ? 0 : left < p.per ? left : p.per;
   }
   FASTBN_DEVICE Share(const Params &params, int item, int rank) : p(params) {
     const int t = threadIdx.x, threads = blockDim.x;
-    const i64 begin = (i64)rank * p.per;
+    set = SETS ? item / p.tiles : 0, tile = SETS ? item % p.tiles : item;
+    if (SETS) begin = set * p.M, end = begin + p.M;
+    if (SETS && p.starts) begin = p.starts[set] * p.rows, end = p.starts[set + 1] * p.rows;
+    const i64 skipped = (i64)rank * p.per;
     if (LAYOUT == COLUMNS) {
       across = t % p.tx;
       const int down = t / p.tx;
-      const i64 column = ((i64)item * p.tx + across) * V, left = rows(p, rank) - down;
+      const i64 column = ((i64)tile * p.tx + across) * V, left = rows(rank) - down;
       n = down < p.ty && left > 0 && column < (i64)p.fold * p.C * p.S ? (int)((left + p.ty - 1) / p.ty) : 0;
-      first = begin + down;
+      first = skipped + down;
       x = (const T *)p.x + column, dy = (const T *)p.dy + column, y = (T *)p.y + column;
+      if (RESIDUAL) r = (const T *)p.r + column;
+      if (DRESIDUAL) dr = (T *)p.dr + column;
     } else {
       across = 0;
-      i64 left = p.M * p.vectors - begin;
+      i64 left = height() * p.vectors - skipped;
       left = left < p.per ? left : p.per;
       n = left > t ? (int)((left - t + threads - 1) / threads) : 0;
-      first = begin + t;
-      x = (const T *)p.x + item * p.x_channel, dy = (const T *)p.dy + item * p.dy_channel;
-      y = (T *)p.y + item * p.y_channel;
+      first = skipped + t;
+      x = (const T *)p.x + tile * p.x_channel, dy = (const T *)p.dy + tile * p.dy_channel;
+      y = (T *)p.y + tile * p.y_channel;
+      if (RESIDUAL) r = (const T *)p.r + tile * p.r_channel;
+      if (DRESIDUAL) dr = (T *)p.dr + tile * p.dr_channel;
     }
+  }
+  FASTBN_DEVICE i64 height() const { return SETS ? end - begin : p.M; }
+  FASTBN_DEVICE double count() const { return SETS ? (double)height() * p.fold * p.S : p.count; }
+  // Where channel c of the tile has its numbers: in gamma and beta, and in all else.
+  FASTBN_DEVICE i64 parameter(int c) const { return (i64)tile * p.G + c; }
+  FASTBN_DEVICE i64 statistic(int c) const { return SETS ? (i64)set * p.C + parameter(c) : parameter(c); }
+  FASTBN_DEVICE i64 statistics() const { return SETS ? (i64)p.sets * p.C : p.C; }
+
+  // The array's row that is row i of the set.
+  FASTBN_DEVICE i64 row(i64 i) const {
+    if (!SETS) return i;
+    i += begin;
+    if (!p.order) return i;
+    if (p.rows == 1) return p.order[i];
+    const i64 sample = i / p.rows;
+    return p.order[sample] * p.rows + (i - sample * p.rows);
   }
 
   // Where the thread's i-th vector lies.
@@ -313,11 +482,11 @@ template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
     Place q;
     q.begin = 0, q.end = V;
     if (LAYOUT == COLUMNS) {
-      q.row = first + (i64)i * p.ty, q.inner = 0;
+      q.row = row(first + (i64)i * p.ty), q.inner = 0;
       return q;
     }
-    const u32 j = (u32)first + (u32)i * blockDim.x, row = (u32)(((u64)__umulhi(j, p.multiplier) + j) >> p.shift);
-    q.row = row, q.inner = (i64)(j - row * p.vectors) * V;
+    const u32 j = (u32)first + (u32)i * blockDim.x, run = (u32)(((u64)__umulhi(j, p.multiplier) + j) >> p.shift);
+    q.row = row(run), q.inner = (i64)(j - run * p.vectors) * V;
     if (LAYOUT == WINDOWS) {
       const T *start = BACKWARD ? dy + q.row * p.dy_row : x + q.row * p.x_row;
       q.inner -= (int)((size_t)start % 16 / sizeof(T));
@@ -333,18 +502,22 @@ template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
   }
   FASTBN_DEVICE void read_x(Vector<T, V> &a, const Place &q) const { load(a.raw, x + q.row * p.x_row + q.inner); }
   FASTBN_DEVICE void read_dy(Vector<T, V> &d, const Place &q) const { load(d.raw, dy + q.row * p.dy_row + q.inner); }
-  FASTBN_DEVICE void write(const Vector<T, V> &r, const Place &q) const {
-    T *to = y + q.row * p.y_row + q.inner;
-    if (q.begin == 0 && q.end == V) return store(to, r.raw);
+  FASTBN_DEVICE void read_r(Vector<T, V> &a, const Place &q) const { load(a.raw, r + q.row * p.r_row + q.inner); }
+  FASTBN_DEVICE void write(T *to, const Vector<T, V> &a, const Place &q) const {
+    if (q.begin == 0 && q.end == V) return store(to, a.raw);
     if constexpr (LAYOUT == WINDOWS) {
 #pragma unroll
       for (int v = 0; v < V; v++) {
         if (!has(q, v)) continue;
         Vector<T, 1> one;
-        one.lane[0] = r.lane[v];
+        one.lane[0] = a.lane[v];
         store(to + v, one.raw);
       }
     }
+  }
+  FASTBN_DEVICE void write_y(const Vector<T, V> &a, const Place &q) const { write(y + q.row * p.y_row + q.inner, a, q); }
+  FASTBN_DEVICE void write_dr(const Vector<T, V> &a, const Place &q) const {
+    write(dr + q.row * p.dr_row + q.inner, a, q);
   }
   // The channel, within the item, of column c of the tile.
   FASTBN_DEVICE int channel(int c) const {
@@ -354,11 +527,12 @@ template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
   }
 };
 
-// Sums of the thread's vectors by batches: forward of x, backward of dy and of x - hi. N channels at once, n elements
-// of each. `keep(i, x, dy)` is called with every vector.
+// Sums of the thread's vectors by batches: forward of x, backward of g (dy, or by z) and of x - hi. N channels at once,
+// n elements of each. `keep(i, x, dy)` is called with every vector; dy is g where that is IN_PLACE.
 template <int BATCH, int N, class A, class T, int V, bool BACKWARD, int LAYOUT, class Keep>
-FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const A (&hi)[N],
+FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Coefficients<A, false> (&k)[N],
                           Sum<A, BACKWARD> (&sums)[N], A &n, Keep keep) {
+  constexpr bool SLOPED = BACKWARD && ACTIVATION != LINEAR, APART = SLOPED && !IN_PLACE<T>;
   constexpr int FULL = BATCH * V / N;  // elements of a channel in a full batch, a power of two
   A pivot[N], mean[N], other[N], product[N], have = 0;
 #pragma unroll
@@ -366,7 +540,8 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const A (&
 
 #pragma unroll 1
   for (int i = 0; i < share.n; i += BATCH) {
-    Vector<T, V> a[BATCH], d[BATCH];
+    Vector<T, V> a[BATCH], d[BATCH], r[BATCH];
+    A g[BATCH][V];
     typename Share<T, V, BACKWARD, LAYOUT>::Place place[BATCH];
     int size = 0;  // elements of a channel in this batch
 #pragma unroll
@@ -378,13 +553,23 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const A (&
       size += LAYOUT == COLUMNS ? 1 : place[u].end - place[u].begin;
       share.read_x(a[u], place[u]);
       if (BACKWARD) share.read_dy(d[u], place[u]);
+      if (SLOPED && RESIDUAL) share.read_r(r[u], place[u]);
     }
     if (LAYOUT == WINDOWS && size == 0) continue;
+    if constexpr (SLOPED) {
+#pragma unroll
+      for (int u = 0; u < BATCH; u++)
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+          g[u][v] = by_z(k[N == 1 ? 0 : v], a[u].lane[v], d[u].lane[v], r[u].lane[v], (A)share.p.parameter);
+          if (!APART) down(d[u].lane[v], g[u][v]);
+        }
+    }
 #pragma unroll
     for (int u = 0; u < BATCH; u++)
       if (i + u < share.n) keep(i + u, a[u], d[u]);
 
-    // f(j, first, second) for every element, j its channel: (x, unused), or (dy, x - hi)
+    // f(j, first, second) for every element, j its channel: (x, unused), or (g, x - hi)
     auto each = [&](auto f) {
 #pragma unroll
       for (int u = 0; u < BATCH; u++)
@@ -394,7 +579,7 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const A (&
             if (!share.has(place[u], v)) continue;
             const int j = N == 1 ? 0 : v;
             const A value = up(a[u].lane[v]);
-            if (BACKWARD) f(j, up(d[u].lane[v]), value - hi[j]);
+            if (BACKWARD) f(j, APART ? g[u][v] : up(d[u].lane[v]), value - k[j].hi);
             else f(j, value, (A)0);
           }
         }
@@ -474,59 +659,6 @@ FASTBN_DEVICE void sum_up_beyond(const Share<T, V, false, LAYOUT> &share, Sum<A,
   }
 }
 
-// -------------------------------------------------------------------------------------------------- the coefficients
-
-// What the map needs of a channel, in shared memory.
-template <class A, bool BACKWARD> struct __align__(16) Coefficients { A hi, lo, a, beta; };
-template <class A> struct __align__(16) Coefficients<A, true> { A hi, lo, a, ghi, glo, invstd, slope, unused; };
-
-FASTBN_DEVICE double parameter(const void *values, u64 wide, i64 c, double absent) {
-  if (!values) return absent;
-  return wide ? ((const double *)values)[c] : (double)((const float *)values)[c];
-}
-
-// From a channel's sums to its coefficients; the rank that reports writes the table, or dgamma and dbeta.
-template <class A>
-FASTBN_DEVICE void conclude(const Params &p, i64 c, const Sum<A, false> &s, bool report, Coefficients<A, false> &k) {
-  const double gamma = parameter(p.gamma, p.wide, c, 1), beta = parameter(p.beta, p.wide, c, 0);
-  double hi, lo = 0, var;
-  if (p.frozen) {
-    hi = parameter(p.mean, p.wide, c, 0), var = parameter(p.var, p.wide, c, 1);
-  } else {
-    hi = (double)(A)(s.m + s.lo), lo = (s.m - hi) + s.lo, var = s.c / p.count;
-  }
-  const double invstd = 1 / sqrt(var + p.eps);
-  k.hi = (A)hi, k.lo = (A)((hi - (double)k.hi) + lo), k.a = (A)(gamma * invstd), k.beta = (A)beta;
-  if (report) {
-    const double row[6] = {hi, lo, var, invstd, gamma, beta};
-#pragma unroll
-    for (int i = 0; i < 6; i++) p.table[(i64)i * p.C + c] = row[i];
-  }
-}
-template <class A>
-FASTBN_DEVICE void conclude(const Params &p, i64 c, const Sum<A, true> &s, bool report, Coefficients<A, true> &k) {
-  const double hi = p.table[c], lo = p.table[(i64)p.C + c], invstd = p.table[3 * (i64)p.C + c];
-  const double gamma = p.table[4 * (i64)p.C + c], mean = s.m + s.lo;
-  k.hi = (A)hi, k.lo = (A)((hi - (double)k.hi) + lo), k.a = (A)(gamma * invstd), k.invstd = (A)invstd, k.unused = 0;
-  k.ghi = p.frozen ? (A)0 : (A)mean;
-  k.glo = p.frozen ? (A)0 : (A)((s.m - (double)k.ghi) + s.lo);
-  k.slope = p.frozen ? (A)0 : (A)(-invstd * (s.c / p.count));
-  if (report) {
-    if (p.dgamma) ((A *)p.dgamma)[c] = (A)(invstd * fma(p.count * mean, (double)s.e, s.c));
-    if (p.dbeta) ((A *)p.dbeta)[c] = (A)(p.count * mean);
-  }
-}
-
-// The formulas of the map. Frozen backward is a dy: it doesn't want x.
-template <class T, class A> FASTBN_DEVICE A map(const Coefficients<A, false> &k, T x, T, bool) {
-  return multiply_add(k.a, (up(x) - k.hi) - k.lo, k.beta);
-}
-template <class T, class A> FASTBN_DEVICE A map(const Coefficients<A, true> &k, T x, T dy, bool wants_x) {
-  A g = (up(dy) - k.ghi) - k.glo;
-  if (wants_x) g = multiply_add(((up(x) - k.hi) - k.lo) * k.invstd, k.slope, g);
-  return k.a * g;
-}
-
 // ------------------------------------------------------------------------------------------------------- the kernel
 
 template <class T, int V, bool BACKWARD, int LAYOUT, int WAY>
@@ -539,8 +671,11 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
   // What is in flight, as much as 128 registers hold: vectors of each array in the first pass and in the second, and
   // other ranks' sums; plan.py's `in_flight` and `sums_in_flight`.
   constexpr bool TIGHT = LAYOUT == COLUMNS, WIDE = sizeof(T) == 8;
-  constexpr int BATCH = (WIDE || (TIGHT && sizeof(T) == 2) ? 4 : 8) / (BACKWARD ? 2 : 1);
-  constexpr int AGAIN = TIGHT && WAY != APPLY ? (BACKWARD || WIDE ? 1 : 2) : BACKWARD || WIDE ? 2 : 4;
+  constexpr bool SLOPED = BACKWARD && ACTIVATION != LINEAR, READS_R = RESIDUAL && (!BACKWARD || SLOPED);
+  constexpr int FEWER = (SLOPED && TIGHT) || (WAY == GRID && (READS_R || SETS)) ? 2 : 1;
+  constexpr int BATCH = (WIDE || (TIGHT && sizeof(T) == 2) ? 4 : 8) / (BACKWARD ? 2 : 1) / FEWER;
+  constexpr int ALL = TIGHT && WAY != APPLY ? (BACKWARD || WIDE ? 1 : 2) : BACKWARD || WIDE ? 2 : 4;
+  constexpr int AGAIN = READS_R && ALL > 1 ? ALL / 2 : ALL;
   constexpr int RANKS = WAY == CLUSTER || WIDE ? 1 : TIGHT ? 2 : 4;
   const int t = threadIdx.x, threads = blockDim.x, lane = t & 31, warp = t >> 5, warps = threads >> 5;
   const int K = p.K, rank = blockIdx.x % K, group = blockIdx.x / K, groups = gridDim.x / K, G = p.G;
@@ -556,8 +691,7 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
   A *row_count = (A *)(coefficients + G);
   Part *row_part = (Part *)((unsigned char *)row_count + (rows * sizeof(A) + 15) / 16 * 16);
   Vec *kept_dy = (Vec *)(row_part + rows * columns), *kept_x = BACKWARD ? kept_dy + (i64)p.keep * threads : kept_dy;
-  const bool wants_x = !BACKWARD || !p.frozen;  // in the second pass
-  const bool wants_sums = WAY != APPLY || !p.frozen || (BACKWARD && p.x);
+  const bool centred = !p.frozen, wants_x = !BACKWARD || SLOPED || centred;  // in the second pass
 
   for (int item = group; item < p.items; item += groups) {
     const Share<T, V, BACKWARD, LAYOUT> share(p, item, rank);
@@ -566,12 +700,16 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
     if (WAY != APPLY) {
       // ---- first pass: this thread's sums
       // Backward sums x - hi; that its mean is lo's, too, counts once, behind the loop.
-      auto channel = [&](int j) { return (i64)item * G + share.channel(share.across * V + j); };
-      A hi[N], n;
+      auto numbers = [&](int j) { return p.table + share.statistic(share.channel(share.across * V + j)); };
+      A n;
       Sum<A, BACKWARD> sums[N];
+      Coefficients<A, false> k[N];
 #pragma unroll
-      for (int j = 0; j < N; j++) hi[j] = BACKWARD && share.n ? (A)p.table[channel(j)] : (A)0;
-      sum_up<BATCH>(share, hi, sums, n, [&](int i, const Vec &a, const Vec &d) {
+      for (int j = 0; j < N; j++) {
+        k[j].hi = BACKWARD && share.n ? (A)*numbers(j) : (A)0;
+        if (SLOPED && share.n) centre(k[j], numbers(j), share.statistics());
+      }
+      sum_up<BATCH>(share, k, sums, n, [&](int i, const Vec &a, const Vec &d) {
         if (WAY == STATS || i >= keep) return;
         if (wants_x) store_shared(kept_x + i * threads + t, a.raw);
         if (BACKWARD) store_shared(kept_dy + i * threads + t, d.raw);
@@ -579,7 +717,7 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
       if constexpr (BACKWARD) {
 #pragma unroll
         for (int j = 0; j < N; j++)
-          if (share.n) sums[j].e -= (A)((p.table[channel(j)] - (double)hi[j]) + p.table[p.C + channel(j)]);
+          if (share.n) sums[j].e -= (A)((*numbers(j) - (double)k[j].hi) + numbers(j)[share.statistics()]);
       }
       if constexpr (!BACKWARD && sizeof(A) == 4) sum_up_beyond(share, sums);
 
@@ -616,7 +754,7 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
         }
         __syncthreads();
         const int S = (int)p.S, width = p.C * S;
-        const i64 own_rows = share.rows(p, rank);
+        const i64 own_rows = share.rows(rank);
 #pragma unroll 1
         for (int g = t; g < G; g += threads) {
           Sum<A, BACKWARD> s, other;
@@ -650,7 +788,7 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
     for (int g = warp; g < G; g += warps) {
       Sum<A, BACKWARD> s[1];
       if (WAY == BLOCK) open(s[0], part[g]);
-      else if (wants_sums) {
+      else if (WAY != APPLY || p.partials) {  // without: frozen, and no sums are wanted
         A n = 0;
 #pragma unroll 1
         for (int r = lane; r < K; r += 32 * RANKS) {
@@ -679,31 +817,44 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
         }
         merge_lanes(s, n, 1);
       }
-      const i64 c = (i64)item * G + g;
-      if (lane == 0 && c < p.C) conclude(p, c, s[0], rank == 0, coefficients[g]);
+      if (lane == 0 && share.parameter(g) < p.C) conclude(share, g, s[0], rank == 0, coefficients[g]);
     }
     __syncthreads();
     if (WAY == CLUSTER) cluster_arrive();  // this block has read its peers
 
     // ---- second pass: the map
-    if (p.y) {
+    if (p.y || (DRESIDUAL && p.dr)) {
+      // Kept vectors are in shared memory, but for r, which then takes as many loads at once as other vectors do.
+      constexpr bool KEPT_R = READS_R && !(BACKWARD && IN_PLACE<T>);
+      constexpr int KEPT = KEPT_R ? AGAIN : 1;
       Coef k[N];
 #pragma unroll
       for (int j = 0; j < N; j++) {
         const int g = share.channel(share.across * V + j);
         k[j] = coefficients[g < G ? g : 0];
       }
-      auto emit = [&](int i, const Vec &a, const Vec &d) {
+      auto emit = [&](int i, const Vec &a, const Vec &d, const Vec &r, bool kept) {
         const auto q = share.at(i);
         if (!share.any(q)) return;
-        Vec r;
+        Vec to, dr;
 #pragma unroll
-        for (int v = 0; v < V; v++) down(r.lane[v], map(k[N == 1 ? 0 : v], a.lane[v], d.lane[v], wants_x));
-        share.write(r, q);
+        for (int v = 0; v < V; v++) {
+          const Coef &own = k[N == 1 ? 0 : v];
+          if constexpr (BACKWARD) {
+            const bool done = !SLOPED || (kept && IN_PLACE<T>);
+            const A g = done ? up(d.lane[v]) : by_z(own, a.lane[v], d.lane[v], r.lane[v], (A)p.parameter);
+            down(to.lane[v], by_x(own, a.lane[v], g, centred));
+            down(dr.lane[v], g);
+          } else {
+            down(to.lane[v], activate(linear(own, a.lane[v], r.lane[v]), (A)p.parameter));
+          }
+        }
+        if (!DRESIDUAL || p.y) share.write_y(to, q);
+        if (DRESIDUAL && p.dr) share.write_dr(dr, q);
       };
 #pragma unroll 1
       for (int i = share.n; i > keep; i -= AGAIN) {
-        Vec a[AGAIN], d[AGAIN];
+        Vec a[AGAIN], d[AGAIN], r[AGAIN];
 #pragma unroll
         for (int u = 0; u < AGAIN; u++) {
           if (i - 1 - u < keep) continue;
@@ -711,18 +862,32 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
           if (!share.any(q)) continue;
           if (wants_x) share.read_x(a[u], q);
           if (BACKWARD) share.read_dy(d[u], q);
+          if (READS_R) share.read_r(r[u], q);
         }
 #pragma unroll
         for (int u = 0; u < AGAIN; u++)
-          if (i - 1 - u >= keep) emit(i - 1 - u, a[u], d[u]);
+          if (i - 1 - u >= keep) emit(i - 1 - u, a[u], d[u], r[u], false);
       }
       if (WAY != APPLY) {
 #pragma unroll 1
-        for (int i = 0; i < keep; i++) {
-          Vec a, d;
-          if (wants_x) load_shared(a.raw, kept_x + i * threads + t);
-          if (BACKWARD) load_shared(d.raw, kept_dy + i * threads + t);
-          emit(i, a, d);
+        for (int i = 0; i < keep; i += KEPT) {
+          Vec r[KEPT];
+          if constexpr (KEPT_R) {
+#pragma unroll
+            for (int u = 0; u < KEPT; u++) {
+              if (i + u >= keep) continue;
+              const auto q = share.at(i + u);
+              if (share.any(q)) share.read_r(r[u], q);
+            }
+          }
+#pragma unroll
+          for (int u = 0; u < KEPT; u++) {
+            if (i + u >= keep) continue;
+            Vec a, d;
+            if (wants_x) load_shared(a.raw, kept_x + (i + u) * threads + t);
+            if (BACKWARD) load_shared(d.raw, kept_dy + (i + u) * threads + t);
+            emit(i + u, a, d, r[u], true);
+          }
         }
       }
     }

@@ -1,7 +1,8 @@
 """Launching the kernels on CuPy arrays: `forward` and `backward` of the contract in `fastbn.kernels`.
 
 A call runs on its arrays' device, on CuPy's current stream there, and waits for nothing. Nothing is allocated but a
-workspace for plans whose blocks meet in global memory, once for each device, stream and thread. Arrays that the kernels
+workspace for plans whose blocks meet in global memory, once for each device, stream and thread, and the list of sets
+that aren't of one height, which is copied to the device in each call. Arrays that the kernels
 can't walk (`plan.walk`: neither runs nor channels lie side by side) are copied once, and results are copied back.
 
 In a CUDA graph: call each shape once before the capture, since loading a kernel may not be captured. Plans with a
@@ -25,7 +26,7 @@ from cupy.cuda import driver, runtime
 from cupy.cuda.function import Module
 
 from .compile import machine_code
-from .plan import CLUSTER, GRID, PARAMS_SIZE, Device, Plan, Pointers, Unwalkable, View, pack, plan
+from .plan import CLUSTER, GRID, PARAMS_SIZE, PLAIN, Device, More, Plan, Pointers, Unwalkable, View, pack, plan
 
 _log = logging.getLogger(__name__)
 
@@ -42,14 +43,21 @@ def element_view(dtype: Any) -> Any:
     return np.dtype(np.int16) if dtype.name == "bfloat16" else None
 
 
-def forward(x: Any, y: Any, table: Any, given: tuple[Any, Any, Any, Any], eps: float) -> None:
-    _run((x, y, None), table, given, (None, None), eps, False, given[2] is not None)
+FEATURES = frozenset({"activation", "residual", "groups"})  # of `more`
 
 
-def backward(dy: Any, x: Any, dx: Any, table: Any, dgamma: Any, dbeta: Any, frozen: bool) -> None:
-    if frozen and dgamma is None and dbeta is None:
+def forward(x: Any, y: Any, table: Any, given: tuple[Any, Any, Any, Any], eps: float, more: Any = None) -> None:
+    residual = None if more is None else more.residual
+    _run((x, y, None, residual, None), table, given, (None, None), eps, False, given[2] is not None, more)
+
+
+def backward(dy: Any, x: Any, dx: Any, table: Any, dgamma: Any, dbeta: Any, frozen: bool, more: Any = None) -> None:
+    r = dr = None
+    if more is not None:  # without an activation the residual doesn't count
+        r, dr = more.residual if more.activation else None, more.dresidual
+    if frozen and dgamma is None and dbeta is None and not (more is not None and more.activation):
         x = None  # dx = a dy: one array less to read
-    _run((x, dx, dy), table, (None, None, None, None), (dgamma, dbeta), 0.0, True, frozen)
+    _run((x, dx, dy, r, dr), table, (None, None, None, None), (dgamma, dbeta), 0.0, True, frozen, more)
 
 
 _choice: contextvars.ContextVar[tuple[tuple[str, Any], ...]] = contextvars.ContextVar("choice", default=())
@@ -104,54 +112,80 @@ class _Local(threading.local):
 
 _local = _Local()
 _ready: dict[Any, _Ready] = {}
-_captured: list[Any] = []  # workspaces of graphs, which may be replayed at any time: nobody tells when one is gone
+_captured: list[
+    Any
+] = []  # workspaces and lists of graphs, which may be replayed at any time: nobody tells when one is gone
 
 
 def _run(
-    arrays: tuple[Any, Any, Any],
+    arrays: tuple[Any, Any, Any, Any, Any],
     table: Any,
     given: tuple[Any, Any, Any, Any],
     sums: tuple[Any, Any],
     eps: float,
     backward: bool,
     frozen: bool,
+    more: Any,
 ) -> None:
-    """arrays: x, y and dy; forward without dy, backward with dx as y."""
+    """arrays: x, y, dy, r and dr; forward without dy, backward with dx as y."""
     number = table.data.device_id
     if number != runtime.getDevice():
         with cupy.cuda.Device(number):
-            return _run(arrays, table, given, sums, eps, backward, frozen)
+            return _run(arrays, table, given, sums, eps, backward, frozen, more)
+    also, lists, parameter = PLAIN, None, 0.0
+    if more is not None:
+        also, lists = _sets(more)
+        parameter = more.parameter
     key = (
-        (number, backward, frozen, _choice.get()),
+        (number, backward, frozen, _choice.get(), also),
         *[None if a is None else (*_facts(a), a.data.ptr % 16) for a in arrays],
         *[None if a is None else _facts(a) for a in (table, *given, *sums)],
     )
     ready = _ready.get(key)
     if ready is None:
-        _check(arrays, table, given, sums)
+        _check(arrays, table, given, sums, also.sets)
         if len({a.dtype for a in given if a is not None}) == 2:
             gamma, beta, mean, var = (a if a is None else _wide(a) for a in given)
-            return _run(arrays, table, (gamma, beta, mean, var), sums, eps, backward, frozen)
+            return _run(arrays, table, (gamma, beta, mean, var), sums, eps, backward, frozen, more)
         if len(_ready) >= _MOST_READY:
             _ready.clear()
-        ready = _ready[key] = _prepare(arrays, given, number, backward, frozen)
+        ready = _ready[key] = _prepare(arrays, given, sums, number, backward, frozen, also)
     if ready.plan is None:
-        x, y, dy = arrays
-        fresh = None if y is None else cupy.empty(y.shape, y.dtype)
-        _run((_copy(x), fresh, _copy(dy)), table, given, sums, eps, backward, frozen)
-        if y is not None:
-            cupy.copyto(y, fresh)
+        fresh = [None if a is None else cupy.empty(a.shape, a.dtype) for a in (arrays[1], arrays[4])]
+        x, _, dy, r, _ = map(_copy, (arrays[0], None, arrays[2], arrays[3], None))
+        _run((x, fresh[0], dy, r, fresh[1]), table, given, sums, eps, backward, frozen, more)
+        for a, made in zip((arrays[1], arrays[4]), fresh, strict=True):
+            if a is not None:
+                cupy.copyto(a, made)
         return None
+    call = [*arrays, table, *given, *sums], lists, eps, parameter
     try:
-        _launch(ready, number, [*arrays, table, *given, *sums], eps)
+        _launch(ready, number, *call)
     except driver.CUDADriverError as refused:
         if ready.plan.way not in (CLUSTER, GRID):
             raise
         # Not a part of the launches has run. A cluster may be too large for a slice of a GPU, for instance.
         _log.warning("%s: %s is refused, in two launches instead", refused, ready.plan.way)
         _ready[key] = _load(ready.plan.split(), ready.wide, number)
-        _launch(_ready[key], number, [*arrays, table, *given, *sums], eps)
+        _launch(_ready[key], number, *call)
     return None
+
+
+def _sets(more: Any) -> tuple[More, np.ndarray | None]:
+    """For the planner; and `starts` and `order` as kernels take them, None for sets of one height that follow on."""
+    starts, order = more.starts, more.order
+    if starts is None or len(starts) == 2:
+        return More(more.activation), None
+    heights = np.diff(starts)
+    height = int(heights.max())
+    if order is None and heights.min() == height:
+        return More(more.activation, len(heights), height), None
+    rows = 1
+    if order is not None:  # in channels-last memory a sample is many rows, which follow one another
+        breaks = np.flatnonzero(np.diff(order) != 1) + 1
+        rows = int(np.gcd.reduce([*starts, *breaks, order[0], *order[breaks]]))
+    lists = starts // rows if order is None else np.concatenate([starts, order[::rows]]) // rows
+    return More(more.activation, len(heights), height, True, rows), lists
 
 
 def _facts(a: Any) -> tuple[Any, ...]:
@@ -170,14 +204,15 @@ def _wide(a: Any) -> Any:
     return a.astype(np.float64)
 
 
-def _check(arrays: tuple[Any, ...], table: Any, given: tuple[Any, ...], sums: tuple[Any, ...]) -> None:
+def _check(arrays: tuple[Any, ...], table: Any, given: tuple[Any, ...], sums: tuple[Any, ...], sets: int) -> None:
     """Of what the kernels rely on; a wrong size or address would show late on a device, if at all."""
     first = next(a for a in (arrays[2], arrays[0]) if a is not None)
     C, number = first.shape[1], np.float64 if first.dtype.char == "d" else np.float32
     wanted = [(a, first.shape, {first.dtype}, False) for a in arrays]
-    wanted += [(table, (6, C), {np.float64}, True)]
-    wanted += [(a, (C,), {np.float32, np.float64}, True) for a in given]
-    wanted += [(a, (C,), {number}, True) for a in sums]
+    wanted += [(table, (6, sets * C), {np.float64}, True)]
+    wanted += [(a, (C,), {np.float32, np.float64}, True) for a in given[:2]]
+    wanted += [(a, (sets * C,), {np.float32, np.float64}, True) for a in given[2:]]
+    wanted += [(a, (sets * C,), {number}, True) for a in sums]
     for a, shape, dtypes, dense in wanted:
         if a is None:
             continue
@@ -189,14 +224,23 @@ def _check(arrays: tuple[Any, ...], table: Any, given: tuple[Any, ...], sums: tu
         raise TypeError(f"{first.dtype} elements; expected float16, float32, float64, or int16 for bfloat16")
 
 
-def _prepare(arrays: tuple[Any, ...], given: tuple[Any, ...], number: int, backward: bool, frozen: bool) -> _Ready:
+def _prepare(
+    arrays: tuple[Any, ...],
+    given: tuple[Any, ...],
+    sums: tuple[Any, ...],
+    number: int,
+    backward: bool,
+    frozen: bool,
+    also: More,
+) -> _Ready:
     first = next(a for a in (arrays[2], arrays[0]) if a is not None)
     strides = [None if a is None else a.strides for a in arrays]
     bases = tuple(0 if a is None else a.data.ptr % 16 for a in arrays)
-    view = View(first.shape, *strides, first.itemsize, bases)
-    choice = dict(_choice.get())
+    view = View(first.shape, *strides[:3], first.itemsize, bases, *strides[3:])
+    letter, choice = _LETTERS[first.dtype.char], dict(_choice.get())
+    some = any(a is not None for a in sums)
     try:
-        chosen = plan(view, _LETTERS[first.dtype.char], backward, device(number), frozen=frozen, **choice)
+        chosen = plan(view, letter, backward, device(number), frozen=frozen, more=also, sums=some, **choice)
     except Unwalkable:
         if all(a is None or a.flags.c_contiguous for a in arrays):
             raise
@@ -232,19 +276,36 @@ def _kernel(expression: str, options: tuple[str, ...], number: int) -> Any:
     return kernel
 
 
-def _launch(ready: _Ready, number: int, arrays: list[Any], eps: float) -> None:
+def _launch(
+    ready: _Ready, number: int, arrays: list[Any], lists: np.ndarray | None, eps: float, parameter: float
+) -> None:
     local, stream = _local, cupy.cuda.get_current_stream().ptr
     if number not in local.contexts:  # the driver's functions don't make a thread's context, as the runtime's do
         runtime.free(0)
         local.contexts.add(number)
-    x, y, dy, table, gamma, beta, mean, var, dgamma, dbeta = [0 if a is None else a.data.ptr for a in arrays]
+    x, y, dy, *rest = [0 if a is None else a.data.ptr for a in arrays]  # as in `Pointers` from r on
     chosen = ready.plan
     assert chosen is not None
     workspace, barriers = _workspace(chosen, number, stream) if chosen.workspace else (0, 0)
-    pointers = Pointers(x, dy, y, table, gamma, beta, mean, var, dgamma, dbeta, workspace, barriers)
-    local.argument[:] = pack(chosen, pointers, eps, ready.wide)
+    pointers = Pointers(x, dy, y, *rest, workspace, barriers)
+    if lists is not None:  # the memory goes back to the stream's own when all that reads it is on the stream
+        uploaded = _uploaded(lists, stream)
+        order = uploaded.data.ptr + 8 * (chosen.walk.more.sets + 1)
+        pointers = pointers._replace(starts=uploaded.data.ptr, order=order * (lists.size > chosen.walk.more.sets + 1))
+    local.argument[:] = pack(chosen, pointers, eps, ready.wide, parameter)
     for start, kernel, grid, threads, shared, rest in ready.starts:
         start(kernel, grid, 1, 1, threads, 1, 1, shared, stream, local.addresses, *rest)
+
+
+def _uploaded(values: np.ndarray, stream: int) -> Any:
+    """A copy on the device, made on the stream. A graph copies each time it runs, and keeps what it copies from."""
+    if not runtime.streamIsCapturing(stream):
+        return cupy.array(values)  # by pinned memory, which CuPy keeps until the copy is done; it waits for nothing
+    pinned, made = cupy.cuda.alloc_pinned_memory(values.nbytes), cupy.empty(values.shape, values.dtype)
+    np.frombuffer(pinned, values.dtype, values.size)[...] = values
+    runtime.memcpyAsync(made.data.ptr, pinned.ptr, values.nbytes, runtime.memcpyHostToDevice, stream)
+    _captured.append((made, pinned))
+    return made
 
 
 def _workspace(chosen: Plan, number: int, stream: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -68,11 +68,30 @@ class Device:
 HOPPER = Device()
 
 
+class More(NamedTuple):
+    """What a call asks for beyond batch norm and further arrays."""
+
+    activation: str = ""
+    sets: int = 1  # of outer indices, each with statistics of its own
+    height: int = 0  # outer indices of the largest set
+    listed: bool = False  # sets are listed in device memory; else they are of one height, one behind the other
+    rows: int = 1  # outer indices of an entry of the list
+
+    def options(self, arrays: Iterable[str]) -> tuple[str, ...]:
+        """bn.cu's macros."""
+        activation = (f"-DFASTBN_ACTIVATION={self.activation.upper()}",) if self.activation else ()
+        present = {"RESIDUAL": "r" in arrays, "DRESIDUAL": "dr" in arrays, "SETS": self.sets > 1 or self.listed}
+        return (*activation, *(f"-DFASTBN_{name}=1" for name, there in present.items() if there))
+
+
+PLAIN = More()
+
+
 class View(NamedTuple):
     """The arrays of a call: shape (O, C, I), strides in bytes (None: no such array), addresses modulo 16.
 
-    Forward: x, y (None: statistics only). Backward: x, dy, and dx as y (None: dgamma and dbeta only); x is None where
-    frozen statistics and no dgamma make it needless.
+    Forward: x, y (None: statistics only), r. Backward: x, dy, dx as y (None: not wanted), r where there is an
+    activation, dr where it is wanted; x is None where frozen statistics and no dgamma make it needless.
     """
 
     shape: tuple[int, int, int]
@@ -80,7 +99,9 @@ class View(NamedTuple):
     y: tuple[int, int, int] | None
     dy: tuple[int, int, int] | None
     itemsize: int
-    bases: tuple[int, int, int] = (0, 0, 0)  # addresses of x, y, dy; only the remainder modulo 16 counts
+    bases: tuple[int, ...] = ()  # addresses of x, y, dy, r, dr (0 if not given); only the remainder modulo 16 counts
+    r: tuple[int, int, int] | None = None
+    dr: tuple[int, int, int] | None = None
 
 
 class Pointers(NamedTuple):
@@ -89,6 +110,8 @@ class Pointers(NamedTuple):
     x: int = 0
     dy: int = 0
     y: int = 0
+    r: int = 0
+    dr: int = 0
     table: int = 0  # (6, C) float64: hi, lo, var, invstd, gamma, beta
     gamma: int = 0
     beta: int = 0
@@ -98,6 +121,8 @@ class Pointers(NamedTuple):
     dbeta: int = 0
     workspace: int = 0
     barriers: int = 0
+    starts: int = 0
+    order: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,11 +144,12 @@ class Walk:
 
     layout: str
     V: int
-    M: int  # rows, after folding
+    M: int  # rows, after folding; of the largest set
     C: int
     S: int  # elements of a run; columns of a channel
     fold: int  # COLUMNS: rows without a gap that are seen as one, to fill vectors
     strides: dict[str, tuple[int, int]] = field(hash=False)
+    more: More = PLAIN
 
     @property
     def width(self) -> int:
@@ -136,25 +162,37 @@ class Walk:
         return (self.S + self.V - 2) // self.V + 1 if self.layout == WINDOWS else self.S // self.V
 
 
-def walk(view: View) -> Walk:
+def walk(view: View, more: More = PLAIN) -> Walk:
     """The widest walk of these arrays; raises Unwalkable where there is none."""
     (outer, C, inner), size = view.shape, view.itemsize
-    given = [("x", view.x, view.bases[0]), ("y", view.y, view.bases[1]), ("dy", view.dy, view.bases[2])]
-    arrays = [(name, strides, base) for name, strides, base in given if strides is not None]
+    given = {"x": view.x, "y": view.y, "dy": view.dy, "r": view.r, "dr": view.dr}
+    starts = (*view.bases, *[0] * len(given))
+    arrays = [
+        (name, strides, base)
+        for (name, strides), base in zip(given.items(), starts, strict=False)
+        if strides is not None
+    ]
     for name, strides, base in arrays:
         if base % size or any(s % size for s, n in zip(strides, view.shape, strict=True) if n > 1):
             raise Unwalkable(f"{name} with strides {strides} isn't aligned to its elements of {size} bytes")
     outers, channels, inners = ([strides[axis] // size for _, strides, _ in arrays] for axis in range(3))
+    alone = more.sets == 1 and not more.listed
+    if not alone:
+        outer = more.height
     M, S, rows = outer, inner, outers
-    if inner == 1 and (outer == 1 or set(outers) == {1}) and (C == 1 or set(channels) != {1}):
-        M, S, rows = 1, outer, [0] * len(arrays)  # (C, N) in memory
+    if more.listed:  # rows of a set may lie anywhere
+        merges = False
+    elif inner == 1:
+        merges = (outer == 1 or set(outers) == {1}) and (C == 1 or set(channels) != {1})  # (C, N) in memory
+    else:
+        merges = set(inners) == {1} and all(row == inner for row in rows)  # (C, O, I) in memory, or one channel
+    if merges:
+        M, S, rows = 1, outer * inner, [outer * row for row in rows]
     elif inner > 1 and set(inners) != {1}:
         raise Unwalkable(f"runs of {inner} elements with strides of {inners} elements")
     elif inner == 1 and C > 1 and set(channels) != {1}:
         raise Unwalkable(f"neither rows nor channels lie side by side: strides {[s for _, s, _ in arrays]}")
-    elif inner > 1 and all(row == inner for row in rows):
-        M, S = 1, outer * inner  # (C, O, I) in memory, or one channel
-    if M == 1:
+    if M == 1 and alone:
         rows = [0] * len(arrays)
     if C == 1:
         channels = [S] * len(arrays)
@@ -163,16 +201,16 @@ def walk(view: View) -> Walk:
 
     full = VECTOR // size
     widths = [full >> i for i in range(full.bit_length())]
-    steps = [*bases, *(rows if M > 1 else ()), *(channels if C > 1 else ())]
+    steps = [*bases, *rows, *(channels if C > 1 else ())]
     V = next(v for v in widths if not any(s % v for s in (S, *steps)))
-    runs = Walk(RUNS, V, M, C, S, 1, strides_of)
+    runs = Walk(RUNS, V, M, C, S, 1, strides_of, more)
     alike = all(len({s % full for s in same}) == 1 for same in (bases, rows, channels))
     if full > V and alike:
-        windows = Walk(WINDOWS, full, M, C, S, 1, strides_of)
+        windows = replace(runs, layout=WINDOWS, V=full)
         if windows.vectors < runs.vectors:
             runs = windows
     if all(channel == S for channel in channels) and (S == 1 or S * size < NARROW):
-        columns = _columns(M, C, S, bases, rows, widths, strides_of)
+        columns = _columns(replace(runs, layout=COLUMNS), bases, rows, widths)
         if S == 1 or columns.V * runs.vectors >= S:
             return columns
     if M * runs.vectors >= 1 << 32:
@@ -180,19 +218,18 @@ def walk(view: View) -> Walk:
     return runs
 
 
-def _columns(
-    M: int, C: int, S: int, bases: list[int], rows: list[int], widths: list[int], strides: dict[str, tuple[int, int]]
-) -> Walk:
+def _columns(w: Walk, bases: list[int], rows: list[int], widths: list[int]) -> Walk:
     """Rows of C S columns; where these don't fill vectors and rows have no gap, several rows as one."""
-    width = C * S
+    width = w.C * w.S
     for v in widths:
         aligned = not any(base % v for base in bases)
-        if aligned and width % v == 0 and (M == 1 or not any(row % v for row in rows)):
-            return Walk(COLUMNS, v, M, C, S, 1, strides)
+        if aligned and width % v == 0 and not any(row % v for row in rows):
+            return replace(w, V=v)
         fold = v // math.gcd(width, v)
-        if aligned and M % fold == 0 and fold * width // v <= THREADS and all(row == width for row in rows):
-            folded = {name: (row * fold, channel) for name, (row, channel) in strides.items()}
-            return Walk(COLUMNS, v, M // fold, C, S, fold, folded)
+        together = w.M % fold == 0 and not w.more.listed and all(row == width for row in rows)
+        if aligned and together and fold * width // v <= THREADS:
+            folded = {name: (row * fold, channel) for name, (row, channel) in w.strides.items()}
+            return replace(w, V=v, M=w.M // fold, fold=fold, strides=folded)
     raise AssertionError("v = 1 divides everything")
 
 
@@ -224,6 +261,7 @@ class Plan:
         w, cluster = self.walk, self.K if self.way == CLUSTER else 1
         common = f"{TYPES[self.letter]}, {w.V}, {str(self.backward).lower()}, fastbn::{w.layout}"
         options = (f"-DFASTBN_CLUSTER={cluster}",) if self.way == CLUSTER else ()
+        options += w.more.options(w.strides)
         return tuple(
             Launch(
                 f"fastbn::bn<{common}, fastbn::{part}>",
@@ -242,7 +280,8 @@ class Plan:
         if self.way in (SPLIT, MAP):
             return self
         again = self.items * _vectors(self.walk, self.tx)
-        shared = self.shared - self.keep * self.threads * self.walk.V * _size(self.letter) * _kept(self)
+        vector = self.threads * self.walk.V * _size(self.letter) * _kept(self.walk, self.backward, self.frozen)
+        shared = self.shared - self.keep * vector
         space = _workspace(self.letter, self.G, self.K, self.items)
         return replace(
             self,
@@ -252,30 +291,34 @@ class Plan:
             shared=shared,
             workspace=space,
             barriers=0,
-            reread=again if "y" in self.walk.strides else 0,
+            reread=again if _maps(self.walk) else 0,
         )
 
     @cached_property
     def _tail(self) -> bytes:
         w, none = self.walk, (0, 0)
-        strides = [*w.strides.get("x", none), *w.strides.get("dy", none), *w.strides.get("y", none)]
-        count = w.M * w.fold * w.S
-        numbers = [w.C, self.items, self.K, self.keep, self.tx, self.ty, self.G, w.fold]
+        strides = [step for name in ("x", "dy", "y", "r", "dr") for step in w.strides.get(name, none)]
+        count, sets = w.M * w.fold * w.S, w.more.sets
+        numbers = [sets, self.items // sets, w.C, self.items, self.K, self.keep, self.tx, self.ty, self.G, w.fold]
         vectors = 1 if w.layout == COLUMNS else w.vectors
-        return TAIL.pack(*strides, count, w.M, w.S, self.per, *numbers, vectors, *_division(vectors), self.frozen)
+        return TAIL.pack(
+            *strides, count, w.M, w.S, self.per, w.more.rows, *numbers, vectors, *_division(vectors), self.frozen
+        )
 
 
-HEAD = struct.Struct("<12QdQ")  # Pointers, eps, wide
-TAIL = struct.Struct("<6qd3q8i4I")  # strides; count; M, S, per; C .. fold; vectors, multiplier, shift, frozen
+HEAD = struct.Struct("<16Q2dQ")  # Pointers; eps, parameter; wide
+# strides; count; M, S, per, rows; sets, tiles, C .. fold; vectors, multiplier, shift, frozen
+TAIL = struct.Struct("<10qd4q10i4I")
 PARAMS_SIZE = HEAD.size + TAIL.size
 
 
-def pack(plan: Plan, pointers: Pointers, eps: float = 0.0, wide: bool = False) -> bytes:
+def pack(plan: Plan, pointers: Pointers, eps: float = 0.0, wide: bool = False, parameter: float = 0.0) -> bytes:
     """The kernel's argument, exactly the bytes of bn.cu's `Params`; the same for all launches of a plan.
 
     wide: gamma, beta, mean, var are float64, else float32. dgamma and dbeta are float64 for float64 data, else float32.
+    parameter: of the activation.
     """
-    return HEAD.pack(*pointers, eps, wide) + plan._tail
+    return HEAD.pack(*pointers, eps, parameter, wide) + plan._tail
 
 
 def _division(d: int) -> tuple[int, int]:
@@ -311,9 +354,14 @@ def _streams(w: Walk) -> int:
     return ("x" in w.strides) + ("dy" in w.strides)
 
 
-def _kept(plan: Plan) -> int:
-    """Arrays that the second pass wants: frozen backward is a dy."""
-    return 2 if plan.backward and not plan.frozen else 1
+def _maps(w: Walk) -> bool:
+    """Whether there is a second pass."""
+    return "y" in w.strides or "dr" in w.strides
+
+
+def _kept(w: Walk, backward: bool, frozen: bool) -> int:
+    """Arrays that the first pass reads and the second wants: frozen backward without an activation is a dy."""
+    return 2 if backward and not (frozen and not w.more.activation) else 1
 
 
 def build(
@@ -332,12 +380,12 @@ def build(
     """The plan for a given way, ranks K, threads of a block, tile (bytes of columns); keep at most so many vectors."""
     size, number, partial = _size(letter), 8 if letter == "d" else 4, _partial(letter)
     columns = w.layout == COLUMNS
-    tx, ty, G, items, work = 1, 1, 1, w.C, w.M * w.vectors
+    tx, ty, G, tiles, work = 1, 1, 1, w.C, w.M * w.vectors
     if columns:  # tiles of whole vectors and whole channels; folded rows are one tile
         unit = w.width if w.fold > 1 else math.lcm(w.V, w.S)
         cols = unit * max(1, min(_over(w.width, unit), tile // (unit * size)))
-        tx, G, items, work = cols // w.V, w.C if w.fold > 1 else cols // w.S, _over(w.width, cols), w.M
-    total = _vectors(w, tx)
+        tx, G, tiles, work = cols // w.V, w.C if w.fold > 1 else cols // w.S, _over(w.width, cols), w.M
+    items, total = tiles * w.more.sets, _vectors(w, tx)
     if threads is None:
         threads = max(64, min(THREADS, 1 << max(0, _over(_over(total, K), 2).bit_length() - 1)))
     if columns:
@@ -351,17 +399,16 @@ def build(
     per = _over(work, K)
     if way != CLUSTER:
         K = _over(work, per)  # no empty ranks where K is free
-    streams = 2 if backward and not frozen else 1
-    vector = threads * w.V * size * streams
+    vector = threads * w.V * size * _kept(w, backward, frozen)
     crowd = PER_SM if way == GRID or threads == THREADS else 1
     room = max(0, min(device.smem_block, device.smem_sm // crowd - 1024) - fixed) // vector
     mine = _over(per, ty if columns else threads)  # vectors of the busiest thread
-    want = 0 if way in (SPLIT, MAP) or "y" not in w.strides else mine
+    want = 0 if way in (SPLIT, MAP) or not _maps(w) else mine
     keep = min(want, room) if keep is None else min(want, room, keep)
     groups = min(items, max(1, device.slots // K)) if way == GRID else items
     slots = {GRID: 2 * groups, SPLIT: items}.get(way, 0)
     kept = min(total, keep * (ty * tx if columns else threads) * K)
-    again = 0 if way == MAP or "y" not in w.strides else (total - kept) * items
+    again = 0 if way == MAP or not _maps(w) else (total - kept) * items
     return Plan(
         walk=w,
         letter=letter,
@@ -412,7 +459,7 @@ def model(p: Plan, device: Device = HOPPER) -> tuple[float, float, float]:
     vector = w.V * size
     item = _vectors(w, p.tx) * vector  # bytes of one array in an item
     floor = float(len(w.strides) * item * p.items)
-    again = float(p.reread * vector * _kept(p))
+    again = float(p.reread * vector * _kept(w, p.backward, p.frozen))
     at_once = min(p.items, p.grid // p.K) if p.way == GRID else p.items  # items whose second read is still to come
     hot = min(again, L2_SHARE * device.l2 / at_once * p.items)
     on_sm = max(1, min(device.smem_sm // (p.shared + 1024), THREADS * PER_SM // p.threads, 32))
@@ -469,15 +516,17 @@ def plan(
     frozen: bool = False,
     way: str | None = None,
     stable: bool = False,
+    more: More = PLAIN,
+    sums: bool = True,
 ) -> Plan:
     """The launches for these arrays. letter: "f" float32, "d" float64, "e" float16, "E" bfloat16.
 
     frozen: forward with given mean and variance, backward with dx = a dy. way: BLOCK, CLUSTER, GRID or SPLIT instead of
     the fastest. stable: ranks, threads and tile by the arrays alone, as for the default device; any device gives the
-    same bits then. Raises Unwalkable where the arrays must be copied first.
+    same bits then. sums: whether dgamma or dbeta is wanted. Raises Unwalkable where the arrays must be copied first.
     """
-    w = walk(view)
-    if frozen and (not backward or view.x is None):
+    w = walk(view, more)
+    if frozen and not (backward and sums and view.x is not None):
         first = build(w, letter, backward, device, MAP, frozen=True)
         K = _ranks(w, first, device)
         return build(w, letter, backward, device, MAP, K, frozen=True, threads=THREADS)

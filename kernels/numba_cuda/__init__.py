@@ -54,6 +54,7 @@ from .plan import Sizes, plan_of
 from .target import cuda
 
 __all__ = [
+    "FEATURES",
     "backward",
     "block_comoments",
     "block_moments",
@@ -73,6 +74,8 @@ __all__ = [
 ]
 
 SIZES = Sizes()
+
+FEATURES: frozenset[str] = frozenset()  # of `fastbn.kernels`' `more`: none
 
 _kept = threading.local()
 

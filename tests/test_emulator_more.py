@@ -1,0 +1,350 @@
+"""What a call may ask for beyond batch norm, in the emulator: `fastbn.kernels.reference` says what is right.
+
+Every instance is other code: residual, activation and sets are options of the compiler.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+from emulator import Array, epsilon, error_in_eps, execute, library, number_epsilon, planner, view_of
+from fastbn.kernels import reference
+
+from fastbn.extras import Extras
+
+BLOCK, CLUSTER, GRID, SPLIT, MAP = planner.BLOCK, planner.CLUSTER, planner.GRID, planner.SPLIT, planner.MAP
+WAYS = [(BLOCK, 1), (CLUSTER, 4), (GRID, 3), (SPLIT, 3)]
+PARAMETERS = {"leaky_relu": 0.1, "elu": 1.5}
+KINKS = {"relu": (0,), "leaky_relu": (0,), "elu": (0,), "relu6": (0, 6), "hardswish": (-3, 3)}
+
+NO_GAPS = ((0, 0), (0, 0), (0, 0))
+CASES = {  # shape, order of axes in memory, gaps, offset; float32's layout
+    "runs": ((4, 6, 64), "OCI", NO_GAPS, 0, "RUNS"),
+    "long runs": ((3, 3, 1096), "OCI", NO_GAPS, 0, "RUNS"),
+    "odd slice": ((6, 4, 75), "OCI", ((0, 1), (1, 3), (0, 0)), 3, "WINDOWS"),
+    "columns": ((150, 40, 1), "OIC", NO_GAPS, 0, "COLUMNS"),
+    "7x7": ((18, 8, 49), "OCI", NO_GAPS, 0, "COLUMNS"),
+    "RGB": ((64, 3, 1), "OIC", NO_GAPS, 0, "COLUMNS"),
+    "(C, N)": ((600, 5, 1), "CIO", NO_GAPS, 0, "RUNS"),
+    "channels first of all": ((6, 5, 96), "COI", NO_GAPS, 0, "RUNS"),
+}
+LAYOUTS = ("RUNS", "WINDOWS", "COLUMNS")
+WIDTHS = {"f": ("0, float, 4", 4), "d": ("3, double, 2", 2), "e": ("1, f16, 8", 8), "E": ("2, bf16, 8", 8)}
+# As in test_emulator.py. A transcendental function and its slope cost two ulps more than the float32 result.
+Y_TOLERANCE = {"f": 4, "d": 4, "e": 0.51, "E": 0.51}
+DX_TOLERANCE = {"f": 8, "d": 8, "e": 0.52, "E": 0.52}
+
+
+class Problem:
+    """Random arrays whose z keeps away from the kinks, by more than float32 may be off."""
+
+    def __init__(self, rng, name, letter, activation="", residual=False, sets=None, given=False, mean=2.0):
+        shape, order, gaps, offset, _ = CASES[name]
+        C = shape[1]
+        self.how, self.letter, self.shape, self.eps = (letter, order, gaps, offset), letter, shape, 1e-5
+        self.gamma = (rng.uniform(0.5, 1.5, C) * rng.choice([-1, 1], C)).astype(np.float32)
+        self.beta = rng.standard_normal(C).astype(np.float32)
+        self.more = Extras(activation, PARAMETERS.get(activation, 0.0), **({} if sets is None else sets))
+        self.sets = 1 if sets is None else len(sets["starts"]) - 1
+        spread, middle = rng.uniform(0.5, 2, (1, C, 1)), mean * rng.standard_normal((1, C, 1))
+        scale = 3.0 if activation in ("relu6", "hardswish") else 1.0
+        self.gamma *= np.float32(scale)
+        values = middle + spread * rng.standard_normal(shape)
+        self.x = Array(values, *self.how)
+        self.dy = Array(rng.standard_normal(shape) + rng.standard_normal((1, C, 1)), *self.how)
+        self.r = Array(rng.standard_normal(shape), *self.how) if residual else None
+        self.given = (self.gamma, self.beta, None, None)
+        if given:
+            wide = self.sets * C
+            mean, var = rng.normal(0, 2, wide).astype(np.float32), rng.uniform(0.5, 2, wide).astype(np.float32)
+            self.given = (self.gamma, self.beta, mean, var)
+        self.table = np.empty((6, C * self.sets))
+        for _ in range(100):
+            z = np.empty(shape)
+            more = self.more._replace(activation="", residual=self.r and self.r.values)
+            reference.forward(self.x.values, z, self.table, self.given, self.eps, more)
+            near = np.zeros(shape, bool)
+            for kink in KINKS.get(activation, ()):
+                near |= abs(z - kink) < 1e-4
+            if not near.any():
+                break
+            self.x.view[near] = (self.x.values[near] + 0.125).astype(self.x.view.dtype)
+        assert not near.any()
+        self.z = z
+
+    def asked(self):
+        return self.more._replace(residual=self.r and self.r.values)
+
+    def empty(self):
+        return Array(np.full(self.shape, -77.0), *self.how)
+
+    def walk(self, backward, dx=True, dr=True, x=True):
+        read = self.r if not backward or self.more.activation else None
+        arrays = (
+            self.x if x else None,
+            self.x if dx else None,
+            self.dy if backward else None,
+            read,
+            self.x if backward and dr and self.r else None,
+        )
+        beyond = planner.More(self.more.activation)
+        if self.more.starts is not None:
+            sizes = np.diff(self.more.starts)
+            listed = self.more.order is not None or len(set(sizes)) > 1
+            beyond = beyond._replace(sets=self.sets, height=int(sizes.max()), listed=listed)
+        return planner.walk(view_of(*arrays), beyond)
+
+    def build(self, backward, way, K, **how):
+        which = {k: how.pop(k) for k in ("dx", "dr", "x") if k in how}
+        how.setdefault("threads", 64)
+        how.setdefault("frozen", self.given[2] is not None)
+        return planner.build(self.walk(backward, **which), self.letter, backward, planner.HOPPER, way, K, **how)
+
+    def lists(self, plan):
+        if not plan.walk.more.listed:
+            return {}
+        return {"starts": self.more.starts, "order": self.more.order}
+
+    def forward(self, lib, plan, **how):
+        how |= self.lists(plan) | {"parameter": self.more.parameter, "r": self.r}
+        return execute(lib, plan, self.x, None, how.pop("y", self.empty()), given=self.given, eps=self.eps, **how)
+
+    def backward(self, lib, plan, **how):
+        read = self.r if self.more.activation else None
+        dr = how.pop("dr", self.empty()) if self.r else None
+        how |= self.lists(plan) | {"parameter": self.more.parameter, "r": read, "dr": dr}
+        return execute(lib, plan, how.pop("x", self.x), self.dy, how.pop("dx", self.empty()), table=self.table, **how)
+
+
+def check_forward(p, result):
+    assert result.error == ""
+    y, table = np.empty(p.shape), np.empty(p.table.shape)
+    reference.forward(p.x.values, y, table, p.given, p.eps, p.asked())
+    eps = number_epsilon(p.letter)
+    assert error_in_eps(result.y, y, np.maximum(1, abs(y) + abs(p.z)), epsilon(p.letter)) <= Y_TOLERANCE[p.letter]
+    spread = np.sqrt(table[2]) + 1e-30
+    off = (result.table[0] - table[0]) + (result.table[1] - table[1])
+    assert error_in_eps(off, np.zeros_like(off), spread, eps) <= 4
+    assert error_in_eps(result.table[2:4], table[2:4], table[2:4], eps) <= 4
+    assert (result.table[4:] == table[4:]).all()
+
+
+def check_backward(p, result, dx=True):
+    assert result.error == ""
+    want_dx, dr = np.empty(p.shape), np.empty(p.shape)
+    dgamma, dbeta = np.empty((2, p.table.shape[1]))
+    frozen = p.given[2] is not None
+    more = p.asked()._replace(dresidual=dr)
+    reference.backward(p.dy.values, p.x.values, want_dx, p.table, dgamma, dbeta, frozen, more)
+    eps, C = number_epsilon(p.letter), p.shape[1]
+    # g is dy f'(z), and z is off by an eps or two of its terms: so much changes f' where f bends. Elsewhere g rounds.
+    sizes, scale, roots = np.empty(p.shape), np.ones(p.shape), np.zeros((2, len(dgamma)))
+    above, below = (reference.slope(p.more.activation, p.more.parameter, p.z + h) for h in (5e-5, -5e-5))
+    bend = abs(above - below) / 1e-4
+    for s, rows in enumerate(reference._sets(p.shape[0], more)):
+        t = p.table[:, s * C : (s + 1) * C, None]
+        xhat = abs(((p.x.values[rows] - t[0]) - t[1]) * t[3])
+        terms = abs(t[4]) * xhat + abs(t[5]) + (0 if p.r is None else abs(p.r.values[rows]))
+        sizes[rows] = abs(dr[rows]) + abs(p.dy.values[rows]) * bend[rows] * terms
+        if len(rows):  # dx is of g, its mean, and xhat times a mean; sums are of deviations from means
+            n, root = len(rows) * p.shape[2], np.sqrt((sizes[rows] ** 2).mean((0, 2), keepdims=True))
+            scale[rows] = np.maximum(1, abs(t[4] * t[3]) * (sizes[rows] + root * (1 + xhat)))
+            roots[:, s * C : (s + 1) * C] = n * root[0, :, 0] * [np.sqrt((xhat**2).mean((0, 2))), np.ones(C)]
+    if dx:
+        scale = np.maximum(scale, abs(want_dx))
+        assert error_in_eps(result.y, want_dx, scale, epsilon(p.letter)) <= DX_TOLERANCE[p.letter]
+    if result.dr is not None:
+        assert error_in_eps(result.dr, dr, np.maximum(1, sizes), epsilon(p.letter)) <= Y_TOLERANCE[p.letter]
+    for got, right, root in zip((result.dgamma, result.dbeta), (dgamma, dbeta), roots, strict=True):
+        if got is not None:
+            assert error_in_eps(got, right, np.maximum(1, root), eps) <= 4
+
+
+def built(
+    letter,
+    activation="",
+    residual=False,
+    sets=False,
+    layouts=LAYOUTS,
+    ways=("BLOCK", "CLUSTER", "GRID", "STATS", "APPLY"),
+):
+    """Libraries for forward and for backward, whose options differ, with no instance more than the test wants."""
+    more = planner.More(activation, sets=2 if sets else 1)
+    found = {}
+    for backward in (False, True):
+        arrays = (["r"] if not backward or activation else []) + ["dr"] * backward if residual else []
+        each = [f"{WIDTHS[letter][0]}, {str(backward).lower()}, {one}" for one in layouts]
+        instances = " ".join(f"ONE({one}, {way})" for one in each for way in ways)
+        found[backward] = library(instances, options=more.options(arrays))
+    return found
+
+
+def fits(p, plan):
+    """Whether the widest vectors are used: all that is built."""
+    return WIDTHS[p.letter][1] == plan.walk.V
+
+
+ACTIVATIONS = ["relu", "leaky_relu", "relu6", "elu", "silu", "gelu", "sigmoid", "tanh", "hardswish"]
+
+
+def run_both(libs, p, schedules=(0, 3), ways=WAYS):
+    ran = 0
+    for (way, K), backward in itertools.product(ways, (False, True)):
+        run, check = (p.backward, check_backward) if backward else (p.forward, check_forward)
+        bits = set()
+        for policy in schedules:
+            keep = None if policy % 2 or way == SPLIT else 1
+            plan = p.build(backward, way, K, keep=keep)
+            if not fits(p, plan):
+                continue
+            result = run(libs[backward], plan, policy=policy, resident=policy + 1)
+            check(p, result)
+            bits.add(result.bits)
+            ran += 1
+        assert len(bits) <= 1, (way, backward)
+    return ran
+
+
+@pytest.mark.parametrize("name", ["long runs", "odd slice", "columns", "7x7", "RGB"])
+def test_relu_of_a_sum_in_every_way(rng, name):
+    """The residual block: both in one pass, on every way and schedule."""
+    p = Problem(rng, name, "f", "relu", residual=True)
+    assert p.build(False, BLOCK, 1).walk.layout == CASES[name][4]
+    assert run_both(built("f", "relu", True), p, (0, 1, 2, 3)) == 32
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("letter", list("fdeE"))
+def test_every_activation(rng, activation, letter):
+    layouts = ("RUNS", "COLUMNS") if letter in "fe" else ("RUNS",)
+    libs = built(letter, activation, letter in "fe", False, layouts, ("BLOCK", "STATS", "APPLY"))
+    ran = 0
+    for name in ("long runs", "columns")[: len(layouts)]:
+        for given in (False, True):
+            p = Problem(rng, name, letter, activation, letter in "fe", given=given)
+            if not given:
+                ran += run_both(libs, p, (2,), [(BLOCK, 1), (SPLIT, 3)])
+                continue
+            plan = p.build(False, MAP, 2)
+            check_forward(p, p.forward(libs[False], plan))
+            for way, K in ((BLOCK, 1), (SPLIT, 2)):
+                check_backward(p, p.backward(libs[True], p.build(True, way, K)))
+            alone = p.backward(libs[True], p.build(True, MAP, 2), grads=(False, False))
+            check_backward(p, alone)
+    assert ran == 4 * len(layouts)
+
+
+def sets_of(kind, outer, rng):
+    """Sets of outer indices, as kernels get them."""
+    if kind == "equal":
+        return {"starts": np.arange(4, dtype=np.int64) * (outer // 3), "order": None}
+    if kind == "ragged":  # one is empty
+        return {"starts": np.array([0, 1, 1, outer - 1, outer], np.int64), "order": None}
+    order = rng.permutation(outer).astype(np.int64)
+    return {"starts": np.array([0, outer // 3, outer // 2, outer // 2, outer], np.int64), "order": order}
+
+
+SETS = [
+    ("odd slice", "equal"), ("odd slice", "ragged"), ("odd slice", "listed"), ("columns", "equal"),
+    ("columns", "ragged"), ("columns", "listed"), ("7x7", "equal"), ("7x7", "listed"), ("(C, N)", "equal"),
+    ("channels first of all", "equal"), ("channels first of all", "ragged"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "kind"), SETS)
+def test_sets_of_rows(rng, name, kind):
+    """Each with its own statistics, on every way; an empty one has none."""
+    sets = sets_of(kind, CASES[name][0][0], rng)
+    libs = built("f", sets=True)
+    p = Problem(rng, name, "f", sets=sets)
+    assert run_both(libs, p, (0, 3)) == 16
+    p = Problem(rng, name, "f", sets=sets, given=True)
+    check_forward(p, p.forward(libs[False], p.build(False, MAP, 2), policy=2))
+    check_backward(p, p.backward(libs[True], p.build(True, SPLIT, 2), policy=2))
+
+
+def test_folded_rows_of_sets(rng):
+    """Three channels: four rows are one where sets hold whole fours, and a row is element by element where not."""
+    libs = built("f", sets=True, layouts=("COLUMNS",), ways=("BLOCK",))
+    p = Problem(rng, "RGB", "f", sets={"starts": np.array([0, 32, 64]), "order": None})
+    assert p.build(False, BLOCK, 1).walk.fold == 4
+    assert run_both(libs, p, (0,), [(BLOCK, 1)]) == 2
+    p = Problem(rng, "RGB", "f", sets={"starts": np.array([0, 24, 64]), "order": None})
+    walk = p.build(False, BLOCK, 1).walk
+    assert (walk.fold, walk.V) == (1, 1)
+    narrow = library("NARROWER(0, float, 1)", options=walk.more.options(()))
+    check_forward(p, p.forward(narrow, p.build(False, BLOCK, 1)))
+    check_backward(p, p.backward(narrow, p.build(True, BLOCK, 1)))
+
+
+@pytest.mark.parametrize("letter", list("de"))
+def test_all_at_once(rng, letter):
+    libs = built(letter, "gelu", True, True, ("RUNS", "COLUMNS"), ("BLOCK", "STATS", "APPLY"))
+    for name in ("runs", "columns"):
+        sets = sets_of("listed", CASES[name][0][0], rng)
+        p = Problem(rng, name, letter, "gelu", True, sets)
+        assert run_both(libs, p, (2,), [(BLOCK, 1), (SPLIT, 3)]) == 4
+
+
+def test_a_residual_without_an_activation(rng):
+    """Backward is the plain one, and dr is dy to the bit."""
+    libs = built("f", "", True, layouts=("RUNS",), ways=("BLOCK", "STATS", "APPLY"))
+    p = Problem(rng, "runs", "f", residual=True)
+    assert run_both(libs, p, (0, 3), [(BLOCK, 1), (SPLIT, 3)]) == 8
+    result = p.backward(libs[True], p.build(True, BLOCK, 1))
+    assert result.dr.tobytes() == p.dy.view.tobytes()
+
+
+def test_results_that_nobody_wants(rng):
+    """dx or dr alone, and in place: y over x or over the residual, dx over x, dr over dy."""
+    libs = built("f", "relu", True, layouts=("WINDOWS",), ways=("BLOCK", "STATS", "APPLY"))
+    for way, K in ((BLOCK, 1), (SPLIT, 3)):
+        p = Problem(rng, "odd slice", "f", "relu", residual=True)
+        both = p.backward(libs[True], p.build(True, way, K))
+        only = p.backward(libs[True], p.build(True, way, K, dr=False), dr=None)
+        assert (only.error, only.dr) == ("", None)
+        assert only.y.tobytes() == both.y.tobytes()
+        only = p.backward(libs[True], p.build(True, way, K, dx=False), dx=None, grads=(False, True))
+        assert (only.error, only.y, only.dgamma) == ("", None, None)
+        assert only.dr.tobytes() == both.dr.tobytes()
+        y = p.forward(libs[False], p.build(False, way, K)).y.tobytes()
+        again = p.backward(libs[True], p.build(True, way, K), dx=p.x, dr=p.dy)
+        assert again.bits == both.bits
+        for over in ("x", "r"):
+            p = Problem(np.random.default_rng(5), "odd slice", "f", "relu", residual=True)
+            y = p.forward(libs[False], p.build(False, way, K)).y.tobytes()
+            assert p.forward(libs[False], p.build(False, way, K), y=getattr(p, over)).y.tobytes() == y
+
+
+@pytest.mark.parametrize(("letter", "name"), [("f", "long runs"), ("f", "7x7"), ("e", "long runs"), ("d", "columns")])
+def test_backward_sees_the_sign_that_forward_saw(rng, letter, name):
+    """z of a few ulps about 0: where forward gave 0, and only there, the gradient is 0."""
+    layouts = (CASES[name][4],)
+    libs = built(letter, "relu", True, False, layouts, ("BLOCK", "CLUSTER", "STATS", "APPLY"))
+    p = Problem(rng, name, letter, residual=True)
+    z = np.empty(p.shape)
+    reference.forward(p.x.values, z, p.table, p.given, p.eps)
+    p.r.view[...] = -z.astype(np.float32).astype(p.r.view.dtype)
+    p.dy.view[...] = np.where(p.dy.values == 0, 1, p.dy.values)
+    p.more = p.more._replace(activation="relu")
+    for way, K in ((BLOCK, 1), (CLUSTER, 4), (SPLIT, 3)):
+        for keep in (None, 1):
+            forward = p.forward(libs[False], p.build(False, way, K, keep=keep))
+            p.table = forward.table.copy()
+            result = p.backward(libs[True], p.build(True, way, K, keep=keep))
+            assert forward.error == result.error == ""
+            zero = forward.y == 0
+            assert 0.2 < zero.mean() < 0.9
+            assert ((result.dr == 0) == zero).all()
+
+
+def test_numbers_that_are_not_finite(rng):
+    """As the reference has it: NaN stays NaN, and the far ends are reached."""
+    for activation in ACTIVATIONS:
+        libs = built("f", activation, False, False, ("RUNS",), ("APPLY",))
+        p = Problem(rng, "runs", "f", activation, given=True)
+        p.x.view[0, 0, :6] = np.nan, 1e30, -1e30, 200, -200, -90
+        y = np.empty(p.shape)
+        reference.forward(p.x.values, y, p.table.copy(), p.given, p.eps, p.more)
+        got = p.forward(libs[False], p.build(False, MAP, 1)).y[0, 0, :6]
+        np.testing.assert_allclose(got, y[0, 0, :6], rtol=1e-6, atol=1e-6)
