@@ -31,7 +31,7 @@ from .arguments import (
 )
 from .arrays import FLOAT32, FLOAT64, NUMBA, Span, family_of, family_of_values, place_of
 from .dispatch import Kernels, kernels
-from .distributed import ALONE, Ranks, Shared, ranks_of, statistics, sums
+from .distributed import ALONE, Ranks, Shared, ranks_of, rows_of, statistics, sums
 from .extras import Asked, ask, inverse_table, poorly_kept
 from .host import Caller, caller_of, check_host
 from .layout import Views, channels_of, empty
@@ -531,8 +531,8 @@ def _shared_statistics(
     if asked is not None and asked.save == "y":
         raise ValueError(f"{where}: save='y' and comm are both given; expected save='x', from which gradients are made")
     if known is not None:
-        mean, m2 = (family_of_values(a).host(a).reshape(-1) for a in (known._mean, known._m2))
-        rows = np.stack([mean, np.zeros_like(mean), m2 / (known.count or 1)])
+        rows = rows_of(known)
+        rows[2] /= known.count or 1
         shared = Shared(ranks, ranks.calls, known.count, eps)
     else:
         own = None if asked is None or asked.weights is None else asked.plain()

@@ -29,7 +29,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from .arguments import describe, finite
-from .arrays import place_of
+from .arrays import family_of_values, place_of
 
 Result = TypeVar("Result")
 Steps = Generator["np.ndarray | None", None, None]  # of an engine: None till the merged message is there
@@ -337,15 +337,18 @@ def merged(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return a
     if b[_STATE] != _FINE:
         return b
+    na, nb = float(a[_COUNT]), float(b[_COUNT])
+    kind = int(a[_FIRST + _KIND])
+    if kind == MOMENTS == b[_FIRST + _KIND] and (na == 0) != (nb == 0):  # a rank without values knows no type of them
+        a, b = a.copy(), b.copy()
+        (a if na == 0 else b)[_FIRST + _DTYPE] = (b if na == 0 else a)[_FIRST + _DTYPE]
     if a[_FIRST + 1 : _SECOND].tobytes() != b[_FIRST + 1 : _SECOND].tobytes():
         wrong = np.zeros(HEADER)
         wrong[_STATE] = _DIFFER
         wrong[_FIRST:_SECOND], wrong[_SECOND:] = a[_FIRST:_SECOND], b[_FIRST:_SECOND]
         return wrong
     both = a.copy()
-    na, nb = float(a[_COUNT]), float(b[_COUNT])
     both[_COUNT] = na + nb
-    kind = int(a[_FIRST + _KIND])
     with np.errstate(all="ignore"):  # Inf - Inf is NaN, and meant to be
         if kind == BACKWARD:
             both[HEADER:] += b[HEADER:]
@@ -455,21 +458,29 @@ def sums(where: str, shared: Shared, local: np.ndarray, dtype: Any) -> np.ndarra
     return found[HEADER:].reshape(local.shape)
 
 
+def rows_of(moments: Any) -> np.ndarray:
+    """Mean hi, mean lo and M2 (3, C)."""
+    host = family_of_values(moments._hi).host
+    hi, m2 = host(moments._hi).reshape(-1), host(moments._m2).reshape(-1)
+    return np.stack([hi, np.zeros_like(hi) if moments._lo is None else host(moments._lo).reshape(-1), m2])
+
+
 def allreduced(moments: Any, comm: Any) -> Pending[Any]:
     """Those of all ranks, for `Moments.allreduce`."""
     where = "fastbn.Moments.allreduce"
     ranks = ranks_of(where, comm)
-    family, device = place_of(moments._mean)
-    mean, m2 = (family.host(a).reshape(-1) for a in (moments._mean, moments._m2))
-    rows = np.stack([mean, np.zeros_like(mean), m2])
+    family, device = place_of(moments._hi)
+    rows = rows_of(moments)
 
     def finish(found: np.ndarray) -> Any:
         count = float(found[_COUNT])
         hi, lo, m2 = found[HEADER:].reshape(3, *moments.shape)
         whole = int(count) if isinstance(moments.count, int) or count.is_integer() else count
-        return moments.found(whole, family.put(hi + lo, device), family.put(m2, device), moments.dtype)
+        hi, lo, m2 = (family.put(a, device) for a in (hi, lo, m2))
+        dtype = np.float64 if found[_FIRST + _DTYPE] == _DTYPES.index("float64") else np.float32
+        return moments.found(whole, hi, m2, dtype, lo)
 
-    return ranks.start(where, MOMENTS, rows, moments.count, mean.size, moments.dtype, 0.0).then(finish)
+    return ranks.start(where, MOMENTS, rows, moments.count, rows.shape[1], moments.dtype, 0.0).then(finish)
 
 
 # Engines.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +14,7 @@ import numpy as np
 from .arguments import Axis, check_axis, check_shape, describe
 from .arrays import on_device
 from .batchnorm import moments
+from .distributed import ranks_of
 from .layer import BatchNorm
 from .moments import Moments
 from .running import RunningStats
@@ -22,8 +24,9 @@ _PATIENCE = 2.0  # seconds without a progress bar
 
 
 def recalibrate(
-    batches: Any, target: Any, *, axis: Axis | None = None, chunk: int | None = None, progress: bool = True
-) -> Moments:
+    batches: Any, target: Any, *, axis: Axis | None = None, chunk: int | None = None, progress: bool = True,
+    comm: Any = None,
+) -> Moments:  # fmt: skip
     """Mean and variance of all values of all batches, exactly, whatever the batches' sizes and order.
 
     Every batch is reduced to its `Moments`, and these merge in a fixed tree (Chan, Golub & LeVeque 1983): the result is
@@ -48,6 +51,9 @@ def recalibrate(
         many as make 32 MB.
     progress : bool
         Show a progress bar once it takes over two seconds, if `rich` is installed and stderr is a terminal.
+    comm : communicator or fastbn.Ranks, optional
+        The batches are this rank's part of them, or none, and the result is that of all ranks, the same bits on each:
+        one message at the end. The kinds are those of `fastbn.forward`.
 
     Returns
     -------
@@ -78,6 +84,23 @@ def recalibrate(
     shape = check_shape(where, target) if running is None else running.shape
     if axis is None:
         axis = target.axis if isinstance(target, BatchNorm) else 1
+    ranks = None if comm is None else ranks_of(where, comm)
+    with contextlib.nullcontext() if ranks is None else ranks.joined(where):
+        found, full = _merged(where, batches, axis, chunk, progress, shape, ranks is not None)
+    if ranks is not None:
+        found = found.allreduce(ranks)
+        full = Moments(full, np.zeros(1), np.zeros(1), np.float64).allreduce(ranks).count
+        if not found.count:
+            raise ValueError(f"{where}: batches has no values on any rank; expected at least one")
+    if running is not None:
+        running.replace(found, full)
+    return found
+
+
+def _merged(
+    where: str, batches: Any, axis: Axis, chunk: int | None, progress: bool, shape: tuple[int, ...], may_be_empty: bool
+) -> tuple[Moments, int]:
+    """The moments of all batches, and how many had values."""
     items, total = _items(where, batches, axis, chunk)
     full = 0
 
@@ -94,13 +117,12 @@ def recalibrate(
                 )
             full += part.count > 0
             yield part
-        if not full:
+        if may_be_empty and not full:
+            yield Moments(0, np.zeros(shape), np.zeros(shape))
+        elif not full:
             raise ValueError(f"{where}: batches has no values, in {number + 1} batches; expected at least one")
 
-    found = Moments.merge_all(each())
-    if running is not None:
-        running.replace(found, full)
-    return found
+    return Moments.merge_all(each()), full
 
 
 def pieces(x: Any, axes: tuple[int, ...], rows: int | None = None) -> Iterator[Any]:

@@ -352,6 +352,21 @@ def a_layer(ranks, comm):
     assert ranks.calls == calls
 
 
+def recalibrated(ranks, comm):
+    """Batches of each rank, none on the first; an empty rank knows no dtype."""
+    batch = Batch(ranks, [0, *sizes_of(ranks)[1:]])
+    bn = fastbn.BatchNorm(C, ddof=0)
+    mine = list(batch.mine(batch.x)[:, None])
+    found = fastbn.recalibrate(mine, bn, comm=ranks)
+    for a, b in zip(found.exact(), reference.moments(batch.x).exact(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-13)
+    assert (found.dtype, bn.running.batches) == (np.float64, len(batch.x))
+    same_everywhere(ranks, comm, bn.running.mean, bn.running.var)
+    wrong = mine if ranks.rank else [np.ones((2, C + 1))]
+    with pytest.raises(fastbn.RanksError if ranks.rank else ValueError, match="channels of shape"):
+        fastbn.recalibrate(wrong, bn, comm=ranks)
+
+
 SCENARIOS = [
     *(uneven_ranks, parameters_of_this_rank, float32_far_from_0, float64_far_from_0, channels_last, float16),
     *(an_empty_rank, one_rank_with_all, all_ranks_empty, one_value_on_each_rank, one_value_in_all),
@@ -366,7 +381,7 @@ SCENARIOS = [
         a_rank_that_refuses_its_arguments,
     ),
     *(a_backward_pass_too_few, another_layers_backward, a_call_too_few_at_the_end, many_channels, no_channels),
-    *(in_parts, a_layer),
+    *(in_parts, a_layer, recalibrated),
 ]
 
 
