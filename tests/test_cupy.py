@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import threading
 import warnings
@@ -21,6 +22,7 @@ from fastbn.kernels.cuda import launch as cuda
 from fastbn.kernels.cuda import plan as planner
 
 import fastbn
+from fastbn.extras import Extras
 
 NONE = (None, None, None, None)
 EPS = 1e-3
@@ -427,6 +429,79 @@ def test_what_is_remembered_is_bounded(gpu, rng, monkeypatch):
     for n in range(1, 8):
         cuda.forward(*arrays(gpu, rng, (2, 3, n)), NONE, EPS)
     assert len(cuda._ready) <= 3
+
+
+# ---- beyond batch norm
+
+
+def test_each_extra_is_other_code(gpu, rng):
+    """By options, which the cache of machine code has in its key; without an activation backward reads no residual."""
+    x, y, table = arrays(gpu, rng)
+    for more in (Extras("relu"), Extras("gelu"), Extras(residual=y), Extras("relu", residual=y)):
+        cuda.forward(x, y, table, NONE, EPS, more)
+        dr = None if more.residual is None else cupy.empty_like(x)
+        cuda.backward(x, x, y, table, None, None, False, more._replace(dresidual=dr))
+    short = ["".join(option[8:] for option in launch.options if "CLUSTER" not in option) for launch in gpu.started]
+    relu, gelu = "_ACTIVATION=RELU", "_ACTIVATION=GELU"
+    assert short == [
+        relu, relu, gelu, gelu, "_RESIDUAL=1", "_DRESIDUAL=1",
+        relu + "_RESIDUAL=1", relu + "_RESIDUAL=1_DRESIDUAL=1",
+    ]  # fmt: skip
+    assert [launch.pointers.r for launch in gpu.started[4:]] == [y.data.ptr, 0, y.data.ptr, y.data.ptr]
+    compiled = len(gpu.compiled)
+    cuda.forward(x, y, table, NONE, EPS, Extras("leaky_relu", 0.1))
+    cuda.forward(x, y, table, NONE, EPS, Extras("leaky_relu", 0.2))
+    parameters = [planner.HEAD.unpack_from(launch.argument)[17] for launch in gpu.started[-2:]]
+    assert parameters == [0.1, 0.2]
+    assert len(gpu.compiled) == compiled + 1
+
+
+def test_frozen_backward_with_an_activation_reads_x(gpu, rng):
+    """Without sums in one launch that adds nothing up."""
+    x, y, table = arrays(gpu, rng)
+    cuda.backward(y, x, y, table, None, None, True, Extras("relu"))
+    assert gpu.started[0].pointers.x == x.data.ptr
+    assert gpu.started[0].way == "APPLY"
+
+
+def grouped(gpu, rng, sets, shape=(6, 4, 100)):
+    x, y = gpu.array(rng.normal(size=shape).astype(np.float32)), cupy.empty(shape, np.float32)
+    return x, y, cupy.empty((6, shape[1] * sets))
+
+
+def test_groups_of_one_size_upload_nothing(gpu, rng, monkeypatch):
+    call = grouped(gpu, rng, 3)
+    monkeypatch.setattr(cuda, "_uploaded", None)
+    cuda.forward(*call, NONE, EPS, Extras(starts=np.array([0, 2, 4, 6])))
+    assert (gpu.started[0].pointers.starts, gpu.started[0].pointers.order) == (0, 0)
+    with pytest.raises(ValueError, match=r"shape \(6, 12\).*expected \(6, 8\)"):
+        cuda.forward(*call, NONE, EPS, Extras(starts=np.array([0, 3, 6])))
+
+
+def test_other_groups_are_uploaded_by_samples(gpu, rng):
+    """Three samples of two rows each: the list has a number for a sample, not for a row."""
+    call = grouped(gpu, rng, 2)
+    order = np.array([4, 5, 0, 1, 2, 3])
+    cuda.forward(*call, NONE, EPS, Extras(starts=np.array([0, 2, 6]), order=order))
+    found = gpu.started[0].pointers
+    assert found.order == found.starts + 8 * 3
+    assert list(np.ctypeslib.as_array((ctypes.c_int64 * 6).from_address(found.starts))) == [0, 1, 3, 2, 0, 1]
+    cuda.forward(*call, NONE, EPS, Extras(starts=np.array([0, 2, 6]), order=np.array([4, 1, 0, 5, 2, 3])))
+    found = gpu.started[1].pointers
+    values = list(np.ctypeslib.as_array((ctypes.c_int64 * 9).from_address(found.starts)))
+    assert values == [0, 2, 6, 4, 1, 0, 5, 2, 3]
+
+
+def test_a_captured_call_keeps_its_list(gpu, rng):
+    """A graph copies from main memory each time it runs: from pinned memory that nobody frees or overwrites."""
+    call, more = grouped(gpu, rng, 2), Extras(starts=np.array([0, 1, 6]))
+    cuda.forward(*call, NONE, EPS, more)
+    gpu.capturing = {0}
+    cuda.forward(*call, NONE, EPS, more)
+    ((target, source, size, stream),) = gpu.replayed
+    assert (target, size, stream) == (gpu.started[1].pointers.starts, 24, 0)
+    kept = [(made.data.ptr, pinned.ptr) for made, pinned in cuda._captured if hasattr(pinned, "ptr")]
+    assert kept == [(target, source)]
 
 
 # ---- what is checked first

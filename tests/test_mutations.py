@@ -231,7 +231,7 @@ MORE = [
         "the residual is read by x's stride",
         "load(a.raw, r + q.row * p.r_row + q.inner);",
         "load(a.raw, r + q.row * p.x_row + q.inner);",
-        "RUNS", False, BLOCK, "outside every array", "relu",
+        "RUNS", False, BLOCK, "wrong", "relu",
     ),
     Mutant(
         "a neighbour's residual beside kept vectors",

@@ -253,7 +253,7 @@ def beyond(device: Any, name: str, kind: str, way: str | None) -> dict[str, Any]
     x, dy, r = rng.normal(1, 2, (3, *shape)).astype(np.float32)
     starts = order = None
     if grouped:
-        starts, order = np.array([0, 3, 3, 9, shape[0]]), rng.permutation(shape[0])
+        starts, order = np.array([0, 3, 3, 9, 16]) * shape[0] // 16, rng.permutation(shape[0])
     sets = 1 if starts is None else len(starts) - 1
     more = extras.Extras(activation, parameter, r if summed else None, None, starts=starts, order=order)
     wide, dr, dx = (np.empty(shape) for _ in range(3))
