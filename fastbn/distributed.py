@@ -368,8 +368,6 @@ def _merge_moments(na: float, a: np.ndarray, nb: float, b: np.ndarray, both: np.
     hi = a[0] + step  # and what it was rounded by, exactly (Knuth)
     back = hi - a[0]
     lo = (a[0] - (hi - back)) + (step - back)
-    if not math.isfinite(lo.sum()):  # a mean of Inf is Inf, not NaN
-        lo[~np.isfinite(hi)] = 0.0
     both[0], both[1] = hi, lo
     delta *= delta
     delta *= na * part
