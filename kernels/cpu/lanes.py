@@ -255,8 +255,13 @@ def _encode(context: Any, builder: Any, number: Any, given: Lanes, element: Any)
 
 
 # Whole numbers of 16 bits, which the types of the half formats would stand for otherwise.
-UNSIGNED16 = types.Integer("unsigned 16-bit image", 16, signed=False)
-SIGNED16 = types.Integer("signed 16-bit image", 16, signed=True)
+class _Image16(types.Integer):  # type: ignore[misc]
+    def __str__(self) -> str:
+        return "int16" if self.signed else "uint16"  # by which Numba finds the dtype
+
+
+register_model(_Image16)(models.IntegerModel)
+UNSIGNED16, SIGNED16 = _Image16("unsigned image", 16, signed=False), _Image16("signed image", 16, signed=True)
 IMAGES = types.uint8, types.int8, UNSIGNED16, SIGNED16
 
 
@@ -520,6 +525,17 @@ def place(_typing: Any, array: Any, i: Any) -> Any:
         return view._getvalue()
 
     return one(array, types.intp), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def as_elements_of(_typing: Any, array: Any, like: Any) -> Any:
+    """The same array, of another type of element of as many bits: NumPy's functions don't know 16-bit images."""
+    result = types.Array(like.dtype, array.ndim, array.layout)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return impl_ret_borrowed(context, builder, signature.return_type, args[0])
+
+    return result(array, like), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -32,7 +32,23 @@ from .columns import (
     spread_columns,
 )
 from .compile import Kernel, chosen, compiled, part, unless_none
-from .lanes import LANES, borrowed, call, claim, fence, finest, hold, keep_whole, lent, narrowest, outer, place
+from .lanes import (
+    LANES,
+    SIGNED16,
+    UNSIGNED16,
+    as_elements_of,
+    borrowed,
+    call,
+    claim,
+    fence,
+    finest,
+    hold,
+    keep_whole,
+    lent,
+    narrowest,
+    outer,
+    place,
+)
 from .rows import (
     EXACT,
     GATHER,
@@ -64,6 +80,18 @@ def _width(channels, plan):  # type: ignore[no-untyped-def]
     return channels * (plan[5] * plan[6] if plan[0] else LANES) + LANES
 
 
+def _elements(n, x):  # type: ignore[no-untyped-def]
+    """(1, n) of x's type."""
+    raise NotImplementedError("compiled code calls it")
+
+
+@chosen(_elements)
+def _choose_elements(n, x):  # type: ignore[no-untyped-def]
+    if x.dtype in (UNSIGNED16, SIGNED16):
+        return lambda n, x: as_elements_of(np.empty((1, n), np.uint16), x)
+    return lambda n, x: np.empty((1, n), x.dtype)
+
+
 @part()
 def _memory(x, y, plan, stage, like, depth, wide, narrow):  # type: ignore[no-untyped-def]
     """All that a work item needs: `borrowed` says why nothing below it may own an array. It hands on views of rows.
@@ -77,7 +105,7 @@ def _memory(x, y, plan, stage, like, depth, wide, narrow):  # type: ignore[no-un
     scratch = plan[4] * plan[6] if plan[7] & GATHER else 0
     numbers, sums, columns = np.empty((13, g)), np.zeros((depth, w if stage & SUM else 0)), w if plan[0] else 0
     singles, like_columns = np.full((8, g), like), np.full((narrow, columns), like)
-    gathered = np.empty((1, scratch), x.dtype), np.empty((4, scratch), y.dtype), np.full((1, scratch), like)
+    gathered = _elements(scratch, x), np.empty((4, scratch), y.dtype), np.full((1, scratch), like)
     return numbers, sums, np.zeros((wide, columns)), singles, like_columns, gathered[0], gathered[1], gathered[2]
 
 
@@ -515,7 +543,8 @@ def _choose_mean_of_dy(*args):  # type: ignore[no-untyped-def]
 def _mean_of_dy_itself(
     dy, x, k, c0, pivot, hi, totals, sums, near, scratch, plan, few, how, r, w, order, lenses, spread_lenses
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    _mean(dy, k, c0, pivot, totals[:2], sums[:2], near, scratch, plan, few, None, order)
+    own = scratch[1], scratch[1], scratch[2]  # dy's type, not x's
+    _mean(dy, k, c0, pivot, totals[:2], sums[:2], near, own, plan, few, None, order)
 
 
 def _mean_of_dy_bent(
