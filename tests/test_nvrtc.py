@@ -54,8 +54,8 @@ BUILDS = [
 ]
 
 # Columns of half types are eight channels a thread, backward 56 coefficients of 128 registers. Off Hopper up to 16
-# bytes go out.
-SPILLS = {(80, "E", "COLUMNS"): 16}
+# bytes go out, and with an activation, whose z needs 32 more, up to 60.
+SPILLS = {(80, "E", "COLUMNS", False): 16, (90, "e", "COLUMNS", True): 60}
 
 
 class Compiled(NamedTuple):
@@ -140,7 +140,7 @@ def test_no_register_is_spilled(compiled, build):
     found = result(compiled, build)
     for name, size in found.spills.items():
         layout = re.search("RUNS|WINDOWS|COLUMNS", name)[0]
-        allowed = SPILLS.get((build.capability, build.letter, layout), 0)
+        allowed = SPILLS.get((build.capability, build.letter, layout, build.options != ()), 0)
         assert size <= allowed, name
         assert found.registers[name] <= 128
 

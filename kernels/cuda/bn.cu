@@ -398,9 +398,9 @@ FASTBN_DEVICE void conclude(const S &share, int c, const Sum<A, false> &s, bool 
 template <class S, class A>
 FASTBN_DEVICE void conclude(const S &share, int c, const Sum<A, true> &s, bool report, Coefficients<A, true> &k) {
   const Params &p = share.p;
-  const i64 own = share.statistic(c), width = share.statistics();
-  const double invstd = p.table[3 * width + own], mean = s.m + s.lo, count = share.count();
-  centre(k, p.table + own, width);
+  const i64 own = share.statistic(c);  // a width kept in a register for all rows of the table spills others
+  const double invstd = p.table[3 * share.statistics() + own], mean = s.m + s.lo, count = share.count();
+  centre(k, p.table + own, share.statistics());
   k.invstd = (A)invstd;
   k.ghi = p.frozen ? (A)0 : (A)mean;
   k.glo = p.frozen ? (A)0 : (A)((s.m - (double)k.ghi) + s.lo);
