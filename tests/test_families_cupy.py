@@ -1,5 +1,7 @@
 """The public functions on real CuPy arrays: a double of the driver takes the launches, and the emulator runs them."""
 
+from importlib import import_module
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -162,3 +164,14 @@ def test_what_is_not_there_is_refused(gpu):
     with pytest.raises(TypeError, match=r"residual is a float32 array .* in main memory; .* Pass cupy.asarray"):
         fastbn.forward(x, residual=np.ones((6, 4), np.float32))
     assert gpu.started == []
+
+
+def test_a_backend_without_a_feature_says_so(gpu, rng, monkeypatch):
+    """Each by name, before anything is written: here CuPy's kernels with fewer features than they have."""
+    x, out = gpu.array(rng.normal(size=(6, 4)).astype(np.float32)), gpu.array(np.full((6, 4), 7, np.float32))
+    monkeypatch.setattr("fastbn.kernels.cuda.FEATURES", frozenset({"groups"}))
+    with pytest.raises(TypeError, match=r"activation and residual can't be had from .* 'cupy', which has groups; x is"):
+        fastbn.forward(x, activation="relu", residual=x, groups=2, out=out)
+    assert gpu.started == []
+    assert (gpu.host(out) == 7).all()
+    assert frozenset() == import_module("fastbn.kernels.numba_cuda").FEATURES
