@@ -111,7 +111,7 @@ def _forward(
     x: np.ndarray, y: np.ndarray | None, table: np.ndarray, affine: np.ndarray, eps: float, stages: int, more: Any
 ) -> None:
     target = np.empty((0, 0, 0), np.float32 if _is_whole(x.dtype) else x.dtype) if y is None else y
-    extras: tuple[Any, ...] = (_NO_ORDER, _PLAINLY, None, None)
+    extras: tuple[Any, ...] = _NO_EXTRAS[:4]
     how = PLAIN
     if more is not None:
         weights = more.weights if stages & SUM or more.masked != "normalize" else None
@@ -121,6 +121,7 @@ def _forward(
 
 
 _NO_ORDER, _PLAINLY = np.zeros(0, np.int64), (0.0, 1.0, 0.0, 0.0)
+_NO_EXTRAS = _NO_ORDER, _PLAINLY, None, None, None, None  # of a plain backward; of a forward the first four
 
 
 def _order(more: Any) -> np.ndarray:
@@ -159,8 +160,7 @@ def backward(
         mapped = dx is not None and not frozen
         target = dx if mapped else np.empty((0, 0, 0), dy.dtype)
         stages = SUM | FINISH | (MAP if mapped else 0)
-        extras = _NO_ORDER, _PLAINLY, None, None, None, None
-        _carry_out(backward_kernel, (dy, x, target), (table, table[4:], grads), 5, stages, PLAIN, None, extras)
+        _carry_out(backward_kernel, (dy, x, target), (table, table[4:], grads), 5, stages, PLAIN, None, _NO_EXTRAS)
     with np.errstate(all="ignore"):
         if dgamma is not None and frozen:  # given statistics are not x's own: the mean of x - hi isn't 0
             dgamma[...] = (x.shape[0] * x.shape[2] * grads[2] + grads[5] * grads[3]) * table[3]
@@ -202,8 +202,7 @@ def _backward_with(
 def gradient_sums(dy: np.ndarray, x: np.ndarray, table: np.ndarray) -> np.ndarray:
     grads = np.empty((6, x.shape[1]))
     target = np.empty((0, 0, 0), dy.dtype)
-    extras = _NO_ORDER, _PLAINLY, None, None, None, None
-    _carry_out(backward_kernel, (dy, x, target), (table, table[4:], grads), 5, SUM | FINISH, PLAIN, None, extras)
+    _carry_out(backward_kernel, (dy, x, target), (table, table[4:], grads), 5, SUM | FINISH, PLAIN, None, _NO_EXTRAS)
     with np.errstate(all="ignore"):
         return np.stack([grads[5], x.shape[0] * x.shape[2] * grads[2] + grads[5] * (grads[3] - table[1])])
 
@@ -214,8 +213,7 @@ def gradient_map(
     grads = np.zeros((6, x.shape[1]))
     with np.errstate(all="ignore"):
         grads[0], grads[2] = sums[0] / count, sums[1] / count
-    extras = _NO_ORDER, _PLAINLY, None, None, None, None
-    _carry_out(backward_kernel, (dy, x, dx), (table, table[4:], grads), 5, MAP, PLAIN, None, extras)
+    _carry_out(backward_kernel, (dy, x, dx), (table, table[4:], grads), 5, MAP, PLAIN, None, _NO_EXTRAS)
 
 
 class _Plan(NamedTuple):

@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model, unbox
 
-from .compile import chosen, part, unless_none
+from .compile import by_type, part, unless_none
 from .lanes import (
     DOUBLE,
     LANES,
@@ -452,30 +452,21 @@ _FUNCTIONS = {
 }
 
 
+@by_type
 def _bend(how, z):  # type: ignore[no-untyped-def]
-    raise NotImplementedError("compiled code calls it")
-
-
-def _slope(how, z):  # type: ignore[no-untyped-def]
-    raise NotImplementedError("compiled code calls it")
-
-
-def _straighten(how, z):  # type: ignore[no-untyped-def]
-    raise NotImplementedError("compiled code calls it")
-
-
-@chosen(_bend)
-def _choose_bend(how, z):  # type: ignore[no-untyped-def]
+    """f(z)."""
     return _FUNCTIONS[how.activation][0]
 
 
-@chosen(_slope)
-def _choose_slope(how, z):  # type: ignore[no-untyped-def]
+@by_type
+def _slope(how, z):  # type: ignore[no-untyped-def]
+    """f'(z)."""
     return _FUNCTIONS[how.activation][1]
 
 
-@chosen(_straighten)
-def _choose_straighten(how, z):  # type: ignore[no-untyped-def]
+@by_type
+def _straighten(how, z):  # type: ignore[no-untyped-def]
+    """f^-1(z)."""
     return _FUNCTIONS[how.activation][2]
 
 
@@ -523,13 +514,9 @@ def finished(how, z, v, r, w):  # type: ignore[no-untyped-def]
     return _settle(how, _bend(how, alike(_added(z, r), v)), v, w)
 
 
+@by_type
 def bent(how, g, v, h, a, b, r):  # type: ignore[no-untyped-def]
     """dy f'(z) and x, for lanes g of dy, v of x (or of y) and r of the residual; z = a (x - h) + b + r in float64."""
-    raise NotImplementedError("compiled code calls it")
-
-
-@chosen(bent)
-def _choose_bent(how, g, v, h, a, b, r):  # type: ignore[no-untyped-def]
     if how.inverse:
         if not how.activation:
             return lambda how, g, v, h, a, b, r: (g, v)
@@ -554,13 +541,9 @@ def counted(how, lanes, w):  # type: ignore[no-untyped-def]
     return where_nonzero(constant(lanes, all_normalized(how)), lanes, where_nonzero(w, lanes, zero))
 
 
+@by_type
 def sloped(how, raw, g, d, a, b, c, w):  # type: ignore[no-untyped-def]
     """Lanes of dx: a g + (b d + c), its second term by weight; constants are all that is left of frozen statistics."""
-    raise NotImplementedError("compiled code calls it")
-
-
-@chosen(sloped)
-def _choose_sloped(how, raw, g, d, a, b, c, w):  # type: ignore[no-untyped-def]
     if how.simple and isinstance(w, types.NoneType):
         return lambda how, raw, g, d, a, b, c, w: fma(g, a, fma(d, b, c))
     return _sloped_none if isinstance(w, types.NoneType) else _sloped_by_weight

@@ -131,6 +131,15 @@ def run_products(dy, x, n, pivot, hi, sums_dy, sums_x, products, squares, fourth
 
 
 @part()
+def write(y, i, lanes, past):  # type: ignore[no-untyped-def]
+    """As `save`, or past the caches."""
+    if past:
+        stream(y, i, lanes)
+    else:
+        save(y, i, lanes)
+
+
+@part()
 def run_normalize(x, y, n, hi, a, b, past, ahead):  # type: ignore[no-untyped-def]
     """n elements of y = a (x - hi) + b in float64; stored past the caches if `past`. y may be x.
 
@@ -145,10 +154,7 @@ def run_normalize(x, y, n, hi, a, b, past, ahead):  # type: ignore[no-untyped-de
     while i + LANES <= n:
         fetch(ahead, i)
         v = fma(load(x, i, h) - h, a, b)
-        if past:
-            stream(y, i, v)
-        else:
-            save(y, i, v)
+        write(y, i, v, past)
         i += LANES
     if i < n:
         fetch(ahead, i)
@@ -169,10 +175,7 @@ def run_gradient(dy, x, dx, n, ghi, hi, a, b, c, past, ahead_dy, ahead_x):  # ty
         fetch(ahead_dy, i)
         fetch(ahead_x, i)
         v = fma(load(dy, i, gh) - gh, a, fma(load(x, i, h) - h, b, c))
-        if past:
-            stream(dx, i, v)
-        else:
-            save(dx, i, v)
+        write(dx, i, v, past)
         i += LANES
     if i < n:
         fetch(ahead_dy, i)

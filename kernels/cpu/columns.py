@@ -9,6 +9,7 @@ A tile is some neighbouring channels, a block some rows of it.
 """
 
 from .activations import absent, bent, counted, finished, is_plain, loaded, loaded_part, put, put_part, sloped
+from .blocks import write
 from .compile import part, unless_none
 from .lanes import (
     LANES,
@@ -26,7 +27,6 @@ from .lanes import (
     shifted,
     spread,
     spread_at,
-    stream,
     where_nonzero,
     wide,
 )
@@ -346,10 +346,7 @@ def _normalize_run(x, y, n, width, like, doubles, singles, mode, past, ahead, ho
         for _ in range(min((width - j + LANES - 1) // LANES, (n - i) // LANES)):
             fetch(ahead, i)
             v = _normalized(how, load(x, i, like), j, doubles, singles, mode, loaded(r, i, like), w)
-            if past:
-                stream(y, i, v)
-            else:
-                save(y, i, v)
+            write(y, i, v, past)
             i, j = i + LANES, j + LANES
         j %= width
     if i < n:
@@ -435,10 +432,7 @@ def _gradient_run(
             fetch(ahead_x, i)
             g, v = load(dy, i, like), load(x, i, like)
             s, b = _slope(how, g, v, j, doubles, used, rare, lenses, loaded(r, i, like), w)
-            if past:
-                stream(dx, i, s)
-            else:
-                save(dx, i, s)
+            write(dx, i, s, past)
             put(dr, i, b)
             i, j = i + LANES, j + LANES
         j %= width

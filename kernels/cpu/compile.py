@@ -67,11 +67,15 @@ def part(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return numba.njit(**{"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True, **options})
 
 
-def chosen(stub: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """`@chosen(stub)`: a function of the arguments' types that returns what compiled code runs in place of `stub`."""
+def by_type(choose: Callable[..., Any]) -> Callable[..., Any]:
+    """For compiled code alone: a call of `choose` runs the function that `choose` returns for the arguments' types."""
+
+    def stub(*args: Any) -> Any:
+        raise NotImplementedError("compiled code calls it")
+
     options = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    made: Callable[[Callable[..., Any]], Any] = overload(stub, strict=False, jit_options=options)
-    return made
+    overload(stub, strict=False, jit_options=options)(choose)
+    return stub
 
 
 def nothing_of(*args):  # type: ignore[no-untyped-def]
@@ -85,14 +89,11 @@ def unless_none(argument: int = 0, otherwise: Callable[..., Any] = nothing_of) -
     """
 
     def wrap(function: Callable[..., Any]) -> Any:
-        def stub(*args: Any) -> Any:
-            raise NotImplementedError("compiled code calls it")
-
-        @chosen(stub)
-        def _choose(*args: Any) -> Any:
+        @by_type
+        def either(*args: Any) -> Any:
             return otherwise if isinstance(args[argument], numba.types.NoneType) else function
 
-        return stub
+        return either
 
     return wrap
 

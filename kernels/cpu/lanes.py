@@ -468,28 +468,22 @@ def keep_whole(_typing: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def borrowed(_typing: Any, array: Any) -> Any:
-    """The array without its count of references. `hold` the array itself for as long.
+    """The array without its count of references; None of None. `hold` the array itself for as long.
 
     Numba counts in every call. That is an atomic operation, for which threads contend, and which waits until all stores
     past the caches have arrived: 1.5 copies in place of 1.1.
     """
 
-    return array(array), _borrow
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def lent(_typing: Any, array: Any) -> Any:
-    """As `borrowed`; None of None."""
     if isinstance(array, types.NoneType):
         return array(array), lambda context, _builder, _signature, _args: context.get_dummy_value()
-    return array(array), _borrow
 
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        view = context.make_array(signature.return_type)(context, builder, value=args[0])
+        view.meminfo = cgutils.get_null_value(view.meminfo.type)
+        view.parent = cgutils.get_null_value(view.parent.type)
+        return view._getvalue()
 
-def _borrow(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    view = context.make_array(signature.return_type)(context, builder, value=args[0])
-    view.meminfo = cgutils.get_null_value(view.meminfo.type)
-    view.parent = cgutils.get_null_value(view.parent.type)
-    return view._getvalue()
+    return array(array), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -525,17 +519,6 @@ def place(_typing: Any, array: Any, i: Any) -> Any:
         return view._getvalue()
 
     return one(array, types.intp), codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def as_elements_of(_typing: Any, array: Any, like: Any) -> Any:
-    """The same array, of another type of element of as many bits: NumPy's functions don't know 16-bit images."""
-    result = types.Array(like.dtype, array.ndim, array.layout)
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return impl_ret_borrowed(context, builder, signature.return_type, args[0])
-
-    return result(array, like), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]

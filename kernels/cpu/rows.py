@@ -21,8 +21,8 @@ from .activations import (
     put_part,
     sloped,
 )
-from .blocks import run_deviations, run_gradient, run_normalize, run_products, run_weighted
-from .compile import chosen, part, unless_none
+from .blocks import run_deviations, run_gradient, run_normalize, run_products, run_weighted, write
+from .compile import by_type, part, unless_none
 from .lanes import (
     LANES,
     before_line,
@@ -37,7 +37,6 @@ from .lanes import (
     save,
     save_part,
     spread,
-    stream,
     total,
     wide,
 )
@@ -76,7 +75,7 @@ def _at(a, o, c, i):  # type: ignore[no-untyped-def]
 
 
 @unless_none()
-def _gathered(a, c, o0, o1, i0, n, order, scratch):  # type: ignore[no-untyped-def]
+def gathered(a, c, o0, o1, i0, n, order, scratch):  # type: ignore[no-untyped-def]
     k = 0
     for o in range(o0, o1):
         p = index(order, o)
@@ -87,7 +86,7 @@ def _gathered(a, c, o0, o1, i0, n, order, scratch):  # type: ignore[no-untyped-d
 
 
 @unless_none(1)
-def _scatter(scratch, a, c, o0, o1, i0, n, order):  # type: ignore[no-untyped-def]
+def scatter(scratch, a, c, o0, o1, i0, n, order):  # type: ignore[no-untyped-def]
     k = 0
     for o in range(o0, o1):
         p = index(order, o)
@@ -143,11 +142,11 @@ def rows_deviations(x, k, c0, pivot, sums, plan, scratch, few, w, order):  # typ
         p = index(order, o)
         for c in range(pivot.size):
             if gather:
-                run = _gathered(x, c0 + c, o0, o1, i0, n, order, scratch[0][0])
+                run = gathered(x, c0 + c, o0, o1, i0, n, order, scratch[0][0])
                 count = (o1 - o0) * n
             else:
                 run, count = _at(x, p, c0 + c, i0), n
-            run_w = _gathered(w, 0, o0, o1, i0, n, order, scratch[2][0]) if gather else _at(w, p, 0, i0)
+            run_w = gathered(w, 0, o0, o1, i0, n, order, scratch[2][0]) if gather else _at(w, p, 0, i0)
             _add_run(run_w, run, count, pivot[c], sums, c)
 
 
@@ -168,10 +167,10 @@ def rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch, few, how, r, w, 
         p = index(order, o)
         for c in range(pivot.size):
             if gather:
-                run_dy = _gathered(dy, c0 + c, o0, o1, i0, n, order, scratch[1][0])
-                run_x = _gathered(x, c0 + c, o0, o1, i0, n, order, scratch[0][0])
-                run_r = _gathered(r, c0 + c, o0, o1, i0, n, order, scratch[1][2])
-                run_w = _gathered(w, 0, o0, o1, i0, n, order, scratch[2][0])
+                run_dy = gathered(dy, c0 + c, o0, o1, i0, n, order, scratch[1][0])
+                run_x = gathered(x, c0 + c, o0, o1, i0, n, order, scratch[0][0])
+                run_r = gathered(r, c0 + c, o0, o1, i0, n, order, scratch[1][2])
+                run_w = gathered(w, 0, o0, o1, i0, n, order, scratch[2][0])
                 count = (o1 - o0) * n
             else:
                 run_dy, run_x, count = _at(dy, p, c0 + c, i0), _at(x, p, c0 + c, i0), n
@@ -194,12 +193,8 @@ def _five(numbers, c):  # type: ignore[no-untyped-def]
     )
 
 
+@by_type
 def _joined(n, p, q):  # type: ignore[no-untyped-def]
-    raise NotImplementedError("compiled code calls it")
-
-
-@chosen(_joined)
-def _choose_joined(n, p, q):  # type: ignore[no-untyped-def]
     return _joined_five if len(p) == 5 else _joined_three
 
 
@@ -217,41 +212,20 @@ def _joined_five(n, p, q):  # type: ignore[no-untyped-def]
     )
 
 
-@part()
-def _put(y, i, lanes, past):  # type: ignore[no-untyped-def]
-    if past:
-        stream(y, i, lanes)
-    else:
-        save(y, i, lanes)
-
-
 # A plain map computes in the elements' type, with five numbers: y = (a d + b) + (al d + bl), d = x - h, off by 1 eps at
 # most. One with an activation computes z in float64, by its lens, as backward will: they agree where f has a kink.
 
 
+@by_type
 def _numbers(how, singles, doubles, c):  # type: ignore[no-untyped-def]
-    raise NotImplementedError("compiled code calls it")
-
-
-@chosen(_numbers)
-def _choose_numbers(how, singles, doubles, c):  # type: ignore[no-untyped-def]
-    if is_simple(how):
+    if how.simple:
         return lambda how, singles, doubles, c: _five(singles, c)
     return lambda how, singles, doubles, c: lens(doubles, c)
 
 
-def is_simple(how):  # type: ignore[no-untyped-def]
-    """Of the type: no activation, no mask, no residual."""
-    return how.simple
-
-
+@by_type
 def _normalized(how, v, p, r, w):  # type: ignore[no-untyped-def]
-    raise NotImplementedError("compiled code calls it")
-
-
-@chosen(_normalized)
-def _choose_normalized(how, v, p, r, w):  # type: ignore[no-untyped-def]
-    return _normalized_plainly if is_simple(how) else _normalized_with
+    return _normalized_plainly if how.simple else _normalized_with
 
 
 def _normalized_plainly(how, v, p, r, w):  # type: ignore[no-untyped-def]
@@ -280,7 +254,7 @@ def _normalize_runs(x, y, n, c, count, singles, past, ahead, how, r, w, doubles)
     while i + LANES <= m:
         while i + LANES <= end:
             fetch(ahead, i)
-            _put(y, i, _normalized(how, load(x, i, like), p, loaded(r, i, like), loaded(w, i, like)), past)
+            write(y, i, _normalized(how, load(x, i, like), p, loaded(r, i, like), loaded(w, i, like)), past)
             i += LANES
         if i + LANES <= m:
             c += 1
@@ -288,7 +262,7 @@ def _normalize_runs(x, y, n, c, count, singles, past, ahead, how, r, w, doubles)
             if i < end:
                 fetch(ahead, i)
                 pq = _joined(end - i, p, q)
-                _put(y, i, _normalized(how, load(x, i, like), pq, loaded(r, i, like), loaded(w, i, like)), past)
+                write(y, i, _normalized(how, load(x, i, like), pq, loaded(r, i, like), loaded(w, i, like)), past)
                 i += LANES
             p = q
             end += n
@@ -314,12 +288,12 @@ def rows_normalize(x, y, k, c0, ca, doubles, singles, rare, plan, scratch, how, 
     whole = whole and _adjacent(x, n) and _adjacent(y, n) and _adjacent(r, n)
     if plan[7] & GATHER:
         for c in range(g):
-            run, m = _gathered(x, c0 + c, o0, o1, i0, n, order, scratch[0][0]), (o1 - o0) * n
-            run_r = _gathered(r, c0 + c, o0, o1, i0, n, order, scratch[1][2])
-            run_w = _gathered(w, 0, o0, o1, i0, n, order, scratch[2][0])
+            run, m = gathered(x, c0 + c, o0, o1, i0, n, order, scratch[0][0]), (o1 - o0) * n
+            run_r = gathered(r, c0 + c, o0, o1, i0, n, order, scratch[1][2])
+            run_w = gathered(w, 0, o0, o1, i0, n, order, scratch[2][0])
             result = pointer(scratch[1][1], 0)
             _normalize_run(run, result, m, c, doubles, singles, plan[7] < 0, run, how, run_r, run_w)
-            _scatter(scratch[1][1], y, c0 + c, o0, o1, i0, n, order)
+            scatter(scratch[1][1], y, c0 + c, o0, o1, i0, n, order)
         return
     for o in range(o1 - 1, o0 - 1, -1):  # what was read last is in cache
         p = index(order, o)
@@ -372,7 +346,7 @@ def _gradient_runs(dy, x, dx, n, c, count, used, past, ahead_dy, ahead_x, how, r
             fetch(ahead_x, i)
             g, v = load(dy, i, like), load(x, i, like)
             s, b = _slope(how, g, v, p, z, loaded(r, i, like), loaded(w, i, like))
-            _put(dx, i, s, past)
+            write(dx, i, s, past)
             put(dr, i, b)
             i += LANES
         if i + LANES <= m:
@@ -384,7 +358,7 @@ def _gradient_runs(dy, x, dx, n, c, count, used, past, ahead_dy, ahead_x, how, r
                 g, v = load(dy, i, like), load(x, i, like)
                 pq, zz = _joined(end - i, p, q), _joined(end - i, z, zq)
                 s, b = _slope(how, g, v, pq, zz, loaded(r, i, like), loaded(w, i, like))
-                _put(dx, i, s, past)
+                write(dx, i, s, past)
                 put(dr, i, b)
                 i += LANES
             p, z = q, zq
@@ -423,10 +397,10 @@ def rows_gradient(
     whole = whole and _adjacent(r, n) and _adjacent(dr, n)
     if plan[7] & GATHER:
         for c in range(g):
-            run_dy = _gathered(dy, c0 + c, o0, o1, i0, n, order, scratch[1][0])
-            run_x = _gathered(x, c0 + c, o0, o1, i0, n, order, scratch[0][0])
-            run_r = _gathered(r, c0 + c, o0, o1, i0, n, order, scratch[1][2])
-            run_w = _gathered(w, 0, o0, o1, i0, n, order, scratch[2][0])
+            run_dy = gathered(dy, c0 + c, o0, o1, i0, n, order, scratch[1][0])
+            run_x = gathered(x, c0 + c, o0, o1, i0, n, order, scratch[0][0])
+            run_r = gathered(r, c0 + c, o0, o1, i0, n, order, scratch[1][2])
+            run_w = gathered(w, 0, o0, o1, i0, n, order, scratch[2][0])
             result, m = pointer(scratch[1][1], 0), (o1 - o0) * n
             to_dr = _room(dr, scratch[1][3])
             _gradient_run(
@@ -447,8 +421,8 @@ def rows_gradient(
                 to_dr,
                 lenses,
             )
-            _scatter(scratch[1][1], dx, c0 + c, o0, o1, i0, n, order)
-            _scatter(scratch[1][3], dr, c0 + c, o0, o1, i0, n, order)
+            scatter(scratch[1][1], dx, c0 + c, o0, o1, i0, n, order)
+            scatter(scratch[1][3], dr, c0 + c, o0, o1, i0, n, order)
         return
     for o in range(o1 - 1, o0 - 1, -1):
         p = index(order, o)

@@ -31,12 +31,9 @@ from .columns import (
     spread_column,
     spread_columns,
 )
-from .compile import Kernel, chosen, compiled, part, unless_none
+from .compile import Kernel, by_type, compiled, part, unless_none
 from .lanes import (
     LANES,
-    SIGNED16,
-    UNSIGNED16,
-    as_elements_of,
     borrowed,
     call,
     claim,
@@ -44,7 +41,6 @@ from .lanes import (
     finest,
     hold,
     keep_whole,
-    lent,
     narrowest,
     outer,
     place,
@@ -80,18 +76,6 @@ def _width(channels, plan):  # type: ignore[no-untyped-def]
     return channels * (plan[5] * plan[6] if plan[0] else LANES) + LANES
 
 
-def _elements(n, x):  # type: ignore[no-untyped-def]
-    """(1, n) of x's type."""
-    raise NotImplementedError("compiled code calls it")
-
-
-@chosen(_elements)
-def _choose_elements(n, x):  # type: ignore[no-untyped-def]
-    if x.dtype in (UNSIGNED16, SIGNED16):
-        return lambda n, x: as_elements_of(np.empty((1, n), np.uint16), x)
-    return lambda n, x: np.empty((1, n), x.dtype)
-
-
 @part()
 def _memory(x, y, plan, stage, like, depth, wide, narrow):  # type: ignore[no-untyped-def]
     """All that a work item needs: `borrowed` says why nothing below it may own an array. It hands on views of rows.
@@ -105,7 +89,7 @@ def _memory(x, y, plan, stage, like, depth, wide, narrow):  # type: ignore[no-un
     scratch = plan[4] * plan[6] if plan[7] & GATHER else 0
     numbers, sums, columns = np.empty((13, g)), np.zeros((depth, w if stage & SUM else 0)), w if plan[0] else 0
     singles, like_columns = np.full((8, g), like), np.full((narrow, columns), like)
-    gathered = _elements(scratch, x), np.empty((4, scratch), y.dtype), np.full((1, scratch), like)
+    gathered = np.empty((1, scratch), x.dtype), np.empty((4, scratch), y.dtype), np.full((1, scratch), like)
     return numbers, sums, np.zeros((wide, columns)), singles, like_columns, gathered[0], gathered[1], gathered[2]
 
 
@@ -355,7 +339,7 @@ def forward_item(
     """
     keep_whole()
     x, y, stats, affine, part = borrowed(x), borrowed(y), borrowed(stats), borrowed(affine), borrowed(part)
-    claims, starts, order, r, w = borrowed(claims), borrowed(starts), borrowed(order), lent(r), lent(w)
+    claims, starts, order, r, w = borrowed(claims), borrowed(starts), borrowed(order), borrowed(r), borrowed(w)
     owned = _memory(x, y, plan, stage, narrowest(x), 2 if absent(w) else 3, 3, 6)
     memory = _lent(owned)
     pieces, tiles = part_sizes(x.shape, plan)
@@ -528,15 +512,9 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order)
                 part[p, 3, c], part[p, 4, c] = merged[2, c], merged[3, c]
 
 
-def _mean_of_dy(
-    dy, x, k, c0, pivot, hi, totals, sums, near, scratch, plan, few, how, r, w, order, lenses, spread_lenses
-):  # type: ignore[no-untyped-def]  # fmt: skip
+@by_type
+def _mean_of_dy(*args):  # type: ignore[no-untyped-def]
     """As `_mean`, of dy f'(z) where there is an activation."""
-    raise NotImplementedError("compiled code calls it")
-
-
-@chosen(_mean_of_dy)
-def _choose_mean_of_dy(*args):  # type: ignore[no-untyped-def]
     return _mean_of_dy_itself if args[12].simple else _mean_of_dy_bent
 
 
@@ -654,7 +632,7 @@ def backward_item(
     keep_whole()
     dy, x, dx, part, claims = borrowed(dy), borrowed(x), borrowed(dx), borrowed(part), borrowed(claims)
     stats, affine, grads, starts = borrowed(stats), borrowed(affine), borrowed(grads), borrowed(starts)
-    order, r, w, dr, mass = borrowed(order), lent(r), lent(w), lent(dr), lent(mass)
+    order, r, w, dr, mass = borrowed(order), borrowed(r), borrowed(w), borrowed(dr), borrowed(mass)
     owned = _memory(x, dx, plan, stage, narrowest(x), 5, 8, 6)
     memory = _lent(owned)
     pieces, tiles = part_sizes(x.shape, plan)

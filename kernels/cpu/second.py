@@ -33,10 +33,10 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 from numba import prange, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from . import threads
+from .blocks import write
 from .compile import Kernel, compiled, part
 from .lanes import (
     LANES,
@@ -57,10 +57,10 @@ from .lanes import (
     save_part,
     shifted,
     spread,
-    stream,
     total,
     where_nonzero,
 )
+from .rows import gathered, index, scatter
 
 SUM, FINISH, MAP = 1, 2, 4
 PAST, GATHER, FROZEN, SKIP, KEEP, NO_R, NO_Z, PIVOTED = (
@@ -84,21 +84,6 @@ HEIGHT = 64  # folded rows of a block
 # A plan: 0 columns?, 1 channels of a tile, 2 pieces, 3 blocks of a group at most, 4 runs of a block or folded rows,
 # 5 segments of a run, 6 elements of a segment, 7 period, 8 fold, 9 flags, 10 first values for a pivot,
 # 11 elements of a whole run.
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def weights_borrowed(_typing: Any, w: Any) -> Any:
-    """The array of weights without its count of references, or None."""
-
-    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        if w == types.none:
-            return context.get_dummy_value()
-        view = context.make_array(w)(context, builder, value=args[0])
-        view.meminfo = cgutils.get_null_value(view.meminfo.type)
-        view.parent = cgutils.get_null_value(view.parent.type)
-        return view._getvalue()
-
-    return w(w), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -193,14 +178,6 @@ def _results(u, g, d, lanes, w, co, flags):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _put(target, i, lanes, past):  # type: ignore[no-untyped-def]
-    if past:
-        stream(target, i, lanes)
-    else:
-        save(target, i, lanes)
-
-
-@part()
 def _map_run(u, g, x, w, run, r, z, n, co, flags):  # type: ignore[no-untyped-def]
     """r and z of a run of n elements of one channel."""
     like = co[0]
@@ -220,8 +197,8 @@ def _map_run(u, g, x, w, run, r, z, n, co, flags):  # type: ignore[no-untyped-de
         one, two = _results(
             load(u, i, like), load(g, i, like), load(x, i, like), _weights(w, run, i, LANES, like), w, co, flags
         )
-        _put(r, i, one, past_r)
-        _put(z, i, two, past_z)
+        write(r, i, one, past_r)
+        write(z, i, two, past_z)
         i += LANES
     if i < n:
         m = n - i
@@ -237,11 +214,6 @@ def _map_run(u, g, x, w, run, r, z, n, co, flags):  # type: ignore[no-untyped-de
 
 
 @part()
-def _outer(order, o):  # type: ignore[no-untyped-def]
-    return order[o] if order.size > 0 else o
-
-
-@part()
 def _run_of(a, o, c, i, instead):  # type: ignore[no-untyped-def]
     """A pointer into an array, or to what stands in for one that isn't there."""
     if a.shape[0] == 0:
@@ -253,43 +225,19 @@ def _run_of(a, o, c, i, instead):  # type: ignore[no-untyped-def]
 def _weights_of(w, o, i, gathered, scratch):  # type: ignore[no-untyped-def]
     if w is None or gathered:
         return pointer(scratch, 0)
-    return pointer(w, (o * w.shape[1] + i) * w.itemsize)
+    return pointer(w, (o * w.shape[2] + i) * w.itemsize)
 
 
 @part()
 def _gather(a, c, order, o0, o1, i0, n, scratch):  # type: ignore[no-untyped-def]
-    if a.shape[0] == 0:
-        return
-    k = 0
-    for o in range(o0, o1):
-        place = _outer(order, o)
-        for i in range(i0, i0 + n):
-            scratch[k] = a[place, c, i]
-            k += 1
+    if a.shape[0] > 0:
+        gathered(a, c, o0, o1, i0, n, order, scratch)
 
 
 @part()
 def _scatter(scratch, a, c, order, o0, o1, i0, n):  # type: ignore[no-untyped-def]
-    if a.shape[0] == 0:
-        return
-    k = 0
-    for o in range(o0, o1):
-        place = _outer(order, o)
-        for i in range(i0, i0 + n):
-            a[place, c, i] = scratch[k]
-            k += 1
-
-
-@part()
-def _gather_weights(w, order, o0, o1, i0, n, scratch):  # type: ignore[no-untyped-def]
-    if w is None:
-        return
-    k = 0
-    for o in range(o0, o1):
-        place = _outer(order, o)
-        for i in range(i0, i0 + n):
-            scratch[k] = w[place, i]
-            k += 1
+    if a.shape[0] > 0:
+        scatter(scratch, a, c, o0, o1, i0, n, order)
 
 
 @part()
@@ -309,7 +257,7 @@ def _rows_sums(u, g, x, w, order, starts, q, k, c0, near, sums, plan, scratch, w
     skip, line = plan[9] & SKIP != 0, sums.strides[0]
     if plan[9] & GATHER:
         if o1 > o0:
-            _gather_weights(w, order, o0, o1, i0, n, weights)
+            gathered(w, 0, o0, o1, i0, n, order, weights)
             for c in range(near.shape[1]):
                 _gather(u, c0 + c, order, o0, o1, i0, n, scratch[0])
                 _gather(g, c0 + c, order, o0, o1, i0, n, scratch[1])
@@ -321,7 +269,7 @@ def _rows_sums(u, g, x, w, order, starts, q, k, c0, near, sums, plan, scratch, w
                 )  # fmt: skip
         return
     for o in range(o0, o1):
-        place = _outer(order, o)
+        place = index(order, o)
         for c in range(near.shape[1]):
             _sum_run(
                 _run_of(u, place, c0 + c, i0, scratch[0]), _run_of(g, place, c0 + c, i0, scratch[0]),
@@ -346,7 +294,7 @@ def _rows_map(u, g, x, w, r, z, order, starts, q, k, c0, width, co, plan, scratc
     flags = plan[9]
     if flags & GATHER:
         if o1 > o0:
-            _gather_weights(w, order, o0, o1, i0, n, weights)
+            gathered(w, 0, o0, o1, i0, n, order, weights)
             for c in range(c0, c0 + width):
                 _gather(u, c, order, o0, o1, i0, n, scratch[0])
                 _gather(g, c, order, o0, o1, i0, n, scratch[1])
@@ -360,7 +308,7 @@ def _rows_map(u, g, x, w, r, z, order, starts, q, k, c0, width, co, plan, scratc
                 _scatter(scratch[4], z, c, order, o0, o1, i0, n)
         return
     for o in range(o1 - 1, o0 - 1, -1):
-        place = _outer(order, o)
+        place = index(order, o)
         for c in range(c0, c0 + width):
             _map_run(
                 _run_of(u, place, c, i0, scratch[0]), _run_of(g, place, c, i0, scratch[0]),
@@ -398,12 +346,12 @@ def _find_rows(arrays, w, q, r0, rows, c0, order, starts, plan, places, weights)
     o = row // inner
     i = row - o * inner
     for k in range(rows):
-        place = _outer(order, starts[q] + o)
+        place = index(order, starts[q] + o)
         places[0, k], places[1, k] = _place(arrays[0], place, i, c0), _place(arrays[1], place, i, c0)
         places[2, k], places[3, k] = _place(arrays[2], place, i, c0), _place(arrays[3], place, i, c0)
         places[4, k] = _place(arrays[4], place, i, c0)
         if w is not None:
-            weights[k] = w[place, i]
+            weights[k] = w[place, 0, i]
         i += plan[8]
         while i >= inner:
             i -= inner
@@ -493,8 +441,8 @@ def _columns_map_row(u, g, x, w, lanes, r, z, n, co, row, flags):  # type: ignor
             save_part(z, 0, j, two)
     while j + LANES <= n:
         one, two = _results(load(u, j, like), load(g, j, like), load(x, j, like), lanes, w, _eleven(co, row, j), flags)
-        _put(r, j, one, past_r)
-        _put(z, j, two, past_z)
+        write(r, j, one, past_r)
+        write(z, j, two, past_z)
         j += LANES
     if j < n:
         m = n - j
@@ -701,12 +649,12 @@ def _lent(m):  # type: ignore[no-untyped-def]
 def second_item(
     _k, _items, u, g, x, r, z, w, order, starts, table, tangents, sizes, part, co, ggamma, claims, plan, stage
 ):  # type: ignore[no-untyped-def]
-    """u, g, x, r, z (O, C, I), u, g, r, z or none of it; w (O, I) or None; order (O,) or none of it, starts (Q + 1,),
+    """u, g, x, r, z (O, C, I), u, g, r, z or none of it; w (O, 1, I) or None; order (O,) or (0,), starts (Q + 1,),
     table (Q, 6, C), tangents (2, C), sizes (2, Q): count and sum of weights; part (Q P, 9, C), co (Q, 11, C),
     ggamma (Q, C)."""
     keep_whole()
     arrays = (borrowed(u), borrowed(g), borrowed(x), borrowed(r), borrowed(z))
-    w, order, starts, claims = weights_borrowed(w), borrowed(order), borrowed(starts), borrowed(claims)
+    w, order, starts, claims = borrowed(w), borrowed(order), borrowed(starts), borrowed(claims)
     table, tangents, sizes, part = borrowed(table), borrowed(tangents), borrowed(sizes), borrowed(part)
     co, ggamma = borrowed(co), borrowed(ggamma)
     some = u.shape[0] == 0 or g.shape[0] == 0 or r.shape[0] == 0 or z.shape[0] == 0 or x.shape[0] == 0
@@ -839,7 +787,7 @@ def second(
     if more is not None:
         order, skip = more.order, more.masked
         starts = starts if more.starts is None else more.starts
-        weights = None if more.weights is None else more.weights.reshape(shape[0], shape[2])
+        weights = more.weights
     sets = len(starts) - 1
     flags = (FROZEN if frozen else 0) | (NO_R if r is None else 0) | (NO_Z if z is None else 0)
     flags |= {"normalize": 0, "zero": SKIP, "keep": SKIP | KEEP}[skip]
@@ -848,7 +796,7 @@ def second(
     if weights is not None:
         sizes[1] = more.mass
         if skip != "normalize":
-            counts = np.count_nonzero(weights if order is None else weights[order], axis=1)
+            counts = np.count_nonzero(weights if order is None else weights[order], axis=(1, 2))
             sizes[0] = np.diff(np.concatenate([[0], np.cumsum(counts)])[starts])
     largest = max(1, int(np.diff(starts).max()))
     plan = _plan(
@@ -888,7 +836,7 @@ def _twins(dtype: np.dtype[Any], weights: np.dtype[Any] | None) -> Any:
 
     integer, real = numba.types.int64, numba.types.float64
     given, written = (numba.types.Array(numba.from_dtype(dtype), 3, "A", readonly=b) for b in (True, False))
-    kind = numba.types.none if weights is None else numba.types.Array(numba.from_dtype(weights), 2, "C", readonly=True)
+    kind = numba.types.none if weights is None else numba.types.Array(numba.from_dtype(weights), 3, "C", readonly=True)
     list_, numbers, three = (numba.types.Array(t, n, "C") for t, n in ((integer, 1), (real, 2), (real, 3)))
     return _Twins(
         second_item,
