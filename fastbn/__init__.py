@@ -7,7 +7,7 @@ y = fastbn.infer(x, running.mean, running.var, gamma, beta)
 """
 
 from . import reference
-from .batchnorm import OneValueWarning, Saved, backward, forward, infer, moments, normalize
+from .batchnorm import OneValueWarning, backward, forward, infer, moments, normalize
 from .diagnose import Diagnosis, diagnose
 from .dispatch import get_backend, set_backend
 from .distributed import Ranks, RanksError
@@ -16,6 +16,7 @@ from .layer import BatchNorm
 from .moments import Moments
 from .recalibrate import recalibrate
 from .running import RunningStats
+from .saved import Saved
 from .second import backward_backward, jvp
 
 __version__ = "0.1.0"

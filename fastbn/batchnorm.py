@@ -29,13 +29,25 @@ from .arguments import (
     native,
     same_memory,
 )
-from .arrays import FLOAT32, FLOAT64, NUMBA, Span, family_of, family_of_values, place_of
-from .dispatch import Kernels, kernels
-from .distributed import ALONE, Ranks, Shared, ranks_of, rows_of, statistics, sums
-from .extras import Asked, ask, inverse_table, poorly_kept
-from .host import Caller, caller_of, check_host
-from .layout import Views, channels_of, empty
+from .arrays import FLOAT32, FLOAT64, NUMBA, Span, family_of_values
+from .distributed import ALONE, Ranks, Shared, ranks_of, rows_of, statistics
+from .extras import Asked, ask, poorly_kept
+from .host import caller_of
+from .layout import channels_of, empty
 from .moments import Moments
+from .runs import (
+    at_channels,
+    flat,
+    new,
+    own,
+    run_backward,
+    run_backward_shared,
+    run_backward_with,
+    run_forward,
+    run_forward_shared,
+    shaped,
+)
+from .saved import Saved, moments_of, number_type
 
 Array = TypeVar("Array")  # a NumPy, JAX or CuPy array, a PyTorch tensor, a Numba device array, others with DLPack
 
@@ -50,69 +62,6 @@ class OneValueWarning(UserWarning):
     >>> y.tolist()
     [[1.0, 2.0]]
     """
-
-
-class Saved:
-    """What `forward` keeps for `backward`: x itself (no copy), and C numbers.
-
-    `moments` is what forward found in x: pass it to `RunningStats.update`. None with frozen statistics; a list, with
-    groups.
-
-    >>> import numpy as np, fastbn
-    >>> fastbn.forward(np.ones((4, 2), np.float32))[1]
-    Saved(float32 x of shape (4, 2), channel axes (1,), frozen=False)
-    """
-
-    __slots__ = (
-        *("_asked", "_axes", "_caller", "_like", "_lost", "_masses", "_shape", "_shared", "_strides", "_table"),
-        *("_units", "_x", "dtype", "frozen"),
-    )
-
-    def __init__(
-        self, walked: Any, x: Any, axes: tuple[int, ...], table: Any, frozen: bool, asked: Asked | None = None,
-        masses: np.ndarray | None = None, lost: Any = None, units: tuple[float, float] | None = None,
-        caller: Caller | None = None,
-    ) -> None:  # fmt: skip
-        self._caller = caller  # the library that x came from, if x is NumPy's view of another's array
-        self._x = walked  # x, or the copy of it that the kernels could walk; None if overwritten; y if asked to
-        self._like = None  # the Span of x, without its memory unless that is kept anyway
-        self.dtype = x.dtype
-        if isinstance(x, Span):
-            self._like, self.dtype = x if x is walked else x.without_memory(), x.type
-        self._shape = x.shape
-        self._strides = x.strides
-        self._axes = axes
-        self._table = table  # (6, C): mean hi, mean lo, var, 1 / sqrt(var + eps), gamma, beta; (6, G C) with groups
-        self.frozen = frozen
-        self._asked = asked
-        self._masses = masses  # (G,), by set: sums of weights, or numbers of values; None without weights and groups
-        self._lost = lost  # with save="y": the channels that can't be had back from y, and their x
-        self._units = units  # scale and zero point of whole numbers
-        self._shared: Shared | None = None  # with `comm`: the ranks whose batch this is a part of
-
-    @property
-    def moments(self) -> Any:
-        """Moments of x (None if frozen), made when asked for: that takes as long as normalizing a small array."""
-        if self.frozen:
-            return None
-        total = None if self._shared is None else self._shared.values
-        return _moments(self._shape, self._axes, self._table, self.dtype, self._asked, self._masses, self._units, total)
-
-    @classmethod
-    def of(cls, x: Any, table: Any, frozen: bool, axis: Axis = 1) -> Saved:
-        """Of x and the `table` of a plain forward pass, for frameworks that keep arrays themselves between passes."""
-        caller = None if type(x) is np.ndarray else caller_of(x)
-        walked = check_array("fastbn.Saved.of", "x", x)
-        table = check_host("fastbn.Saved.of", "table", table)
-        return cls(walked, walked, check_axis("fastbn.Saved.of", walked, axis), table, frozen, caller=caller)
-
-    @property
-    def table(self) -> Any:
-        """(6, C) float64, what was found: mean as a pair hi + lo, biased variance, 1 / sqrt(var + eps), gamma, beta."""
-        return self._table
-
-    def __repr__(self) -> str:
-        return f"Saved({self.dtype} x of shape {self._shape}, channel axes {self._axes}, frozen={self.frozen})"
 
 
 def forward(
@@ -320,7 +269,7 @@ def _backward(where: str, dy: Any, saved: Saved, need: Any, out: Any, reduce_par
             "with an activation. Give forward an `out` of its own, or backward need=(False, False, True)"
         )
     channels = channels_of(saved._shape, saved._axes)
-    numbers = _number_type(dtype.itemsize)
+    numbers = number_type(dtype.itemsize)
     dx = dr = None
 
     def large(name: str, given: Any, apart: dict[str, Any]) -> Any:
@@ -343,23 +292,23 @@ def _backward(where: str, dy: Any, saved: Saved, need: Any, out: Any, reduce_par
         apart["dgamma"] = given_dgamma
     if need_dbeta and given_dbeta is not None:
         given_dbeta = check_out(where, "out (dbeta)", given_dbeta, channels.shape, numbers, given_dy, {}, apart, caller)
-    dgamma = _flat(given_dgamma, channels.number, numbers, like) if need_dgamma else None
-    dbeta = _flat(given_dbeta, channels.number, numbers, like) if need_dbeta else None
+    dgamma = flat(given_dgamma, channels.number, numbers, like) if need_dgamma else None
+    dbeta = flat(given_dbeta, channels.number, numbers, like) if need_dbeta else None
     read = given_dy if x is None else x
     if saved._shared is not None:
-        _run_backward_shared(where, given_dy, read, dx, dr, saved, dgamma, dbeta, reduce_params)
+        run_backward_shared(where, given_dy, read, dx, dr, saved, dgamma, dbeta, reduce_params)
     elif asked is None:
-        _run_backward(where, given_dy, read, dx, saved, dgamma, dbeta)
+        run_backward(where, given_dy, read, dx, saved, dgamma, dbeta, frozen)
     else:
-        _run_backward_with(where, given_dy, read, dx, dr, saved, dgamma, dbeta, asked)
+        run_backward_with(where, given_dy, read, dx, dr, saved, dgamma, dbeta)
     if given_dx is not None and dx is not None and x is not None and same_memory(dx, x):
         saved._x = None
     if like is not None:
-        dx, dr = _own(dx), _own(dr)
+        dx, dr = own(dx), own(dr)
     found: tuple[Any, ...] = (
         dx,
-        _shaped(dgamma, given_dgamma, channels.shape),
-        _shaped(dbeta, given_dbeta, channels.shape),
+        shaped(dgamma, given_dgamma, channels.shape),
+        shaped(dbeta, given_dbeta, channels.shape),
     )
     found = found if results == 3 else (*found, dr)
     return found if caller is None else tuple(map(caller.result, found, places))
@@ -412,11 +361,11 @@ def moments(x: Any, *, axis: Axis = 1, weights: Any = None, scale: float = 1.0, 
     where = "fastbn.moments"
     x = check_array(where, "x", x, whole=True)
     axes = check_axis(where, x, axis)
-    table = _new((6, channels_of(x.shape, axes).number), FLOAT64, x)
+    table = new((6, channels_of(x.shape, axes).number), FLOAT64, x)
     asked = None if weights is None else ask(where, x, axes, x.dtype, weights)
     units = _units(where, x, scale, zero_point)
-    masses, _ = _run_forward(where, x, None, axes, table, (None, None, None, None), 1.0, asked)
-    found: Moments = _moments(x.shape, axes, table, x.dtype, asked, masses, units)
+    masses, _ = run_forward(where, x, None, axes, table, (None, None, None, None), 1.0, asked)
+    found: Moments = moments_of(x.shape, axes, table, x.dtype, asked, masses, units)
     return found
 
 
@@ -496,7 +445,7 @@ def _forward(
         y = x.family.like(x, x.strides) if isinstance(x, Span) else np.empty_like(x, dtype=result, subok=False)
     if frozen is None and ranks is None and channels.values == 1:
         _warn_of_one_value(x, axis)
-    table = _new((6, channels.number * (1 if asked is None else asked.sets)), FLOAT64, x)
+    table = new((6, channels.number * (1 if asked is None else asked.sets)), FLOAT64, x)
     lost = None
     if asked is not None and asked.save == "y":
         lost = _lost(x, axes, gamma, beta, channels)
@@ -504,15 +453,15 @@ def _forward(
         mean, var, eps = _in_whole_numbers(mean, var, eps, units)
     if ranks is None or frozen is not None:
         shared = None
-        masses, kept = _run_forward(where, x, y, axes, table, (gamma, beta, mean, var), eps, asked)
+        masses, kept = run_forward(where, x, y, axes, table, (gamma, beta, mean, var), eps, asked)
     else:
         found = _shared_statistics(where, x, axes, table, eps, asked, units, ranks, axis, known)
-        shared, masses, kept = _run_shared(where, x, y, axes, table, (gamma, beta), eps, asked, *found)
+        shared, masses, kept = run_forward_shared(where, x, y, axes, table, (gamma, beta), eps, asked, *found)
     if asked is not None and asked.save == "y":
         kept = y
     elif out is not None and same_memory(x, y):
         kept = None
-    y = _own(y) if caller is None else caller.result(y, out)
+    y = own(y) if caller is None else caller.result(y, out)
     saved = Saved(kept, x, axes, table, frozen is not None, asked, masses, lost, units, caller)
     saved._shared = shared
     return y, saved
@@ -526,6 +475,11 @@ def _shared_statistics(
     channels = channels_of(x.shape, axes)
     if isinstance(x, Span) and x.family is NUMBA:
         raise TypeError(f"{where}: x is a {x}, which can't be computed with across ranks. Pass cupy.asarray(x)")
+    if isinstance(x, Span) and asked is not None:  # whose gradients would leave it out
+        raise TypeError(
+            f"{where}: x is a {x}, and residual, activation and groups with comm are for NumPy arrays so far. "
+            "Do that part with your array library"
+        )
     if asked is not None and asked.groups is not None:
         raise ValueError(f"{where}: groups and comm are both given; expected one. Groups are each rank's own")
     if asked is not None and asked.save == "y":
@@ -535,38 +489,13 @@ def _shared_statistics(
         rows[2] /= known.count or 1
         shared = Shared(ranks, ranks.calls, known.count, eps)
     else:
-        own = None if asked is None or asked.weights is None else asked.plain()
-        masses, _ = _run_forward(where, x, None, axes, table, (None, None, None, None), eps, own)
+        plain = None if asked is None or asked.weights is None else asked.plain()
+        masses, _ = run_forward(where, x, None, axes, table, (None, None, None, None), eps, plain)
         count = float(channels.values if masses is None else masses[0])
         shared, rows = statistics(where, ranks, family_of_values(table).host(table), count, x.dtype, eps, units)
     if shared.values == 1:
         _warn_of_one_value(x, axis)
     return shared, rows
-
-
-def _run_shared(
-    where: str, x: Any, y: Any, axes: tuple[int, ...], table: Any, affine: tuple[Any, Any], eps: float,
-    asked: Asked | None, shared: Shared, rows: np.ndarray,
-) -> tuple[Shared, np.ndarray | None, Any]:  # fmt: skip
-    """As `_run_forward`, with the statistics of the whole batch."""
-    family, device = place_of(table)
-    hi, lo, var = rows
-    gamma, beta = affine
-    if shared.values == 0:  # no statistics anywhere, and none here
-        return shared, *_run_forward(where, x, y, axes, table, (gamma, beta, None, None), eps, asked)
-    exact = isinstance(table, np.ndarray) and x.dtype == FLOAT64 and bool(lo.any())
-    shift = beta
-    with np.errstate(all="ignore"):
-        invstd = 1 / np.sqrt(var + eps)
-        if exact:  # given statistics have no lo: it goes into beta
-            shift = (0.0 if beta is None else beta) - (1.0 if gamma is None else gamma) * invstd * lo
-    given = gamma, shift, family.put(hi if exact else hi + lo, device), family.put(var, device)
-    masses, kept = _run_forward(where, x, y, axes, table, given, eps, asked)
-    if x.size == 0:
-        table[:4] = family.put(np.stack([hi, lo, var, invstd]), device)
-    elif exact:
-        table[1], table[5] = lo, 0.0 if beta is None else beta
-    return shared, None if masses is None else np.array([shared.values]), kept
 
 
 def _units(where: str, x: Any, scale: Any, zero_point: Any) -> tuple[float, float] | None:
@@ -600,22 +529,7 @@ def _lost(x: Any, axes: tuple[int, ...], gamma: Any, beta: Any, channels: Any) -
     table = np.zeros((6, channels.number))
     table[4], table[5] = 1.0 if gamma is None else gamma, 0.0 if beta is None else beta
     lost = poorly_kept(table)
-    return (lost, _at_channels(x, axes)[..., lost.reshape(channels.shape)]) if lost.any() else None
-
-
-def _at_channels(x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """With the channel axes last."""
-    return x.transpose(*[a for a in range(x.ndim) if a not in axes], *axes)
-
-
-def _new(shape: tuple[int, ...], dtype: np.dtype[Any], x: Any) -> Any:
-    """A contiguous array beside x."""
-    return x.family.new(shape, dtype, x.device) if isinstance(x, Span) else np.empty(shape, dtype)
-
-
-def _own(a: Any) -> Any:
-    """The caller's own kind of array."""
-    return a.value if isinstance(a, Span) else a
+    return (lost, at_channels(x, axes)[..., lost.reshape(channels.shape)]) if lost.any() else None
 
 
 def _warn_of_one_value(x: Any, axis: Axis) -> None:
@@ -629,36 +543,6 @@ def _warn_of_one_value(x: Any, axis: Axis) -> None:
         OneValueWarning,
         stacklevel=level,
     )
-
-
-def _moments(
-    shape: tuple[int, ...], axes: tuple[int, ...], table: Any, dtype: Any, asked: Asked | None,
-    masses: np.ndarray | None, units: tuple[float, float] | None, total: float | None = None,
-) -> Any:  # fmt: skip
-    """Moments, or with groups a list of them."""
-    channels = channels_of(shape, axes)
-    numbers = family_of_values(table).numbers(table)
-    kind = _number_type(dtype.itemsize)
-    with np.errstate(all="ignore"):
-        (mean, lo), var = numbers[:2], numbers[2]
-        if units is not None:
-            mean, lo, var = units[0] * ((mean + lo) - units[1]), None, units[0] ** 2 * var
-        if asked is None or masses is None:
-            count, shape = channels.values if total is None else int(total), channels.shape
-            lo = None if lo is None else lo.reshape(shape)
-            return Moments.found(count, mean.reshape(shape), (count * var).reshape(shape), kind, lo)
-        shape = asked.sets, *channels.shape
-        mean, var, lo = mean.reshape(shape), var.reshape(shape), None if lo is None else lo.reshape(shape)
-        counts = [float(m) if asked.weights is not None else int(m) for m in masses]
-        found = [
-            Moments.found(n, mean[g], n * var[g], kind, None if lo is None else lo[g]) for g, n in enumerate(counts)
-        ]
-    return found[0] if asked.groups is None else found
-
-
-def _number_type(itemsize: int) -> np.dtype[Any]:
-    """Of statistics and gradients: float64 for float64 data, float32 for all others, which are smaller."""
-    return FLOAT64 if itemsize == 8 else FLOAT32
 
 
 def _need(where: str, need: Any, results: int) -> tuple[bool, bool, bool, bool]:
@@ -675,265 +559,3 @@ def _places(where: str, out: Any, results: int) -> tuple[Any, Any, Any, Any]:
     if len(out) not in (3, results):
         raise ValueError(f"{where}: out has {len(out)} entries; expected three: dx, dgamma and dbeta, or None for each")
     return out[0], out[1], out[2], out[3] if len(out) == 4 else None
-
-
-def _flat(given: Any, number: int, dtype: np.dtype[Any], like: Span | None) -> Any:
-    """(C,) for kernels to write to: the array given for it, or a new one."""
-    if given is None or not _dense(given):
-        return np.empty(number, dtype) if like is None else _new((number,), dtype, like)
-    return _own(given).reshape(-1)
-
-
-def _shaped(values: Any, given: Any, shape: tuple[int, ...]) -> Any:
-    """`values` (C,) in the channels' shape and in the array given for them, if there is one."""
-    if values is None or (given is None and len(shape) == 1):
-        return values
-    if given is None:
-        return values.reshape(shape)
-    if not _dense(given):
-        filled = values.reshape(shape)
-        family_of(given).assign(given, given.family.locate(filled) if isinstance(given, Span) else filled)
-    return _own(given)
-
-
-def _dense(a: Any) -> bool:
-    return bool(a.dense if isinstance(a, Span) else a.flags.c_contiguous)
-
-
-def _elements(views: list[Any], backend: Kernels) -> list[Any]:
-    """The views under the dtype in which the kernels take their elements."""
-    wanted = backend.element_view(views[0].dtype)
-    return views if wanted is views[0].dtype else [None if v is None else v.view(wanted) for v in views]
-
-
-def _run_forward(
-    where: str, x: Any, y: Any, axes: tuple[int, ...], table: Any, given: tuple[Any, ...], eps: float,
-    asked: Asked | None,
-) -> tuple[np.ndarray | None, Any]:  # fmt: skip
-    """Fills y and table; returns the masses of sets, and x as the kernels walked it, which `backward` walks again."""
-    backend = kernels(where, x)
-    masses = None
-    if asked is not None and (asked.weights is not None or asked.groups is not None):
-        masses = asked.masses(channels_of(x.shape, axes), x.shape)
-    if x.size == 0:
-        family_of_values(table).clear(table)
-        return masses, x
-    if asked is None and x.dtype is (x if y is None else y).dtype:  # nearly every call
-        views = Views(axes, [x], [y])
-        read, written = _elements(views.views, backend)
-        backend.forward(read, written, table, given, eps)
-        views.finish()
-        return None, views.inputs[0]
-    residual = None if asked is None else asked.residual
-    inputs = [x] if residual is None else [x, residual]
-    views = Views(axes, inputs, [y], _samples(asked))
-    read, *rest = (_elements([v], backend)[0] if v is not None else None for v in views.views)
-    more = None
-    if asked is not None:
-        more = asked.seen(views, masses, None if residual is None else rest[0], None, False)
-    backend.forward(read, rest[-1], table, given, eps, more)
-    views.finish()
-    return masses, views.inputs[0]
-
-
-def _samples(asked: Asked | None) -> int | None:
-    """The axis that must come first, if groups of samples are asked for."""
-    return None if asked is None or asked.groups is None else asked.samples
-
-
-def _run_backward(where: str, dy: Any, x: Any, dx: Any, saved: Saved, dgamma: Any, dbeta: Any) -> None:
-    """Fills dx, dgamma and dbeta, those that are wanted."""
-    backend = kernels(where, dy)
-    if dy.size == 0:
-        for sums in (dgamma, dbeta):
-            if sums is not None:
-                family_of_values(sums).clear(sums)
-        return
-    views = Views(saved._axes, [x, dy], [dx])  # x first: results take its memory layout
-    if saved._units is None:
-        read_x, read_dy, written = _elements(views.views, backend)
-    else:
-        read_x, read_dy, written = (_elements([v], backend)[0] if v is not None else None for v in views.views)
-    backend.backward(read_dy, read_x, written, saved._table, dgamma, dbeta, saved.frozen)
-    views.finish()
-
-
-def _run_backward_with(
-    where: str, dy: Any, x: Any, dx: Any, dr: Any, saved: Saved, dgamma: Any, dbeta: Any, asked: Asked
-) -> None:
-    """The same, with what was asked for beyond batch norm."""
-    backend = kernels(where, dy)
-    if dy.size == 0:
-        _run_backward(where, dy, x, dx, saved, dgamma, dbeta)
-        return
-    residual = asked.residual
-    inputs = [x, dy] if residual is None else [x, dy, residual]
-    outputs = [dx] if dr is None else [dx, dr]
-    views = Views(saved._axes, inputs, outputs, _samples(asked))
-    seen = [_elements([v], backend)[0] if v is not None else None for v in views.views]
-    read_residual = None if residual is None else seen[2]
-    written, written_dr = seen[len(inputs)], None if dr is None else seen[-1]
-    inverse = asked.save == "y"
-    more = asked.seen(views, saved._masses, read_residual, written_dr, inverse)
-    table = inverse_table(saved._table) if inverse else saved._table
-    sums = [dgamma, dbeta]
-    if asked.groups is not None:
-        sums = [None if a is None else _new((table.shape[1],), a.dtype, dy) for a in sums]
-    if inverse and saved._lost is not None:
-        dy_lost = _at_channels(dy, saved._axes)[..., saved._lost[0].reshape(channels_of(dy.shape, saved._axes).shape)]
-    backend.backward(seen[1], seen[0], written, table, sums[0], sums[1], saved.frozen, more)
-    views.finish()
-    if asked.groups is not None:
-        for total, parts in zip((dgamma, dbeta), sums, strict=True):
-            if total is not None and parts is not None:
-                family_of_values(total).total(parts, total)
-    if inverse and saved._lost is not None:
-        _lost_backward(where, dy_lost, dx, saved, dgamma, asked)
-
-
-def _lost_backward(where: str, dy: np.ndarray, dx: Any, saved: Saved, dgamma: Any, asked: Asked) -> None:
-    """dx and dgamma of the channels that can't be had back from y, from their x, which was kept."""
-    lost, x = saved._lost
-    table = np.ascontiguousarray(saved._table.reshape(6, asked.sets, -1)[:, :, lost].reshape(6, -1))
-    last = x.ndim - 1
-    weights = asked.weights
-    if weights is not None:
-        others = tuple(n for a, n in enumerate(weights.shape) if a not in saved._axes)
-        weights = weights.reshape(*others, 1)
-    samples = sum(a not in saved._axes for a in range(asked.samples))
-    own = asked._replace(weights=weights, samples=samples, save="x")
-    part = Saved(x, x, (last,), table, saved.frozen, own, saved._masses)
-    number = x.shape[-1]
-    found_dx = None if dx is None else np.empty(x.shape, x.dtype)
-    found = None if dgamma is None else np.empty(number, dgamma.dtype)
-    _run_backward_with(where, dy, x, found_dx, None, part, found, None, own)
-    if dx is not None:
-        shape = channels_of(dx.shape, saved._axes).shape
-        _at_channels(dx, saved._axes)[..., lost.reshape(shape)] = found_dx
-    if dgamma is not None:
-        dgamma[lost] = found
-
-
-def _run_backward_shared(
-    where: str, dy: Any, x: Any, dx: Any, dr: Any, saved: Saved, dgamma: Any, dbeta: Any, reduce_params: bool
-) -> None:
-    """With the sums of all ranks: one message."""
-    shared = saved._shared
-    assert shared is not None, "of a forward pass with comm"
-    local = total = _sums(dy, x, dr, saved)
-    if dx is not None or (reduce_params and not (dgamma is dbeta is None)):
-        total = sums(where, shared, local, saved.dtype)
-    chosen = total if reduce_params else local
-    family, device = place_of(saved._table)
-    with np.errstate(all="ignore"):
-        found = chosen[1] * family.host(saved._table)[3], chosen[0]
-    for place, values in zip((dgamma, dbeta), found, strict=True):
-        if place is not None:
-            place[...] = values if isinstance(place, np.ndarray) else family.put(values, device)
-    if dx is not None:
-        _map(dy, x, dx, saved, total, shared.values)
-
-
-def _sums(dy: Any, x: Any, dr: Any, saved: Saved) -> np.ndarray:
-    """(2, C) float64: sum g and sum g (x - mean); g is dy times the activation's slope, and goes to dr."""
-    found = np.zeros((2, saved._table.shape[1]))
-    if dy.size and isinstance(dy, Span):
-        return _sums_on_device(dy, x, saved)
-    if dy.size and saved._asked is None:
-        backend = kernels("fastbn.backward", dy)
-        views = Views(saved._axes, [x, dy], [])
-        read_x, read_dy = (_elements([v], backend)[0] for v in views.views)
-        sums: np.ndarray = backend.gradient_sums(read_dy, read_x, saved._table)
-        return sums
-    if dy.size:
-        views, g, d, _ = _terms(dy, x, saved, dr)
-        with np.errstate(all="ignore"):
-            found[0], found[1] = g.sum((0, 2)), (g * d).sum((0, 2))
-        if dr is not None:
-            written: Any = views.views[-1]
-            written[...] = g
-            views.finish()
-    return found
-
-
-def _map(dy: Any, x: Any, dx: Any, saved: Saved, sums: np.ndarray, values: float) -> None:
-    """dx, from sums over so many values, or over weights of this sum."""
-    if dy.size == 0:
-        return
-    if isinstance(dy, Span):
-        _map_on_device(dy, x, dx, saved, sums, values, saved._shared.eps if saved._shared is not None else 0.0)
-        return
-    if saved._asked is None:
-        backend = kernels("fastbn.backward", dy)
-        views = Views(saved._axes, [x, dy], [dx])
-        read_x, read_dy, target = (_elements([v], backend)[0] for v in views.views)
-        backend.gradient_map(read_dy, read_x, target, saved._table, sums, values)
-        views.finish()
-        return
-    views, g, d, w = _terms(dy, x, saved, dx)
-    invstd, gamma = saved._table[3:5, :, None]
-    with np.errstate(all="ignore"):
-        a, (s, t) = gamma * invstd, sums[:, :, None] / (values or 1.0)
-        own = s + invstd * (d * invstd) * t
-        found = a * (g - own if w is None else g - np.where(w == 0, 0.0, w * own))
-    if saved._asked is not None and saved._asked.masked == "keep":
-        found = np.where(w == 0, views.views[1], found)
-    written: Any = views.views[-1]
-    written[...] = found
-    views.finish()
-
-
-def _sums_on_device(dy: Span, x: Any, saved: Saved) -> np.ndarray:
-    """As `_sums`, by the kernels for frozen statistics, whose sums are of any mean."""
-    kind = _number_type(dy.dtype.itemsize)
-    found = [_new((saved._table.shape[1],), kind, dy) for _ in range(2)]
-    _run_frozen(dy, x, None, saved, found[1], found[0])
-    host = family_of_values(found[0]).host
-    with np.errstate(all="ignore"):
-        return np.stack([host(found[0]), host(found[1]) / host(saved._table)[3]]).astype(np.float64)
-
-
-def _map_on_device(dy: Span, x: Any, dx: Span, saved: Saved, sums: np.ndarray, values: float, eps: float) -> None:
-    """As `_map`: what depends on x by forward's kernel, a dy by backward's for frozen statistics, and their sum."""
-    family, device = place_of(saved._table)
-    hi, lo, var, invstd, gamma, _ = family.host(saved._table)
-    rest = dy.family.like(dx, dx.strides)
-    with np.errstate(all="ignore"):
-        scale, shift = -gamma * invstd * invstd * sums[1] / values, -gamma * invstd * sums[0] / values
-    given = tuple(family.put(a, device) for a in (scale, shift, hi + lo, var))
-    table = _new((6, len(hi)), FLOAT64, dy)
-    _run_forward("fastbn.backward", x, rest, saved._axes, table, given, eps, None)
-    _run_frozen(dy, x, dx, saved, None, None)
-    dx.value[...] = dx.value + rest.value
-
-
-def _run_frozen(dy: Any, x: Any, dx: Any, saved: Saved, dgamma: Any, dbeta: Any) -> None:
-    backend = kernels("fastbn.backward", dy)
-    views = Views(saved._axes, [x, dy], [dx])
-    read_x, read_dy, written = _elements(views.views, backend)
-    backend.backward(read_dy, read_x, written, saved._table, dgamma, dbeta, True)
-    views.finish()
-
-
-def _terms(dy: Any, x: Any, saved: Saved, out: Any) -> tuple[Views, Any, Any, Any]:
-    """g, x - mean and weights as float64 (O, C, I)."""
-    from .kernels.reference import slope
-
-    asked = saved._asked
-    residual = None if asked is None else asked.residual
-    views = Views(saved._axes, [x, dy] if residual is None else [x, dy, residual], [out])
-    v, g = (np.asarray(a, np.float64) for a in views.views[:2])
-    hi, lo, _, invstd, gamma, beta = saved._table[:, :, None]
-    w = None
-    with np.errstate(all="ignore"):
-        d = (v - hi) - lo
-        if asked is not None:
-            z = gamma * invstd * d + beta
-            if residual is not None:
-                z = z + np.asarray(views.views[2], np.float64)
-            g = g * slope(asked.activation, asked.parameter, z)
-            if asked.weights is not None:
-                w = np.asarray(views.positions(asked.weights), np.float64)
-                if asked.masked != "normalize":
-                    g, d = np.where(w == 0, 0.0, g), np.where(w == 0, 0.0, d)
-    return views, g, d, w

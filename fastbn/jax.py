@@ -13,8 +13,9 @@ import jax
 import numpy as np
 
 from .arguments import Axis, check_array, check_axis, check_eps, check_real, describe
-from .batchnorm import Saved, backward, forward
+from .batchnorm import backward, forward
 from .layout import channels_of
+from .saved import Saved
 
 __all__ = ["batch_norm"]
 

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from .arguments import Axis, check_channels, check_eps, check_variances, describe
-from .batchnorm import Array, Saved, backward, forward
+from .batchnorm import Array, backward, forward
 from .distributed import ranks_of
 from .extras import check_activation
 from .host import seen
 from .moments import check_like
 from .running import RunningStats
+from .saved import Saved
 
 _STATE = "gamma", "beta", "running_mean", "running_var", "batches", "variances"
 _SKIPS = "skipped", "skipped_variances"  # may be missing in a state: then nothing was skipped

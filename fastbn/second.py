@@ -13,9 +13,10 @@ import numpy as np
 
 from .arguments import check_array, check_out, check_place, check_real, describe, native
 from .arrays import Span
-from .batchnorm import Saved, _elements, _flat, _number_type, _samples, _shaped
 from .dispatch import get_backend, kernels
 from .layout import Views, channels_of, empty
+from .runs import elements, flat, samples, shaped
+from .saved import Saved, number_type
 
 
 def jvp(x_t: Any, saved: Saved, gamma_t: Any = None, beta_t: Any = None, *, out: Any = None) -> Any:
@@ -150,17 +151,17 @@ def backward_backward(
             gdy = empty(shape, saved._strides, dtype)
         else:
             gdy = check_out(where, "out (gdy)", given_dy, shape, saved.dtype, g, may_be, apart)
-    channels, kind = channels_of(shape, saved._axes), _number_type(dtype.itemsize)
+    channels, kind = channels_of(shape, saved._axes), number_type(dtype.itemsize)
     ggamma = None
     if need_gamma:
         if given_gamma is not None:
             apart = apart | {"ddx": u, "dy": g, "gdy": gdy}
             given_gamma = check_out(where, "out (ggamma)", given_gamma, channels.shape, kind, g, {}, apart)
-        ggamma = _flat(given_gamma, channels.number, kind, None)
+        ggamma = flat(given_gamma, channels.number, kind, None)
     found = _run(where, u, g, x, gdy, gx, saved, numbers, need_gamma)
     if ggamma is not None:
         ggamma[...] = found
-    return gx, _shaped(ggamma, given_gamma, channels.shape), gdy
+    return gx, shaped(ggamma, given_gamma, channels.shape), gdy
 
 
 def _check_saved(where: str, saved: Any) -> None:
@@ -235,8 +236,8 @@ def _run(
         return np.zeros(numbers.shape[1])
     inputs = [a for a in (x, u, g) if a is not None]
     asked = saved._asked
-    views = Views(saved._axes, inputs or [r], [r, z], _samples(asked))
-    seen = iter(_elements(views.views, backend))
+    views = Views(saved._axes, inputs or [r], [r, z], samples(asked))
+    seen = iter(elements(views.views, backend))
     if not inputs:
         next(seen)
     read = {id(a): next(seen) for a in inputs}

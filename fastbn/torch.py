@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import describe
-from .batchnorm import Saved, backward, forward
+from .batchnorm import backward, forward
 from .host import seen
+from .saved import Saved
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "batch_norm", "convert", "revert"]
 

@@ -22,8 +22,9 @@ arrays, is in `fastbn/batchnorm.py`. A backend has two functions:
     `frozen`, statistics are constants: ``dx = a dy``.
 
 For statistics of more than one array, in main memory, backward comes in two steps as well:
-``gradient_sums(dy, x, table)`` gives sum dy and sum dy ((x - hi) - lo), (2, C) float64, and
-``gradient_map(dy, x, dx, table, sums, count)`` writes dx by such sums over `count` values of all arrays.
+``gradient_sums(dy, x, table, more=None)`` gives sum dy and sum dy ((x - hi) - lo), (2, C) float64, and
+``gradient_map(dy, x, dx, table, sums, count, more=None)`` writes dx by such sums over `count` values of all arrays, and
+the gradient of a residual; with weights, `mass` has the sum of those of all arrays.
 
 `more`, a `fastbn.extras.Extras`, is what a call asks for beyond that (None: nothing). All of it composes.
 

@@ -208,6 +208,44 @@ def backward(
             dx[...] = gamma * invstd * (dy.astype(np.float64) if frozen else g - d * invstd * (covariance * invstd))
 
 
+def _terms(dy: np.ndarray, x: np.ndarray, table: np.ndarray, more: Any, rows: Any) -> tuple[Any, ...]:
+    """Of a set: dy, dy f'(z) and x - mean in float64, weights, and where y tells masked positions from others."""
+    raw, v = dy[rows].astype(np.float64), x[rows].astype(np.float64)
+    hi, lo = table[:2, :, None]
+    if more is None:
+        with np.errstate(all="ignore"):
+            return raw, raw, (v - hi) - lo, None, None
+    w = None if more.weights is None else more.weights[rows].astype(np.float64)
+    absent = None if w is None or more.masked == "normalize" else w == 0
+    with np.errstate(all="ignore"):
+        if more.inverse:
+            v = z = deactivate(more.activation, more.parameter, v)
+        else:
+            z = _linear(v, table)
+            if more.residual is not None:
+                z = z + more.residual[rows].astype(np.float64)
+        g = raw * slope(more.activation, more.parameter, z)
+        d = (v - hi) - lo
+        if absent is not None:
+            g, d = np.where(absent, 0.0, g), np.where(absent, 0.0, d)
+    return raw, g, d, w, absent
+
+
+def _slopes(
+    terms: tuple[Any, ...], table: np.ndarray, sums: Any, products: Any, mass: float, frozen: bool, more: Any
+) -> np.ndarray:
+    """dx of a set."""
+    raw, g, d, w, absent = terms
+    invstd, gamma = table[3:5, :, None]
+    with np.errstate(all="ignore"):
+        a = gamma * invstd
+        dx = a * g
+        if not frozen and mass > 0:
+            term = a * (sums[:, None] / mass) + a * invstd * (d * invstd) * (products[:, None] / mass)
+            dx = dx - (term if w is None else np.where(w == 0, 0.0, w * term))
+    return np.where(absent, raw, dx) if absent is not None and more.masked == "keep" else np.asarray(dx)
+
+
 def _backward_with(
     dy: np.ndarray,
     x: np.ndarray,
@@ -221,56 +259,34 @@ def _backward_with(
     channels = x.shape[1]
     for k, rows in enumerate(_sets(x.shape[0], more)):
         part = slice(k * channels, (k + 1) * channels)
-        t, raw, v = table[:, part], dy[rows].astype(np.float64), x[rows].astype(np.float64)
-        hi, lo, _, invstd, gamma, _ = t[:, :, None]
-        w = None if more.weights is None else more.weights[rows].astype(np.float64)
-        absent = None if w is None or more.masked == "normalize" else w == 0
+        t = table[:, part]
+        terms = _, g, d, w, _ = _terms(dy, x, t, more, rows)
         with np.errstate(all="ignore"):
-            if more.inverse:
-                v = z = deactivate(more.activation, more.parameter, v)
-            else:
-                z = _linear(v, t)
-                if more.residual is not None:
-                    z = z + more.residual[rows].astype(np.float64)
-            g = raw * slope(more.activation, more.parameter, z)
-            d = (v - hi) - lo
-            if absent is not None:
-                g, d = np.where(absent, 0.0, g), np.where(absent, 0.0, d)
             sums, products = g.sum((0, 2)), (g * d).sum((0, 2))
             if dbeta is not None:
                 dbeta[part] = sums
             if dgamma is not None:
-                dgamma[part] = products * invstd[:, 0]
-            if more.dresidual is not None:
-                more.dresidual[rows] = g
-            if dx is None or not v.size:
-                continue
-            a = gamma * invstd
-            mass = more.mass[k] if w is not None else v.shape[0] * v.shape[2]
-            result = a * g
-            if not frozen and mass > 0:
-                term = a * (sums[:, None] / mass) + a * invstd * (d * invstd) * (products[:, None] / mass)
-                result = result - (term if w is None else np.where(w == 0, 0.0, w * term))
-            if absent is not None and more.masked == "keep":
-                result = np.where(absent, raw, result)
-            dx[rows] = result
+                dgamma[part] = products * t[3]
+        if more.dresidual is not None:
+            more.dresidual[rows] = g
+        if dx is not None and d.size:
+            mass = more.mass[k] if w is not None else d.shape[0] * d.shape[2]
+            dx[rows] = _slopes(terms, t, sums, products, mass, frozen, more)
 
 
-def gradient_sums(dy: np.ndarray, x: np.ndarray, table: np.ndarray) -> np.ndarray:
-    hi, lo = table[:2, :, None]
+def gradient_sums(dy: np.ndarray, x: np.ndarray, table: np.ndarray, more: Any = None) -> np.ndarray:
+    _, g, d, _, _ = _terms(dy, x, table, more, slice(None))
     with np.errstate(all="ignore"):
-        g, d = dy.astype(np.float64), (x.astype(np.float64) - hi) - lo
         return np.stack([g.sum((0, 2)), (g * d).sum((0, 2))])
 
 
 def gradient_map(
-    dy: np.ndarray, x: np.ndarray, dx: np.ndarray, table: np.ndarray, sums: np.ndarray, count: float
+    dy: np.ndarray, x: np.ndarray, dx: np.ndarray, table: np.ndarray, sums: np.ndarray, count: float, more: Any = None
 ) -> None:
-    hi, lo, _, invstd, gamma, _ = table[:, :, None]
-    with np.errstate(all="ignore"):
-        d = (x.astype(np.float64) - hi) - lo
-        term = sums[0][:, None] / count + d * invstd * (sums[1][:, None] / count * invstd)
-        dx[...] = gamma * invstd * (dy.astype(np.float64) - term)
+    terms = _terms(dy, x, table, more, slice(None))
+    if more is not None and more.dresidual is not None:
+        more.dresidual[...] = terms[1]
+    dx[...] = _slopes(terms, table, *sums, count, False, more)
 
 
 # Second order and forward mode, as in `fastbn.kernels.cpu.second`, whose letters these are.

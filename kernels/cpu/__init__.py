@@ -162,8 +162,8 @@ def backward(
         stages = SUM | FINISH | (MAP if mapped else 0)
         _carry_out(backward_kernel, (dy, x, target), (table, table[4:], grads), 5, stages, PLAIN, None, _NO_EXTRAS)
     with np.errstate(all="ignore"):
-        if dgamma is not None and frozen:  # given statistics are not x's own: the mean of x - hi isn't 0
-            dgamma[...] = (x.shape[0] * x.shape[2] * grads[2] + grads[5] * grads[3]) * table[3]
+        if dgamma is not None and frozen:
+            dgamma[...] = _products(x, grads, None) * table[3]
         elif dgamma is not None:
             dgamma[...] = grads[4]
         if dbeta is not None:
@@ -185,35 +185,51 @@ def _backward_with(
     target: np.ndarray = np.empty((0, 0, 0), dy.dtype)
     if mapped:
         target = np.empty(dy.shape, dy.dtype) if dx is None else dx  # dresidual alone is rare: it costs a buffer
-    weights = more.weights if not frozen or more.masked != "normalize" else None
-    how, value = _how(more, frozen, not frozen and weights is None and more.dresidual is None)
-    residual = more.residual if more.activation else None
-    extras = _order(more), value, residual, weights, more.dresidual, None if weights is None else more.mass
+    how, extras = _gradient_extras(more, frozen)
     stages = (SUM | FINISH if summed else 0) | (MAP if mapped else 0)
     _carry_out(backward_kernel, (dy, x, target), (table, affine, grads), 5, stages, how, more, extras)
     with np.errstate(all="ignore"):
         if dgamma is not None:
-            sizes = x.shape[0] if more.starts is None else np.repeat(np.diff(more.starts), channels)
-            dgamma[...] = (sizes * x.shape[2] * grads[2] + grads[5] * grads[3]) * table[3]
+            dgamma[...] = _products(x, grads, more) * table[3]
         if dbeta is not None:
             dbeta[...] = grads[5]
 
 
-def gradient_sums(dy: np.ndarray, x: np.ndarray, table: np.ndarray) -> np.ndarray:
-    grads = np.empty((6, x.shape[1]))
-    target = np.empty((0, 0, 0), dy.dtype)
-    _carry_out(backward_kernel, (dy, x, target), (table, table[4:], grads), 5, SUM | FINISH, PLAIN, None, _NO_EXTRAS)
+def _gradient_extras(more: Any, frozen: bool) -> tuple[Any, tuple[Any, ...]]:
+    """How they are compiled, and what the backward kernel takes of them."""
+    if more is None:
+        return PLAIN, _NO_EXTRAS
+    weights = more.weights if not frozen or more.masked != "normalize" else None
+    how, value = _how(more, frozen, not frozen and weights is None and more.dresidual is None)
+    residual = more.residual if more.activation else None
+    return how, (_order(more), value, residual, weights, more.dresidual, None if weights is None else more.mass)
+
+
+def _products(x: np.ndarray, grads: np.ndarray, more: Any) -> Any:
+    """sum dy (x - mean) by set and channel: the mean of x - mean isn't 0 where that is not x's own."""
+    sizes = x.shape[0] if more is None or more.starts is None else np.repeat(np.diff(more.starts), x.shape[1])
+    return sizes * x.shape[2] * grads[2] + grads[5] * grads[3]
+
+
+def gradient_sums(dy: np.ndarray, x: np.ndarray, table: np.ndarray, more: Any = None) -> np.ndarray:
+    grads, target = np.empty((6, x.shape[1])), np.empty((0, 0, 0), dy.dtype)
+    how, extras = _gradient_extras(more, False)
+    _carry_out(backward_kernel, (dy, x, target), (table, table[4:], grads), 5, SUM | FINISH, how, more, extras)
     with np.errstate(all="ignore"):
-        return np.stack([grads[5], x.shape[0] * x.shape[2] * grads[2] + grads[5] * (grads[3] - table[1])])
+        return np.stack([grads[5], _products(x, grads, more)])
 
 
 def gradient_map(
-    dy: np.ndarray, x: np.ndarray, dx: np.ndarray, table: np.ndarray, sums: np.ndarray, count: float
+    dy: np.ndarray, x: np.ndarray, dx: np.ndarray, table: np.ndarray, sums: np.ndarray, count: float, more: Any = None
 ) -> None:
+    how, extras = _gradient_extras(more, False)
+    weighted = (
+        extras[-1] is not None
+    )  # the kernel divides by the mass then, and multiplies by the number of values here
     grads = np.zeros((6, x.shape[1]))
     with np.errstate(all="ignore"):
-        grads[0], grads[2] = sums[0] / count, sums[1] / count
-    _carry_out(backward_kernel, (dy, x, dx), (table, table[4:], grads), 5, MAP, PLAIN, None, _NO_EXTRAS)
+        grads[0], grads[2] = sums / (x.shape[0] * x.shape[2] if weighted else count)
+    _carry_out(backward_kernel, (dy, x, dx), (table, table[4:], grads), 5, MAP, how, more, extras)
 
 
 class _Plan(NamedTuple):

@@ -542,7 +542,7 @@ def _mean_of_dy_bent(
 
 @part(inline="always")
 def _backward_finish(c, s, stats, grads, part):  # type: ignore[no-untyped-def]
-    """grads (6, G C): mean of dy as hi and lo, covariance, mean of x - hi; in training dgamma, and dbeta."""
+    """grads (6, G C): mean of dy as hi and lo, covariance, mean of x - mean; in training dgamma, and dbeta."""
     n = hi = lo = t = m = 0.0
     for p in range(part.shape[0]):
         n, hi, lo, t, m = merge_comoments(
@@ -550,7 +550,7 @@ def _backward_finish(c, s, stats, grads, part):  # type: ignore[no-untyped-def]
         )
     grads[0, s], grads[1, s] = settle(hi, lo)
     grads[2, s] = m / n if n > 0.0 else 0.0
-    grads[3, s] = t
+    grads[3, s] = t - stats[1, s]
     grads[4, s] = n * grads[2, s] * stats[3, s]
     grads[5, s] = n * grads[0, s] + n * grads[1, s]
 

@@ -1,0 +1,110 @@
+"""What `forward` keeps for `backward`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .arguments import Axis, check_array, check_axis
+from .arrays import FLOAT32, FLOAT64, Span, family_of_values
+from .distributed import Shared
+from .extras import Asked
+from .host import Caller, caller_of, check_host
+from .layout import channels_of
+from .moments import Moments
+
+
+class Saved:
+    """What `forward` keeps for `backward`: x itself (no copy), and C numbers.
+
+    `moments` is what forward found in x: pass it to `RunningStats.update`. None with frozen statistics; a list, with
+    groups.
+
+    >>> import numpy as np, fastbn
+    >>> fastbn.forward(np.ones((4, 2), np.float32))[1]
+    Saved(float32 x of shape (4, 2), channel axes (1,), frozen=False)
+    """
+
+    __slots__ = (
+        *("_asked", "_axes", "_caller", "_like", "_lost", "_masses", "_shape", "_shared", "_strides", "_table"),
+        *("_units", "_x", "dtype", "frozen"),
+    )
+
+    def __init__(
+        self, walked: Any, x: Any, axes: tuple[int, ...], table: Any, frozen: bool, asked: Asked | None = None,
+        masses: np.ndarray | None = None, lost: Any = None, units: tuple[float, float] | None = None,
+        caller: Caller | None = None,
+    ) -> None:  # fmt: skip
+        self._caller = caller  # the library that x came from, if x is NumPy's view of another's array
+        self._x = walked  # x, or the copy of it that the kernels could walk; None if overwritten; y if asked to
+        self._like = None  # the Span of x, without its memory unless that is kept anyway
+        self.dtype = x.dtype
+        if isinstance(x, Span):
+            self._like, self.dtype = x if x is walked else x.without_memory(), x.type
+        self._shape = x.shape
+        self._strides = x.strides
+        self._axes = axes
+        self._table = table  # (6, C): mean hi, mean lo, var, 1 / sqrt(var + eps), gamma, beta; (6, G C) with groups
+        self.frozen = frozen
+        self._asked = asked
+        self._masses = masses  # (G,), by set: sums of weights, or numbers of values; None without weights and groups
+        self._lost = lost  # with save="y": the channels that can't be had back from y, and their x
+        self._units = units  # scale and zero point of whole numbers
+        self._shared: Shared | None = None  # with `comm`: the ranks whose batch this is a part of
+
+    @property
+    def moments(self) -> Any:
+        """Moments of x (None if frozen), made when asked for: that takes as long as normalizing a small array."""
+        if self.frozen:
+            return None
+        total = None if self._shared is None else self._shared.values
+        return moments_of(
+            self._shape, self._axes, self._table, self.dtype, self._asked, self._masses, self._units, total
+        )
+
+    @classmethod
+    def of(cls, x: Any, table: Any, frozen: bool, axis: Axis = 1) -> Saved:
+        """Of x and the `table` of a plain forward pass, for frameworks that keep arrays themselves between passes."""
+        caller = None if type(x) is np.ndarray else caller_of(x)
+        walked = check_array("fastbn.Saved.of", "x", x)
+        table = check_host("fastbn.Saved.of", "table", table)
+        return cls(walked, walked, check_axis("fastbn.Saved.of", walked, axis), table, frozen, caller=caller)
+
+    @property
+    def table(self) -> Any:
+        """(6, C) float64, what was found: mean as a pair hi + lo, biased variance, 1 / sqrt(var + eps), gamma, beta."""
+        return self._table
+
+    def __repr__(self) -> str:
+        return f"Saved({self.dtype} x of shape {self._shape}, channel axes {self._axes}, frozen={self.frozen})"
+
+
+def moments_of(
+    shape: tuple[int, ...], axes: tuple[int, ...], table: Any, dtype: Any, asked: Asked | None,
+    masses: np.ndarray | None, units: tuple[float, float] | None, total: float | None = None,
+) -> Any:  # fmt: skip
+    """Moments, or with groups a list of them."""
+    channels = channels_of(shape, axes)
+    numbers = family_of_values(table).numbers(table)
+    kind = number_type(dtype.itemsize)
+    with np.errstate(all="ignore"):
+        (mean, lo), var = numbers[:2], numbers[2]
+        if units is not None:
+            mean, lo, var = units[0] * ((mean + lo) - units[1]), None, units[0] ** 2 * var
+        if asked is None or masses is None:
+            count, shape = channels.values if total is None else int(total), channels.shape
+            lo = None if lo is None else lo.reshape(shape)
+            return Moments.found(count, mean.reshape(shape), (count * var).reshape(shape), kind, lo)
+        shape = asked.sets, *channels.shape
+        mean, var, lo = mean.reshape(shape), var.reshape(shape), None if lo is None else lo.reshape(shape)
+        counts = [float(m) if asked.weights is not None else int(m) for m in masses]
+        found = [
+            Moments.found(n, mean[g], n * var[g], kind, None if lo is None else lo[g]) for g, n in enumerate(counts)
+        ]
+    return found[0] if asked.groups is None else found
+
+
+def number_type(itemsize: int) -> np.dtype[Any]:
+    """Of statistics and gradients: float64 for float64 data, float32 for all others, which are smaller."""
+    return FLOAT64 if itemsize == 8 else FLOAT32
