@@ -645,3 +645,15 @@ def test_across_ranks(library, dtype):
     np.testing.assert_allclose(got[0].on_host, dx[:4], atol=near)
     np.testing.assert_allclose(got[1].on_host, dgamma, atol=10 * near)
     np.testing.assert_allclose(got[2].on_host, dbeta, atol=10 * near)
+
+
+def test_across_ranks_nothing_is_left_out(library):
+    """The sums of ranks know of batch norm alone on a GPU: an activation would be missing from the gradient."""
+
+    class Alone:
+        def allgather(self, frame):
+            return [frame]
+
+    x = data(np.random.default_rng(4), (4, 5, 6), (1,), np.float32)[0]
+    with pytest.raises(TypeError, match=r"activation and groups with comm are for NumPy arrays so far"):
+        fastbn.forward(library.put(x), activation="relu", comm=Alone())
