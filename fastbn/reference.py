@@ -21,7 +21,7 @@ import numpy as np
 
 from .arguments import Axis, check_array, check_axis, check_channels, check_eps, check_frozen
 from .extras import Asked, ask
-from .kernels.reference import activate, average, centred, gradient, normalize, second_order, slope
+from .kernels.reference import activate, added, average, centred, gradient, normalize, second_order, slope
 from .moments import Moments
 
 
@@ -133,10 +133,10 @@ def _by_weights(
         return np.zeros(x.shape), np.zeros(wide), Moments(0, np.zeros(channels), np.zeros(channels), np.float64)
     x = x.astype(np.float64)
     with np.errstate(all="ignore"):
-        hi = np.where(w == 0, 0.0, w * x).sum(reduced, keepdims=True) / mass
-        lo = np.where(w == 0, 0.0, w * (x - hi)).sum(reduced, keepdims=True) / mass
+        hi = added(np.where(w == 0, 0.0, w * x), reduced) / mass
+        lo = added(np.where(w == 0, 0.0, w * (x - hi)), reduced) / mass
         d = (x - hi) - lo
-        var = np.where(w == 0, 0.0, w * d * d).sum(reduced, keepdims=True) / mass
+        var = added(np.where(w == 0, 0.0, w * d * d), reduced) / mass
     return d, var, Moments(mass, (hi + lo).reshape(channels), (mass * var).reshape(channels), np.float64)
 
 
@@ -180,7 +180,7 @@ def _backward_with(dy: np.ndarray, saved: Saved, asked: Asked, channels: tuple[i
         xhat = saved.d / std
         if saved.moments is not None and mass == 0:
             xhat, std = np.zeros(dy.shape), np.full(std.shape, np.inf)
-        sums, products = (s.sum(saved.axes, keepdims=True) for s in (g, np.where(absent, 0.0, g * xhat)))
+        sums, products = (added(s, saved.axes) for s in (g, np.where(absent, 0.0, g * xhat)))
         dx = saved.gamma / std * g
         if saved.moments is not None and mass > 0:
             term = saved.gamma / std * (sums + xhat * products) / mass

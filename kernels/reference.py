@@ -13,11 +13,16 @@ from typing import Any
 import numpy as np
 
 
-def average(x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """Mean over `axes`, kept as 1. NumPy adds pairwise along the last axis alone; elsewhere 4000 values cost 20 eps."""
+def added(x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """Sum over `axes`, kept as 1. NumPy adds pairwise along the last axis alone; elsewhere 4000 values cost 20 eps."""
     kept = [a for a in range(x.ndim) if a not in axes]
     last = np.ascontiguousarray(x.transpose(*kept, *axes)).reshape(*(x.shape[a] for a in kept), -1)
-    return np.expand_dims(last.mean(-1), axes)
+    return np.expand_dims(last.sum(-1), axes)
+
+
+def average(x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """Mean over `axes`, kept as 1."""
+    return added(x, axes) / math.prod(x.shape[a] for a in axes)
 
 
 def centred(x: np.ndarray, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -127,10 +132,10 @@ def _weighted(x: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.
     """Mean as hi and lo, and variance, by weights (O, 1, I) that aren't all 0."""
     x, mass = _counted(x, w), w.sum()
     with np.errstate(all="ignore"):
-        hi = np.sum(w * x, axis=(0, 2), keepdims=True) / mass
-        lo = np.sum(w * (x - hi), axis=(0, 2), keepdims=True) / mass
+        hi = added(w * x, (0, 2)) / mass
+        lo = added(w * (x - hi), (0, 2)) / mass
         d = np.where(w == 0, 0.0, (x - hi) - lo)
-        return hi, lo, np.sum(w * d * d, axis=(0, 2), keepdims=True) / mass
+        return hi, lo, added(w * d * d, (0, 2)) / mass
 
 
 def forward(
@@ -305,7 +310,7 @@ def second_order(
         return v * np.where(v == 0, 0.0, a)
 
     def add(a: np.ndarray) -> np.ndarray:
-        return np.asarray(a.sum(axes, keepdims=True))
+        return added(a, axes)
 
     with np.errstate(all="ignore"):
         g, d = np.where(counts, g, 0.0), np.where(counts, d, 0.0)

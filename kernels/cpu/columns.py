@@ -206,7 +206,10 @@ def _add_weighted(w, step_w, x, step, rows, n, near, sums):  # type: ignore[no-u
         for r in range(rows):
             f = _weight_at(w, step_w, r, like)
             row = shifted(x, r * step)
-            d = (load(row, j, like) if j + LANES <= n else load_part(row, j, n - j, h)) - h
+            if j + LANES <= n:
+                d = load(row, j, like) - h
+            else:  # the lanes behind the end belong to no column of this tile, but to some of the next one
+                d, f = load_part(row, j, n - j, h) - h, joined(n - j, f, zero)
             d = where_nonzero(f, d, zero)
             e = d * f
             a, b, c = a + e, fma(e, d, b), c + f
