@@ -98,30 +98,24 @@ def forward(
         stages |= SUM
     else:
         table[0], table[1], table[2] = mean, 0.0, var
-    sets, channels = _sets(more), x.shape[1]
+    sets, channels = 1 if more is None else _sets(more), x.shape[1]
     affine = table[4:] if sets == 1 else np.empty((2, channels))
     affine[0] = 1.0 if gamma is None else gamma
     affine[1] = 0.0 if beta is None else beta
     if sets > 1:
         table[4:].reshape(2, sets, channels)[...] = affine[:, None]
-    _forward(x, y, table, affine, float(eps), stages, more)
-
-
-def _forward(
-    x: np.ndarray, y: np.ndarray | None, table: np.ndarray, affine: np.ndarray, eps: float, stages: int, more: Any
-) -> None:
-    target = np.empty((0, 0, 0), np.float32 if _is_whole(x.dtype) else x.dtype) if y is None else y
-    extras: tuple[Any, ...] = _NO_EXTRAS[:4]
-    how = PLAIN
+    if y is None:
+        y = np.empty((0, 0, 0), np.float32 if _is_whole(x.dtype) else x.dtype)
+    how, extras = None, _NO_EXTRAS[:4]
     if more is not None:
         weights = more.weights if stages & SUM or more.masked != "normalize" else None
         how, value = _how(more, False, more.residual is None and (weights is None or more.masked == "normalize"))
         extras = _order(more), value, more.residual, weights
-    _carry_out(forward_kernel, (x, target), (table, affine, eps), 4, stages, how, more, extras)
+    _carry_out(forward_kernel, (x, y), (table, affine, float(eps)), 4, stages, how, more, extras)
 
 
 _NO_ORDER, _PLAINLY = np.zeros(0, np.int64), (0.0, 1.0, 0.0, 0.0)
-_NO_EXTRAS = _NO_ORDER, _PLAINLY, None, None, None, None  # of a plain backward; of a forward the first four
+_NO_EXTRAS: tuple[Any, ...] = (_NO_ORDER, _PLAINLY, None, None, None, None)  # of backward; of forward the first four
 
 
 def _order(more: Any) -> np.ndarray:
@@ -135,7 +129,7 @@ def _how(more: Any, frozen: bool, simple: bool) -> tuple[Any, tuple[float, ...]]
 
 
 def _sets(more: Any) -> int:
-    return 1 if more is None or more.starts is None else len(more.starts) - 1
+    return 1 if more.starts is None else len(more.starts) - 1
 
 
 def _is_whole(dtype: np.dtype[Any]) -> bool:
@@ -160,7 +154,7 @@ def backward(
         mapped = dx is not None and not frozen
         target = dx if mapped else np.empty((0, 0, 0), dy.dtype)
         stages = SUM | FINISH | (MAP if mapped else 0)
-        _carry_out(backward_kernel, (dy, x, target), (table, table[4:], grads), 5, stages, PLAIN, None, _NO_EXTRAS)
+        _carry_out(backward_kernel, (dy, x, target), (table, table[4:], grads), 5, stages, None, None, _NO_EXTRAS)
     with np.errstate(all="ignore"):
         if dgamma is not None and frozen:
             dgamma[...] = _products(x, grads, None) * table[3]
@@ -198,7 +192,7 @@ def _backward_with(
 def _gradient_extras(more: Any, frozen: bool) -> tuple[Any, tuple[Any, ...]]:
     """How they are compiled, and what the backward kernel takes of them."""
     if more is None:
-        return PLAIN, _NO_EXTRAS
+        return None, _NO_EXTRAS
     weights = more.weights if not frozen or more.masked != "normalize" else None
     how, value = _how(more, frozen, not frozen and weights is None and more.dresidual is None)
     residual = more.residual if more.activation else None
@@ -246,10 +240,15 @@ def _ceil(a: int, b: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
-    shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], items: tuple[int, ...], stages: int,
+    shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], sized: tuple[int, int, int], stages: int,
     sizes: Sizes, least: int, special: int,
 ) -> _Plan:  # fmt: skip
-    """Of the largest set; the smallest has `least` outer indices; `special` has the flags below."""
+    """Of the largest set; the smallest has `least` outer indices; `special` has the flags below.
+
+    `sized`: bytes of an element of x and of the other arrays, and which of the strides are x's.
+    """
+    own, other, at = sized
+    items = tuple(own if i == at else other for i in range(len(strides)))
     outer, channels, inner = shape
     size, itemsize = outer * channels * inner, items[0]
     flags = EXACT if itemsize == 8 or least * inner < sizes.few else 0
@@ -338,35 +337,38 @@ def _carry_out(
             starts, sizes = np.ascontiguousarray(more.starts, np.int64), np.diff(more.starts)
             shape, least = (int(sizes.max(initial=0)), *x.shape[1:]), int(sizes[sizes > 0].min(initial=shape[0]))
     if starts is None:
-        starts = np.array([0, x.shape[0]])
-    strides, items = tuple([a.strides for a in walked]), tuple([a.itemsize for a in walked])
-    plan = _plan(shape, strides, items, stages, SIZES, least, special)
-    sets = len(starts) - 1
-    cells, pieces = sets * plan.tiles, plan.pieces
+        starts = _one_set(x.shape[0])
+    strides, sized = tuple([a.strides for a in walked]), (x.itemsize, arrays[-1].itemsize, len(arrays) - 2)
+    plan = _plan(shape, strides, sized, stages, SIZES, least, special)
+    cells, pieces = (len(starts) - 1) * plan.tiles, plan.pieces
     kinds = None if more is None else tuple([a.dtype if isinstance(a, np.ndarray) else None for a in extras[2:]])
     twins = _twins(kernel, x.dtype, arrays[-1].dtype, how, kinds)
     count = 1 if x.size < (SIZES.asleep if threads.SLEEPY else SIZES.serial) else threads.threads()
+    # Cell by cell, all stages of each; where cells are too few for the threads, stage by stage, piece by piece.
+    whole = count == 1 or cells >= 4 * count or (cells >= count and cells % count == 0) or pieces == 1
+    items = min(count, cells if whole else cells * pieces)
+    slots = 0 if not stages & SUM else items if whole else cells
+    part = np.empty((slots, pieces, depth, plan.numbers[1]))
 
-    def run(items: int, some: int, part: np.ndarray) -> None:
+    def run(items: int, some: int) -> None:
         args = (*arrays, *numbers, part, np.zeros(items, np.int64), plan.numbers, some, starts, *extras)
         threads.run(twins, items, *args, parallel=items > 1)
 
-    def space(slots: int) -> np.ndarray:
-        return np.empty((slots if stages & SUM else 0, pieces, depth, plan.numbers[1]))
+    if whole:
+        run(items, stages)
+        return
+    if stages & SUM:
+        run(items, SUM)
+    if stages & FINISH:
+        run(1, FINISH)
+    if stages & MAP:
+        run(items, MAP)
 
-    # Cell by cell, all stages of each; where cells are too few for the threads, stage by stage, piece by piece.
-    if count == 1:
-        run(1, stages, space(1))
-    elif cells >= 4 * count or (cells >= count and cells % count == 0) or pieces == 1:
-        run(min(count, cells), stages, space(min(count, cells)))
-    else:
-        items, part = min(count, cells * pieces), space(cells)
-        if stages & SUM:
-            run(items, SUM, part)
-        if stages & FINISH:
-            run(1, FINISH, part)
-        if stages & MAP:
-            run(items, MAP, part)
+
+@functools.lru_cache(maxsize=1024)
+def _one_set(outer: int) -> np.ndarray:
+    """Where the only set starts and ends. Kernels only read it."""
+    return np.array([0, outer])
 
 
 class _Twins:
@@ -411,7 +413,7 @@ def _compiled(dispatcher: Any, signature: tuple[Any, ...]) -> Any:
 
 @functools.cache
 def _twins(kernel: Any, dtype: np.dtype[Any], result: np.dtype[Any], how: Any, kinds: tuple[Any, ...] | None) -> _Twins:
-    """For elements of these types, and for extras of the types `kinds` (None: those of a plain call)."""
+    """For elements of these types, and for extras of the types `kinds`; `how` and `kinds` are None of a plain call."""
     if numba.config.DISABLE_JIT:
         raise RuntimeError(
             "fastbn's CPU kernels need Numba's compiler, which NUMBA_DISABLE_JIT turns off; unset it, or use "
@@ -437,4 +439,6 @@ def _twins(kernel: Any, dtype: np.dtype[Any], result: np.dtype[Any], how: Any, k
         none if kind is None else layout or array(numba.from_dtype(kind), 3, "A", readonly=True)
         for kind, layout in zip(kinds, layouts, strict=True)
     ]
-    return _Twins(item, kernel, (*arrays, row, numba.types.UniTuple(integer, 8), integer, row, row, how, *extras))
+    return _Twins(
+        item, kernel, (*arrays, row, numba.types.UniTuple(integer, 8), integer, row, row, how or PLAIN, *extras)
+    )
