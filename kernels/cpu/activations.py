@@ -15,7 +15,6 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model, unbox
 
-from .compile import by_type, part, unless_none
 from .lanes import (
     DOUBLE,
     LANES,
@@ -31,6 +30,7 @@ from .lanes import (
     where_nonzero,
     wide,
 )
+from .parts import by_type, part, unless_none
 
 
 class How(types.Type):  # type: ignore[misc]

@@ -15,7 +15,6 @@ import numpy as np
 from numba import njit
 
 from .activations import bent, counted, loaded, loaded_part, plain
-from .compile import part
 from .lanes import (
     LANES,
     before_line,
@@ -34,6 +33,7 @@ from .lanes import (
     where_nonzero,
     wide,
 )
+from .parts import part
 
 # Squares of numbers on a grid leave remainders of 0, 1 and 4 eighths, which a float32 sum of a hundred drops more often
 # than it rounds them up: the variance of data at 1e4 was 5e-7 too small. So lanes pass sums on after 16 additions.
@@ -234,7 +234,7 @@ def _run(array):  # type: ignore[no-untyped-def]
     return pointer(array, 0)
 
 
-@part()
+@part(_nrt=True)
 def _sums(run, n, pivot):  # type: ignore[no-untyped-def]
     lanes = np.zeros(2 * LANES)
     s, q = pointer(lanes, 0), pointer(lanes, 8 * LANES)

@@ -10,7 +10,6 @@ A tile is some neighbouring channels, a block some rows of it.
 
 from .activations import absent, bent, counted, finished, is_plain, loaded, loaded_part, put, put_part, sloped
 from .blocks import write
-from .compile import part, unless_none
 from .lanes import (
     LANES,
     before_line,
@@ -30,6 +29,7 @@ from .lanes import (
     where_nonzero,
     wide,
 )
+from .parts import part, unless_none
 from .rows import EXACT, PAST, index
 
 ROWS = 16  # whose sums stay in registers; no more are added in float32 (see `blocks.CHAIN`)

@@ -27,7 +27,6 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba.extending import overload
 
 _log = logging.getLogger(__name__)
 
@@ -60,42 +59,6 @@ def kernel(**options: Any) -> Callable[[Callable[..., None]], Kernel]:
 def compiled(function: Callable[..., Any]) -> Any:
     """A serial dispatcher of its own in the cache, for Python and for other compiled functions to call."""
     return _compiled(function, {"nogil": True, "error_model": "numpy"})
-
-
-def part(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """`@part()`: njit for what compiled code alone calls, without the entries for calls from Python and C."""
-    return numba.njit(**{"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True, **options})
-
-
-def by_type(choose: Callable[..., Any]) -> Callable[..., Any]:
-    """For compiled code alone: a call of `choose` runs the function that `choose` returns for the arguments' types."""
-
-    def stub(*args: Any) -> Any:
-        raise NotImplementedError("compiled code calls it")
-
-    options = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    overload(stub, strict=False, jit_options=options)(choose)
-    return stub
-
-
-def nothing_of(*args):  # type: ignore[no-untyped-def]
-    """For `unless_none`."""
-
-
-def unless_none(argument: int = 0, otherwise: Callable[..., Any] = nothing_of) -> Callable[[Callable[..., Any]], Any]:
-    """A `part` for compiled code whose argument of this number may be None, where `otherwise` (*args) is run.
-
-    By type: Numba 0.68 compiles both branches of `if a is None` unless a is None, and would give an optional array.
-    """
-
-    def wrap(function: Callable[..., Any]) -> Any:
-        @by_type
-        def either(*args: Any) -> Any:
-            return otherwise if isinstance(args[argument], numba.types.NoneType) else function
-
-        return either
-
-    return wrap
 
 
 def cache_folder() -> str | None:

@@ -488,7 +488,10 @@ def borrowed(_typing: Any, array: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def outer(_typing: Any, array: Any, start: Any, count: Any) -> Any:
-    """`array[start : start + count]` of a borrowed array, as a borrowed one."""
+    """`array[start : start + count]` of a borrowed array, as a borrowed one; None of None."""
+
+    if isinstance(array, types.NoneType):
+        return array(array, types.intp, types.intp), lambda context, _builder, _sig, _args: context.get_dummy_value()
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         view = context.make_array(signature.return_type)(context, builder, value=args[0])

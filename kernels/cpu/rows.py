@@ -22,7 +22,6 @@ from .activations import (
     sloped,
 )
 from .blocks import run_deviations, run_gradient, run_normalize, run_products, run_weighted, write
-from .compile import by_type, part, unless_none
 from .lanes import (
     LANES,
     before_line,
@@ -40,6 +39,7 @@ from .lanes import (
     total,
     wide,
 )
+from .parts import by_type, part, unless_none
 
 # Constants go to functions as runtime values below (`np.int64(0)`): Numba compiles a function again for each literal.
 

@@ -31,7 +31,7 @@ from .columns import (
     spread_column,
     spread_columns,
 )
-from .compile import Kernel, by_type, compiled, part, unless_none
+from .compile import Kernel, compiled
 from .lanes import (
     LANES,
     borrowed,
@@ -45,6 +45,7 @@ from .lanes import (
     outer,
     place,
 )
+from .parts import by_type, part, unless_none
 from .rows import (
     EXACT,
     GATHER,
@@ -76,7 +77,7 @@ def _width(channels, plan):  # type: ignore[no-untyped-def]
     return channels * (plan[5] * plan[6] if plan[0] else LANES) + LANES
 
 
-@part()
+@part(_nrt=True)
 def _memory(x, y, plan, stage, like, depth, wide, narrow):  # type: ignore[no-untyped-def]
     """All that a work item needs: `borrowed` says why nothing below it may own an array. It hands on views of rows.
 
@@ -102,19 +103,13 @@ def _lent(m):  # type: ignore[no-untyped-def]
 # Sets of outer indices with statistics of their own. The plan is that of the largest; a set has its own blocks.
 
 
-@unless_none()
-def _set(a, start, count):  # type: ignore[no-untyped-def]
-    """The outer indices of a set."""
-    return outer(a, start, count)
-
-
 @part()
 def _start(order, start):  # type: ignore[no-untyped-def]
     """Where a set starts in the arrays themselves: with an order, each of its indices says that."""
     return 0 if order.size > 0 else start
 
 
-@part()
+@part(_nrt=True)
 def _order_of(order, start, count):  # type: ignore[no-untyped-def]
     return outer(order, start, count) if order.size > 0 else order
 
@@ -352,10 +347,10 @@ def forward_item(
             n0 = _start(order, starts[g])
             s0, channels = g * x.shape[1] + c0, min(plan[1], x.shape[1] - c0)
             xs, ys, rs, ws = (
-                _set(x, n0, count),
-                _set(y, n0, count),
-                _set(r, n0, count),
-                _set(w, n0, count),
+                outer(x, n0, count),
+                outer(y, n0, count),
+                outer(r, n0, count),
+                outer(w, n0, count),
             )
             own, order_of = _planned(xs.shape, plan), _order_of(order, starts[g], count)
             p0, p1 = max(0, first - cell * pieces), min(pieces, last - cell * pieces)
@@ -644,8 +639,8 @@ def backward_item(
             count, c0 = starts[g + 1] - starts[g], t * plan[1]
             n0 = _start(order, starts[g])
             s0, channels = g * x.shape[1] + c0, min(plan[1], x.shape[1] - c0)
-            xs, dys, dxs = _set(x, n0, count), _set(dy, n0, count), _set(dx, n0, count)
-            rs, ws, drs = _set(r, n0, count), _set(w, n0, count), _set(dr, n0, count)
+            xs, dys, dxs = outer(x, n0, count), outer(dy, n0, count), outer(dx, n0, count)
+            rs, ws, drs = outer(r, n0, count), outer(w, n0, count), outer(dr, n0, count)
             own, order_of = _planned(xs.shape, plan), _order_of(order, starts[g], count)
             p0, p1 = max(0, first - cell * pieces), min(pieces, last - cell * pieces)
             sums = place(part, k if stage & SUM and stage & FINISH else cell)

@@ -37,7 +37,7 @@ from numba.extending import intrinsic
 
 from . import threads
 from .blocks import write
-from .compile import Kernel, compiled, part
+from .compile import Kernel, compiled
 from .lanes import (
     LANES,
     before_line,
@@ -60,6 +60,7 @@ from .lanes import (
     total,
     where_nonzero,
 )
+from .parts import part
 from .rows import gathered, index, scatter
 
 SUM, FINISH, MAP = 1, 2, 4
@@ -628,7 +629,7 @@ def _map(arrays, w, order, starts, q, p, c0, g, co, memory, plan):  # type: igno
             _rows_map(u, g_, x, w, r, z, order, starts, q, k, c0, g, co[q], plan, scratch, weights)
 
 
-@part()
+@part(_nrt=True)
 def _memory(x, like, some, plan):  # type: ignore[no-untyped-def]
     """Of a work item: `borrowed` says why nothing below it may own an array."""
     tile = plan[1]
