@@ -401,3 +401,32 @@ def test_a_layer_with_an_activation(rng, backend):
     assert fastbn.BatchNorm(5)(x, weights=np.zeros(6), masked="keep") is not x
     with pytest.raises(ValueError, match=r"fastbn\.BatchNorm: activation is str 'swish'"):
         fastbn.BatchNorm(5, activation="swish")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda d: d.__name__)
+def test_the_edge_of_two_lines_is_where_z_changes_its_sign(dtype, rng, backend):
+    """Backward compares x with a threshold where forward computes z: for every x they must agree."""
+    if backend == "reference":
+        pytest.skip("has no such threshold")
+    import numba
+    from fastbn.kernels.cpu import schedule
+
+    edge = numba.njit(lambda h, a, b, slot: schedule._edge(h, a, b, slot))
+    below = numba.njit(lambda x, h, a, b: schedule._below(x, 1.0, h, a, b))
+    slot = np.zeros(1, dtype)
+    for i in range(3000):
+        h, a, b = rng.normal(size=3) * 10.0 ** rng.integers(-6, 7, 3)
+        a, b, h = 0.0 if i % 50 == 1 else a, 0.0 if i % 50 == 2 else b, 0.0 if i % 50 == 3 else h
+        s, t = edge(h, a, b, slot)
+        x0 = dtype(s * t)
+        others = np.concatenate(
+            [rng.normal(size=4) * 10.0 ** rng.integers(-9, 9, 4), [0.0, h, np.inf, -np.inf, np.nan]]
+        )
+        with np.errstate(all="ignore"):
+            xs = [x0, np.nextafter(x0, dtype(np.inf)), np.nextafter(x0, dtype(-np.inf)), *others.astype(dtype)]
+            for x in map(float, xs):
+                assert below(x, h, a, b) == (s * x <= t), (h, a, b, x)
+    for h, a, b in itertools.product((0.0, 3.0, np.inf, np.nan), (1.0, -2.0, np.inf, np.nan), (0.5, -np.inf, np.nan)):
+        s, t = edge(h, a, b, slot)
+        for x in (-1.0, 2.0, 1e30):
+            assert below(x, h, a, b) == (s * x <= t), (h, a, b, x)

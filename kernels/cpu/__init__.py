@@ -241,16 +241,16 @@ def _ceil(a: int, b: int) -> int:
 @functools.lru_cache(maxsize=1024)
 def _plan(
     shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], sized: tuple[int, int, int], stages: int,
-    sizes: Sizes, least: int, special: int,
+    sizes: Sizes, least: int, most: int, special: int,
 ) -> _Plan:  # fmt: skip
-    """Of the largest set; the smallest has `least` outer indices; `special` has the flags below.
+    """Of the largest set; the smallest has `least` outer indices, all have `most`; `special` has the flags below.
 
     `sized`: bytes of an element of x and of the other arrays, and which of the strides are x's.
     """
     own, other, at = sized
     items = tuple(own if i == at else other for i in range(len(strides)))
-    outer, channels, inner = shape
-    size, itemsize = outer * channels * inner, items[0]
+    _, channels, inner = shape
+    size, itemsize = most * channels * inner, items[0]
     flags = EXACT if itemsize == 8 or least * inner < sizes.few else 0
     # Memory decides: across the channels where they are next to each other, else along the inner axis.
     each = list(zip(strides, items, strict=True))
@@ -339,7 +339,7 @@ def _carry_out(
     if starts is None:
         starts = _one_set(x.shape[0])
     strides, sized = tuple([a.strides for a in walked]), (x.itemsize, arrays[-1].itemsize, len(arrays) - 2)
-    plan = _plan(shape, strides, sized, stages, SIZES, least, special)
+    plan = _plan(shape, strides, sized, stages, SIZES, least, x.shape[0], special)
     cells, pieces = (len(starts) - 1) * plan.tiles, plan.pieces
     kinds = None if more is None else tuple([a.dtype if isinstance(a, np.ndarray) else None for a in extras[2:]])
     twins = _twins(kernel, x.dtype, arrays[-1].dtype, how, kinds)

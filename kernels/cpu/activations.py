@@ -363,7 +363,7 @@ def _leaky_slope(how, z):  # type: ignore[no-untyped-def]
 
 
 def _leaky_inverse(how, z):  # type: ignore[no-untyped-def]
-    return where_at_most(z, nothing(z), z / constant(z, parameter(how)), z)
+    return where_at_most(z, nothing(z), z * constant(z, 1.0 / parameter(how)), z)  # a division took 3 times as long
 
 
 def _relu6(how, z):  # type: ignore[no-untyped-def]
@@ -514,14 +514,36 @@ def finished(how, z, v, r, w):  # type: ignore[no-untyped-def]
     return _settle(how, _bend(how, alike(_added(z, r), v)), v, w)
 
 
+# Activations of two straight lines. Without a residual, which of them x is on is one comparison: z = a (x - h) + b
+# grows or falls with x, in steps, so there is an `edge`. Computing z in float64 took backward 2.1 times as long.
+_LINES = "relu", "leaky_relu"
+
+
+def looks(how: Any) -> bool:
+    """Whether `bent` looks at z at all."""
+    return bool(how.activation) and not how.inverse
+
+
+def has_edge(how: Any, r: Any) -> bool:
+    """Whether the lens that `bent` takes is an edge: s and t in the places of h and a."""
+    return looks(how) and how.activation in _LINES and isinstance(r, types.NoneType)
+
+
 @by_type
 def bent(how, g, v, h, a, b, r):  # type: ignore[no-untyped-def]
     """dy f'(z) and x, for lanes g of dy, v of x (or of y) and r of the residual; z = a (x - h) + b + r in float64."""
+    if has_edge(how, r):
+        return _bent_at_edge
     if how.inverse:
         if not how.activation:
             return lambda how, g, v, h, a, b, r: (g, v)
         return _bent_from_y
     return _bent_from_x if how.activation else lambda how, g, v, h, a, b, r: (g, v)
+
+
+def _bent_at_edge(how, g, v, h, a, b, r):  # type: ignore[no-untyped-def]
+    low = constant(v, 0.0 if how_is_relu(how) else parameter(how))
+    return g * alike(where_at_most(v * alike(h, v), alike(a, v), low, constant(v, 1.0)), g), v
 
 
 def _bent_from_y(how, g, v, h, a, b, r):  # type: ignore[no-untyped-def]
@@ -566,6 +588,12 @@ def _sloped_by_weight(how, raw, g, d, a, b, c, w):  # type: ignore[no-untyped-de
 def is_plain(_typing: Any, how: Any) -> Any:
     """Whether nothing beyond batch norm is done, as a constant."""
     return types.boolean(how), lambda _context, _builder, _signature, _args: ir.Constant(ir.IntType(1), int(how.simple))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def how_is_relu(_typing: Any, how: Any) -> Any:
+    relu = int(how.activation == "relu")
+    return types.boolean(how), lambda _context, _builder, _signature, _args: ir.Constant(ir.IntType(1), relu)
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -458,7 +458,8 @@ def columns_gradient(
     d, f = _five(doubles), (*_five(used), pointer(used, (used.shape[0] - 1) * used.strides[0]))
     first, u = pointer(lenses, 0), lenses.strides[0]
     z = first, shifted(first, u), shifted(first, 2 * u)
-    past, width = plan[7] & PAST != 0, channels * plan[5] * plan[6]
+    # Rows with weights are walked one by one: parts of lines at both ends of each cost more than caches save.
+    past, width = plan[7] & PAST != 0 and absent(w), channels * plan[5] * plan[6]
     reach = 1 + 1024 // width
     while r0 < r1:
         run_dy, step_dy, left = _row(dy, r0, c0, plan, order)

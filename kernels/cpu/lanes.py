@@ -115,11 +115,12 @@ def wide(_typing: Any, lanes: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def fma(_typing: Any, a: Any, b: Any, c: Any) -> Any:
-    """a b + c, rounded once where the processor can."""
+    """a b + c, rounded once where the processor can; of numbers too."""
 
     def codegen(_context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = _numbers(signature.return_type)
-        name = f"llvm.fmuladd.v{LANES}f{signature.return_type.dtype.bitwidth}"
+        kind, name = ir.DoubleType(), "llvm.fmuladd.f64"
+        if a != types.float64:
+            kind, name = _numbers(a), f"llvm.fmuladd.v{LANES}f{a.dtype.bitwidth}"
         function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
         return builder.call(function, args)
 

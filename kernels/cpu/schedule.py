@@ -19,7 +19,7 @@ import math
 import numpy as np
 from numba import prange
 
-from .activations import absent, is_frozen, is_plain
+from .activations import absent, has_edge, is_frozen, is_plain, looks
 from .blocks import merge_comoments, merge_moments, not_negative, settle
 from .columns import (
     columns_count,
@@ -39,13 +39,14 @@ from .lanes import (
     claim,
     fence,
     finest,
+    fma,
     hold,
     keep_whole,
     narrowest,
     outer,
     place,
 )
-from .parts import by_type, part, unless_none
+from .parts import by_type, nothing_of, part, unless_none
 from .rows import (
     EXACT,
     GATHER,
@@ -300,6 +301,77 @@ def _lenses(s0, c0, stats, affine, numbers):  # type: ignore[no-untyped-def]
         numbers[0, c], numbers[1, c], numbers[2, c] = stats[0, s0 + c], a, affine[1, c0 + c] - a * stats[1, s0 + c]
 
 
+@by_type
+def _lenses_of(how, r, s0, c0, stats, affine, numbers, slot):  # type: ignore[no-untyped-def]
+    """The lenses that `bent` takes: h, a, b of z = a (x - h) + b, or for an edge s and t in place of h and a."""
+    if has_edge(how, r):
+        return _edges
+    return _plain_lenses if looks(how) else nothing_of
+
+
+def _plain_lenses(how, r, s0, c0, stats, affine, numbers, slot):  # type: ignore[no-untyped-def]
+    _lenses(s0, c0, stats, affine, numbers)
+
+
+def _edges(how, r, s0, c0, stats, affine, numbers, slot):  # type: ignore[no-untyped-def]
+    _lenses(s0, c0, stats, affine, numbers)
+    for c in range(numbers.shape[1]):
+        numbers[0, c], numbers[1, c] = _edge(numbers[0, c], numbers[1, c], numbers[2, c], slot)
+
+
+@part()
+def _below(u, s, h, a, b):  # type: ignore[no-untyped-def]
+    return fma(s * u - h, a, b) <= 0.0
+
+
+@part()
+def _rounded(slot, value):  # type: ignore[no-untyped-def]
+    slot[0] = value
+    return float(slot[0])
+
+
+@part()
+def _edge(h, a, b, slot):  # type: ignore[no-untyped-def]
+    """s and t for which s x <= t exactly where a (x - h) + b <= 0 in float64, of x in the type of slot (1,).
+
+    t is the root, rounded to that type, or a neighbour of it; further off where rounding has made steps of z wide.
+    """
+    if a == 0.0:  # NaN stays NaN
+        return 0.0, 1.0 if b <= 0.0 else -1.0
+    s = 1.0 if a > 0.0 else -1.0
+    if math.isnan(h) or math.isnan(a) or math.isnan(b):
+        return s, math.nan
+    top = _rounded(slot, 1.7976931348623157e308)
+    top = top if math.isfinite(top) else 3.4028234663852886e38
+    low = min(_rounded(slot, s * (h - b / a)), top)
+    if not low > -top:  # NaN too, which would be sought for ever
+        low = -top
+    high = low
+    step = max(abs(low) * (2.0**-24 if top < 1e39 else 2.0**-53), 1e-300)
+    while _below(high, s, h, a, b):
+        if high == top:
+            return s, top
+        low, high, step = high, min(_rounded(slot, high + step), top), 2.0 * step
+    while not _below(low, s, h, a, b):
+        if low == -top:
+            return s, -math.inf
+        high, low, step = low, max(_rounded(slot, low - step), -top), 2.0 * step
+    while True:
+        middle = _rounded(slot, 0.5 * low + 0.5 * high)
+        if not low < middle < high:
+            return s, low
+        if _below(middle, s, h, a, b):
+            low = middle
+        else:
+            high = middle
+
+
+@by_type
+def _unless_unused(how, w):  # type: ignore[no-untyped-def]
+    """Weights as a forward map takes them: None where they mean nothing but statistics."""
+    return (lambda how, w: None) if how.simple else (lambda how, w: w)
+
+
 @part(inline="always")
 def _forward_map(p0, p1, s0, c0, ca, x, y, stats, affine, summed, plan, memory, how, r, w, order):  # type: ignore[no-untyped-def]
     """Pieces p0 to p1 of a tile, backwards if they were summed: what was read last is in cache.
@@ -364,8 +436,9 @@ def forward_item(
             if stage & MAP:
                 ahead = c0 + plan[1] if (cell + 1) * pieces < stop and t + 1 < tiles and plan[7] & NEXT else -1
                 _forward_map(
-                    p0, p1, s0, c0, ahead, xs, ys, stats, affine, part.shape[0] > 0, own, memory, how, rs, ws, order_of
-                )
+                    p0, p1, s0, c0, ahead, xs, ys, stats, affine, part.shape[0] > 0, own, memory, how, rs,
+                    _unless_unused(how, ws), order_of,
+                )  # fmt: skip
         u = _claimed(k, items, claims)
     fence()
     hold(owned)
@@ -530,7 +603,14 @@ def _mean_of_dy_bent(
     else:
         rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch, few, how, r, w, order, lenses)
     _by_channel(sums, totals, plan)
-    _divide(pivot, totals, _count(k, x.shape, plan, few), None)
+    n = _count(k, x.shape, plan, few)
+    _divide(pivot, totals, n, None)
+    if few < ALL:
+        # Where most slopes are 0, the mean of a few values is more than a standard deviation off now and then, in one
+        # of a tile's channels nearly always, and all would be summed again.
+        for c in range(pivot.size):
+            if pivot[c] * pivot[c] <= 0.25 * (totals[3, c] / n - pivot[c] * pivot[c]):
+                pivot[c] = 0.0
     if plan[0]:
         spread_column(pivot, near[0], plan)
 
@@ -631,7 +711,7 @@ def backward_item(
     owned = _memory(x, dx, plan, stage, narrowest(x), 5, 8, 6)
     memory = _lent(owned)
     pieces, tiles = part_sizes(x.shape, plan)
-    u = _claimed(k, items, claims)
+    u, seen = _claimed(k, items, claims), -1
     while u >= 0:
         first, last, stop = _borders(u, items, (starts.size - 1) * tiles, pieces, stage)
         for cell in range(first // pieces, (last + pieces - 1) // pieces):
@@ -644,9 +724,9 @@ def backward_item(
             own, order_of = _planned(xs.shape, plan), _order_of(order, starts[g], count)
             p0, p1 = max(0, first - cell * pieces), min(pieces, last - cell * pieces)
             sums = place(part, k if stage & SUM and stage & FINISH else cell)
-            if not is_plain(how):
-                lenses = memory[0][10:, :channels]
-                _lenses(s0, c0, stats, affine, lenses)
+            if not is_plain(how) and cell != seen:
+                seen, lenses = cell, memory[0][10:, :channels]
+                _lenses_of(how, r, s0, c0, stats, affine, lenses, memory[3][7])
                 if plan[0]:
                     spread_columns(lenses, memory[2][5:], plan)
             if stage & SUM:
