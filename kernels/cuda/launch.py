@@ -112,9 +112,8 @@ class _Local(threading.local):
 
 _local = _Local()
 _ready: dict[Any, _Ready] = {}
-_captured: list[
-    Any
-] = []  # workspaces and lists of graphs, which may be replayed at any time: nobody tells when one is gone
+# Workspaces and lists of graphs, which may be replayed at any time: nobody tells when one is gone.
+_captured: list[Any] = []
 
 
 def _run(
@@ -152,7 +151,7 @@ def _run(
         ready = _ready[key] = _prepare(arrays, given, sums, number, backward, frozen, also)
     if ready.plan is None:
         fresh = [None if a is None else cupy.empty(a.shape, a.dtype) for a in (arrays[1], arrays[4])]
-        x, _, dy, r, _ = map(_copy, (arrays[0], None, arrays[2], arrays[3], None))
+        x, dy, r = map(_copy, (arrays[0], arrays[2], arrays[3]))
         _run((x, fresh[0], dy, r, fresh[1]), table, given, sums, eps, backward, frozen, more)
         for a, made in zip((arrays[1], arrays[4]), fresh, strict=True):
             if a is not None:
