@@ -336,6 +336,39 @@ def test_the_same_bits_for_any_number_of_threads(rng, backend):
                 np.testing.assert_array_equal(one.view(np.uint32), two.view(np.uint32))
 
 
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_nothing_is_read_that_was_not_written(threads, rng, backend, monkeypatch):
+    """New arrays full of NaN change no bit; empty groups and groups without weight, which nothing writes, included."""
+    if backend == "reference":
+        pytest.skip("its arrays are results")
+    from fastbn.kernels import cpu
+
+    real = np.empty
+
+    def poisoned(*args, **kwargs):
+        made = real(*args, **kwargs)
+        if made.dtype.kind == "f":
+            made.fill(np.nan)
+        return made
+
+    monkeypatch.setattr(cpu.threads, "threads", lambda: threads)
+    for shape, axis in SHAPES.values():
+        x, dy = rng.normal(3, 2, (2, *shape)).astype(np.float32)
+        ids, w = groups_for("ids", rng, shape, axis), weights_for("samples", rng, shape, axis)
+        w[ids == 1] = 0
+        for more in ({}, {"groups": ids}, {"weights": w}, {"groups": ids, "weights": w, "masked": "zero"}):
+            found = []
+            for empty in (real, poisoned):
+                with monkeypatch.context() as patch:
+                    patch.setattr(np, "empty", empty)
+                    y, saved = fastbn.forward(x, axis=axis, **more)
+                    moments = saved.moments if isinstance(saved.moments, list) else [saved.moments]
+                    rows = [a for m in moments for a in m.exact()]
+                    found.append([a.tobytes() for a in (y, *fastbn.backward(dy, saved), *rows)])
+            assert found[0] == found[1], (shape, axis, list(more))
+
+
 WRONG = {
     "weights below 0": (
         {"weights": [1, -1, 1, 1]},

@@ -209,7 +209,8 @@ def _forward_sum(p, c0, x, part, plan, memory, w, order):  # type: ignore[no-unt
     depth = all_sums.shape[0]
     totals, sums, pivot = numbers[6 : 6 + depth, :g], all_sums[:, : _width(g, plan)], singles[0, :g]
     part[p, 0] = 0.0
-    if k0 >= k1:  # of a set smaller than the plan's
+    if k0 >= k1:  # of a set smaller than the plan's; of an empty one, all that is merged
+        part[p] = 0.0
         return
     again = plan[7] & EXACT != 0
     if not again:
@@ -493,6 +494,7 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order)
     lenses, spread_lenses = numbers[10:, :g], near64[5:]
     part[p, 0] = 0.0
     if k0 >= k1:
+        part[p] = 0.0
         return
     again = plan[7] & EXACT != 0
     if not again:
