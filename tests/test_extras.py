@@ -229,8 +229,7 @@ def test_x_had_back_from_y(name, frozen, activation, rng):
         assert np.abs(a - b).max() <= 1e-5 * max(1, np.abs(b).max()) * n**0.5, part
 
 
-# Each type compiles kernels of its own; int8 and int16 differ from these two by one instruction.
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("name", ["nchw", "nhwc narrow", "short runs"])
 def test_whole_numbers(name, dtype, rng):
     """They are read as they are: y is that of scale (q - zero point), in float32, and so are moments."""

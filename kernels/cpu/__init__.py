@@ -217,12 +217,11 @@ def gradient_map(
     dy: np.ndarray, x: np.ndarray, dx: np.ndarray, table: np.ndarray, sums: np.ndarray, count: float, more: Any = None
 ) -> None:
     how, extras = _gradient_extras(more, False)
-    weighted = (
-        extras[-1] is not None
-    )  # the kernel divides by the mass then, and multiplies by the number of values here
+    if extras[-1] is not None:  # the kernel divides by the mass then, and multiplies by the number of values here
+        count = x.shape[0] * x.shape[2]
     grads = np.zeros((6, x.shape[1]))
     with np.errstate(all="ignore"):
-        grads[0], grads[2] = sums / (x.shape[0] * x.shape[2] if weighted else count)
+        grads[0], grads[2] = sums / count
     _carry_out(backward_kernel, (dy, x, dx), (table, table[4:], grads), 5, MAP, how, more, extras)
 
 

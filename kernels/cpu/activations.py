@@ -542,8 +542,8 @@ def bent(how, g, v, h, a, b, r):  # type: ignore[no-untyped-def]
 
 
 def _bent_at_edge(how, g, v, h, a, b, r):  # type: ignore[no-untyped-def]
-    low = constant(v, 0.0 if how_is_relu(how) else parameter(how))
-    return g * alike(where_at_most(v * alike(h, v), alike(a, v), low, constant(v, 1.0)), g), v
+    z = where_at_most(v * alike(h, v), alike(a, v), nothing(v), constant(v, 1.0))  # on the same line as z itself
+    return g * alike(_slope(how, z), g), v
 
 
 def _bent_from_y(how, g, v, h, a, b, r):  # type: ignore[no-untyped-def]
@@ -588,12 +588,6 @@ def _sloped_by_weight(how, raw, g, d, a, b, c, w):  # type: ignore[no-untyped-de
 def is_plain(_typing: Any, how: Any) -> Any:
     """Whether nothing beyond batch norm is done, as a constant."""
     return types.boolean(how), lambda _context, _builder, _signature, _args: ir.Constant(ir.IntType(1), int(how.simple))
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def how_is_relu(_typing: Any, how: Any) -> Any:
-    relu = int(how.activation == "relu")
-    return types.boolean(how), lambda _context, _builder, _signature, _args: ir.Constant(ir.IntType(1), relu)
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -600,10 +600,7 @@ def _mean_of_dy_bent(
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     pivot[:] = 0
     near[0] = 0
-    if plan[0]:
-        columns_products(dy, x, k, c0, pivot.size, near, sums, plan, few, how, r, w, order, spread_lenses)
-    else:
-        rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch, few, how, r, w, order, lenses)
+    _products(dy, x, k, c0, pivot, hi, sums, near, scratch, plan, few, how, r, w, order, lenses, spread_lenses)
     _by_channel(sums, totals, plan)
     n = _count(k, x.shape, plan, few)
     _divide(pivot, totals, n, None)
