@@ -60,7 +60,7 @@ def check_array(function: str, name: str, value: Any, whole: bool = False) -> An
         if isinstance(value, np.matrix):
             raise TypeError(f"{function}: {name} is an np.matrix, which can't be 3-D; pass np.asarray({name})")
     dtype = value.dtype
-    if _is_normalized(dtype) or (whole and dtype.kind in "iu" and dtype.itemsize <= 2):
+    if is_normalized(dtype) or (whole and dtype.kind in "iu" and dtype.itemsize <= 2):
         return value
     if dtype.kind in "biu":
         advice = f"Convert it: {name}.astype(np.float32)"
@@ -119,7 +119,7 @@ def check_caller(function: str, name: str, value: Any, caller: Caller | None) ->
 
 
 @functools.lru_cache(maxsize=64)
-def _is_normalized(dtype: np.dtype[Any]) -> bool:
+def is_normalized(dtype: np.dtype[Any]) -> bool:
     """In either byte order. Cached, as comparing a dtype with a type takes 0.1 µs, and asking for its name 1 µs."""
     dtype = native(dtype)
     return dtype in (np.float16, np.float32, np.float64) or dtype.name == "bfloat16"

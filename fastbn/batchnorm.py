@@ -35,6 +35,7 @@ from .extras import Asked, ask, poorly_kept
 from .host import caller_of
 from .layout import channels_of, empty
 from .moments import Moments
+from .plain import backward_plainly, forward_plainly, way_of
 from .runs import (
     at_channels,
     flat,
@@ -48,6 +49,8 @@ from .runs import (
     shaped,
 )
 from .saved import Saved, moments_of, number_type
+
+_ALL = True, True, True  # of dx, dgamma and dbeta
 
 Array = TypeVar("Array")  # a NumPy, JAX or CuPy array, a PyTorch tensor, a Numba device array, others with DLPack
 
@@ -180,7 +183,7 @@ def backward(
     dy: Array,
     saved: Saved,
     *,
-    need: Sequence[bool] = (True, True, True),
+    need: Sequence[bool] = _ALL,
     out: Any = None,
     reduce_params: bool = False,
 ) -> tuple[Any, ...]:
@@ -239,6 +242,12 @@ def backward(
 
 
 def _backward(where: str, dy: Any, saved: Saved, need: Any, out: Any, reduce_params: bool) -> tuple[Any, ...]:
+    way, x = saved._way, saved._x
+    if way is not None and out is None and x is not None and type(dy) is np.ndarray and need is _ALL:
+        alike = dy.shape == saved._shape and dy.dtype is saved.dtype and dy.strides in (saved._strides, way.strides)
+        if alike and dy.flags.aligned:
+            dx = np.empty_like(x)
+            return dx, *backward_plainly(where, way, dy, x, dx, saved._table, saved.frozen)
     like = saved._like
     given_dy = check_array(where, "dy", dy)
     check_place(where, "dy", dy, like)
@@ -255,7 +264,6 @@ def _backward(where: str, dy: Any, saved: Saved, need: Any, out: Any, reduce_par
     results = 4 if asked is not None and asked.residual is not None else 3
     need_dx, need_dgamma, need_dbeta, need_dr = _need(where, need, results)
     given_dx, given_dgamma, given_dbeta, given_dr = places = _places(where, out, results)
-    x = saved._x
     frozen = saved.frozen
     if need_dx and saved._units is not None:
         raise ValueError(
@@ -421,6 +429,15 @@ def _forward(
     more: tuple[Any, ...] | None, scale: float, zero_point: float, ranks: Ranks | None = None,
     known: Moments | None = None,
 ) -> tuple[Any, Saved]:  # fmt: skip
+    if type(x) is np.ndarray and more is None and ranks is None and out is None and type(axis) is int:  # nearly always
+        way = way_of(x.shape, x.strides, x.dtype, axis)
+        if way is not None and x.flags.aligned and scale == 1.0 and zero_point == 0.0:
+            like_x = np.empty_like(x)
+            if like_x.strides == way.strides:
+                table = forward_plainly(where, way, x, like_x, gamma, beta, eps, frozen)
+                saved = Saved(x, x, way.axes, table, frozen is not None)
+                saved._way = way
+                return like_x, saved
     caller = None if type(x) is np.ndarray else caller_of(x)
     x = check_array(where, "x", x, whole=True)
     axes = check_axis(where, x, axis)

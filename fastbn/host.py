@@ -93,14 +93,14 @@ class _Jax(Caller):
         return memory[start : start + size].view(dtype).reshape(sizes).transpose(places)
 
 
-_TORCH = _Torch("PyTorch tensor")
+TENSORS = _Torch("PyTorch tensor")
 
 
 def caller_of(value: Any) -> Caller | None:
     """The library of an array in main memory; None for NumPy's, for arrays on a GPU, and for what is no array."""
     tensor: Any = getattr(sys.modules.get("torch"), "Tensor", ())
     if isinstance(value, tensor):
-        return None if value.is_cuda else _TORCH
+        return None if value.is_cuda else TENSORS
     if isinstance(value, (np.ndarray, np.generic)) or on_device(value) is not None:
         return None
     array: Any = getattr(sys.modules.get("jax"), "Array", ())

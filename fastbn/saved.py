@@ -28,7 +28,7 @@ class Saved:
 
     __slots__ = (
         *("_asked", "_axes", "_caller", "_like", "_lost", "_masses", "_shape", "_shared", "_strides", "_table"),
-        *("_units", "_x", "dtype", "frozen"),
+        *("_units", "_way", "_x", "dtype", "frozen"),
     )
 
     def __init__(
@@ -51,6 +51,7 @@ class Saved:
         self._masses = masses  # (G,), by set: sums of weights, or numbers of values; None without weights and groups
         self._lost = lost  # with save="y": the channels that can't be had back from y, and their x
         self._units = units  # scale and zero point of whole numbers
+        self._way: Any = None  # of a plain call on NumPy arrays: `fastbn.plain`
         self._shared: Shared | None = None  # with `comm`: the ranks whose batch this is a part of
 
     @property

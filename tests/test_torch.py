@@ -73,6 +73,44 @@ def test_gradients_of_gradients_are_refused():
         dx.sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_eager_calls_give_the_operators_bits(training, form, dtype, monkeypatch):
+    """Plain tensors go around PyTorch's dispatcher; modes and subclasses meet the operator."""
+    x, weight, bias, mean, var = tensors(dtype=dtype)
+    x = x.contiguous(memory_format=form)
+    dy = torch.randn_like(x)
+    results = []
+    for plain in (True, False):
+        if not plain:
+            monkeypatch.setattr(ours, "_is_plain", lambda *_: False)
+        given = [a.clone().requires_grad_() for a in (x, weight, bias)]
+        running = mean.float(), var.float()
+        y = ours.batch_norm(given[0], *running, *given[1:], training, 0.3, 1e-3)
+        assert ("_Eager" in y.grad_fn.name()) is plain
+        y.backward(dy)
+        results.append((y.detach(), *running, *[a.grad for a in given]))
+    for k, (got, wanted) in enumerate(zip(*results, strict=True)):
+        assert got.dtype == wanted.dtype
+        assert got.stride() == wanted.stride()
+        if k in (1, 2):  # running statistics, mixed by other functions in float64 and rounded to float32
+            near(got, wanted, torch.float32)
+        else:
+            assert torch.equal(got, wanted)
+
+
+def test_a_trace_has_the_operator():
+    x, weight, bias, *_ = tensors()
+
+    def loss(x):
+        return (ours.batch_norm(x, None, None, weight, bias, training=True) ** 3).sum()
+
+    graph = torch.fx.experimental.proxy_tensor.make_fx(loss)(x)
+    assert "fastbn.forward" in graph.code
+    near(graph(x + 1), loss(x + 1), torch.float64)
+
+
 # Relative to max(1, |value|), against PyTorch's float64 on the same numbers: half types round once, by half an eps of
 # 2^-7 and 2^-10; float32 has sums of some hundred terms.
 NEAR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # to hash twelve numbers takes 1 us
 class Sizes:
     """What a plan cuts a shape by. Borders depend on these and on the shape; tests make them tiny."""
 
@@ -73,6 +73,7 @@ SIZES = Sizes()
 _UNSIGNED16, _SIGNED16 = np.dtype([("unsigned", np.uint16)]), np.dtype([("signed", np.int16)])
 
 
+@functools.cache
 def element_view(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
     """The dtype under which elements of `dtype` come to the kernels, or None if they can't."""
     if dtype in (np.float32, np.float64, np.uint8, np.int8):
@@ -327,30 +328,27 @@ def _carry_out(
 ) -> None:  # fmt: skip
     """Runs the stages; arrays (O, C, I) end in x and what is written, numbers are by channel, depth is part's."""
     x = arrays[-2]
-    walked = [*(arrays if stages & MAP else arrays[:-1])]
-    shape, least, special, starts = x.shape, x.shape[0], 0, None
-    if more is not None:
-        walked += [a for a in (extras[2], more.dresidual) if a is not None]
-        special = (WEIGHTED if more.weights is not None else 0) | (ORDERED if more.order is not None else 0)
-        if more.starts is not None:
-            starts, sizes = np.ascontiguousarray(more.starts, np.int64), np.diff(more.starts)
-            shape, least = (int(sizes.max(initial=0)), *x.shape[1:]), int(sizes[sizes > 0].min(initial=shape[0]))
-    if starts is None:
-        starts = _one_set(x.shape[0])
-    strides, sized = tuple([a.strides for a in walked]), (x.itemsize, arrays[-1].itemsize, len(arrays) - 2)
-    plan = _plan(shape, strides, sized, stages, SIZES, least, x.shape[0], special)
-    cells, pieces = (len(starts) - 1) * plan.tiles, plan.pieces
-    kinds = None if more is None else tuple([a.dtype if isinstance(a, np.ndarray) else None for a in extras[2:]])
-    twins = _twins(kernel, x.dtype, arrays[-1].dtype, how, kinds)
-    count = 1 if x.size < (SIZES.asleep if threads.SLEEPY else SIZES.serial) else threads.threads()
+    walked = arrays if stages & MAP else arrays[:-1]
+    if more is None:
+        strides = tuple([a.strides for a in walked])
+        job = _plain_job(kernel, x.shape, strides, x.dtype, arrays[-1].dtype, stages, SIZES)
+    else:
+        job = _job(kernel, arrays, [*walked, *(a for a in (extras[2], more.dresidual) if a is not None)], stages, how,
+                   more, extras)  # fmt: skip
+    twins, numbers_of_plan, pieces, cells, starts = job
+    sums = 1 if stages & SUM else 0
+    if x.size < (SIZES.asleep if threads.SLEEPY else SIZES.serial):
+        part = np.empty((sums, pieces, depth, numbers_of_plan[1]))
+        twins.serial(1, *arrays, *numbers, part, np.zeros(1, np.int64), numbers_of_plan, stages, starts, *extras)
+        return
+    count = threads.threads()
     # Cell by cell, all stages of each; where cells are too few for the threads, stage by stage, piece by piece.
     whole = count == 1 or cells >= 4 * count or (cells >= count and cells % count == 0) or pieces == 1
     items = min(count, cells if whole else cells * pieces)
-    slots = 0 if not stages & SUM else items if whole else cells
-    part = np.empty((slots, pieces, depth, plan.numbers[1]))
+    part = np.empty((sums * (items if whole else cells), pieces, depth, numbers_of_plan[1]))
 
     def run(items: int, some: int) -> None:
-        args = (*arrays, *numbers, part, np.zeros(items, np.int64), plan.numbers, some, starts, *extras)
+        args = (*arrays, *numbers, part, np.zeros(items, np.int64), numbers_of_plan, some, starts, *extras)
         threads.run(twins, items, *args, parallel=items > 1)
 
     if whole:
@@ -364,10 +362,42 @@ def _carry_out(
         run(items, MAP)
 
 
+class _Job(NamedTuple):
+    """A kernel over arrays of some shape, strides and types: its compiled code, and how the work is cut."""
+
+    twins: _Twins
+    numbers: tuple[int, ...]  # of the plan, as the kernels read them
+    pieces: int  # of a cell
+    cells: int  # tiles of all sets
+    starts: np.ndarray  # of the sets; kernels only read it
+
+
 @functools.lru_cache(maxsize=1024)
-def _one_set(outer: int) -> np.ndarray:
-    """Where the only set starts and ends. Kernels only read it."""
-    return np.array([0, outer])
+def _plain_job(
+    kernel: Any, shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], dtype: np.dtype[Any],
+    result: np.dtype[Any], stages: int, sizes: Sizes,
+) -> _Job:  # fmt: skip
+    sized = dtype.itemsize, result.itemsize, 0 if kernel is forward_kernel else 1
+    plan = _plan(shape, strides, sized, stages, sizes, shape[0], shape[0], 0)
+    twins = _twins(kernel, dtype, result, None, None)
+    return _Job(twins, plan.numbers, plan.pieces, plan.tiles, np.array([0, shape[0]]))
+
+
+def _job(
+    kernel: Any, arrays: tuple[np.ndarray, ...], walked: list[np.ndarray], stages: int, how: Any, more: Any,
+    extras: tuple[Any, ...],
+) -> _Job:  # fmt: skip
+    x, shape, least = arrays[-2], arrays[-2].shape, arrays[-2].shape[0]
+    starts = np.array([0, least])
+    if more.starts is not None:
+        starts, sizes = np.ascontiguousarray(more.starts, np.int64), np.diff(more.starts)
+        shape, least = (int(sizes.max(initial=0)), *shape[1:]), int(sizes[sizes > 0].min(initial=shape[0]))
+    special = (WEIGHTED if more.weights is not None else 0) | (ORDERED if more.order is not None else 0)
+    strides, sized = tuple([a.strides for a in walked]), (x.itemsize, arrays[-1].itemsize, len(arrays) - 2)
+    plan = _plan(shape, strides, sized, stages, SIZES, least, x.shape[0], special)
+    kinds = tuple([a.dtype if isinstance(a, np.ndarray) else None for a in extras[2:]])
+    twins = _twins(kernel, x.dtype, arrays[-1].dtype, how, kinds)
+    return _Job(twins, plan.numbers, plan.pieces, (len(starts) - 1) * plan.tiles, starts)
 
 
 class _Twins:

@@ -1,0 +1,75 @@
+"""Plain calls on NumPy arrays, the short way: what one comes to is read off shape, strides and dtype, and kept.
+
+Of a call on a small array, checks and views take longest. What doesn't depend on values is found once, by the same
+functions as in any other call; what is left for each call is the parameters' check, the kernel and new arrays.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .arguments import check_eps, check_frozen, check_real, is_normalized
+from .arrays import FLOAT32, FLOAT64, dense_strides
+from .dispatch import Kernels, kernels
+from .layout import Channels, Collapse, channels_of, collapse
+from .runs import elements
+from .saved import number_type
+
+
+class Way(NamedTuple):
+    """What plain calls on arrays of one shape, memory layout and dtype come to."""
+
+    axes: tuple[int, ...]
+    channels: Channels
+    seen: Collapse  # the view of x, and of new arrays like it
+    strides: tuple[int, ...]  # of new arrays
+    sums: np.dtype[Any]  # of dgamma and dbeta
+    bits: bool  # whether kernels may take elements under another dtype
+
+    def views(self, backend: Kernels, *arrays: np.ndarray) -> list[Any]:
+        seen = [*map(self.seen.view, arrays)]
+        return elements(seen, backend) if self.bits else seen
+
+
+@functools.lru_cache(maxsize=4096)
+def way_of(shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any], axis: int) -> Way | None:
+    """None where a call needs more: copies, a warning, an error, or nothing to be done at all."""
+    if not (-len(shape) <= axis < len(shape) > 1 and is_normalized(dtype) and dtype.isnative):
+        return None
+    axes = (axis % len(shape),)
+    channels = channels_of(shape, axes)
+    if channels.number == 0 or channels.values < 2:
+        return None
+    new = dense_strides(shape, dtype.itemsize, strides)
+    if (seen := collapse(shape, axes, strides, new)) is None:
+        return None
+    return Way(axes, channels, seen, new, number_type(dtype.itemsize), dtype not in (FLOAT32, FLOAT64))
+
+
+def forward_plainly(
+    where: str, way: Way, x: np.ndarray, y: np.ndarray, gamma: Any, beta: Any, eps: Any, frozen: Any
+) -> np.ndarray:
+    """Fills y, and gives the table (6, C)."""
+    eps, shape = check_eps(where, eps), way.channels.shape
+    gamma = None if gamma is None else check_real(where, "gamma", gamma, shape, x)
+    beta = None if beta is None else check_real(where, "beta", beta, shape, x)
+    mean, var = (None, None) if frozen is None else check_frozen(where, frozen, shape, x)
+    backend = kernels(where, x)
+    table = np.empty((6, way.channels.number))
+    read, written = way.views(backend, x, y)
+    backend.forward(read, written, table, (gamma, beta, mean, var), eps)
+    return table
+
+
+def backward_plainly(
+    where: str, way: Way, dy: np.ndarray, x: np.ndarray, dx: np.ndarray, table: np.ndarray, frozen: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fills dx, and gives dgamma and dbeta."""
+    backend = kernels(where, x)
+    dgamma, dbeta = np.empty(way.channels.number, way.sums), np.empty(way.channels.number, way.sums)
+    read_dy, read_x, written = way.views(backend, dy, x, dx)
+    backend.backward(read_dy, read_x, written, table, dgamma, dbeta, frozen)
+    return dgamma, dbeta

@@ -1,0 +1,121 @@
+"""The short way of plain calls: the same bits as the long one, on whatever takes it, and no other call takes it."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import batchnorm
+from fastbn.plain import way_of
+
+LAYOUTS = {
+    "C": lambda x: x,
+    "channels last": lambda x: np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1),
+    "Fortran": np.asfortranarray,
+    "backwards": lambda x: x[::-1],
+    "every other": lambda x: np.repeat(x, 2, 0)[::2],
+    "cropped": lambda x: np.concatenate([x, x], 3)[..., : x.shape[3]],
+    "one sample, repeated": lambda x: np.broadcast_to(x[:1], x.shape),
+}
+DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
+
+
+def numbers(rng, dtype=np.float32, shape=(6, 5, 4, 3)):
+    """x, dy, and gamma, beta, mean and var by channel."""
+    x, dy = (rng.normal(rng.normal(), 2, shape).astype(dtype) for _ in range(2))
+    kind = np.float64 if dtype is np.float64 else np.float32
+    gamma, beta, mean = rng.normal(1, 1, (3, shape[1])).astype(kind)
+    return x, dy, gamma, beta, mean, rng.uniform(0.5, 2, shape[1]).astype(kind)
+
+
+def both(monkeypatch, call):
+    """The results of `call` the short way and the long one, and whether there is a short way at all."""
+    ways = []
+    monkeypatch.setattr(batchnorm, "way_of", lambda *key: ways.append(way_of(*key)) or ways[-1])
+    short = call()
+    monkeypatch.setattr(batchnorm, "way_of", lambda *_: None)
+    return short, call(), bool(ways) and ways[0] is not None
+
+
+def same(a, b):
+    assert (a.shape, a.strides, a.dtype) == (b.shape, b.strides, b.dtype)
+    assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_same_bits(layout, dtype, frozen, backend, rng, monkeypatch):
+    x, dy, gamma, beta, mean, var = numbers(rng, dtype)
+    x = LAYOUTS[layout](x)
+    given = (mean, var) if frozen else None
+
+    def call():
+        y, saved = fastbn.forward(x, gamma, beta, eps=1e-3, frozen=given)
+        results = [y, saved.table]
+        for gradient in (dy, dy.swapaxes(2, 3).copy().swapaxes(2, 3), LAYOUTS[layout](dy)):
+            results += fastbn.backward(gradient, saved)
+        assert repr(saved.moments) == repr(fastbn.moments(x) if given is None else None)
+        return [*results, fastbn.infer(x, mean, var, gamma, beta), fastbn.forward(x)[0]]
+
+    short, long, taken = both(monkeypatch, call)
+    assert taken == (layout != "cropped")
+    for a, b in zip(short, long, strict=True):
+        same(a, b)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1, -2])
+def test_every_axis(axis, rng, monkeypatch):
+    x, dy, *_ = numbers(rng, shape=(7, 6, 5))
+    gamma, beta = rng.normal(1, 1, (2, x.shape[axis])).astype(np.float32)
+
+    def call():
+        y, saved = fastbn.forward(x, gamma, beta, axis=axis)
+        return y, *fastbn.backward(dy, saved)
+
+    short, long, taken = both(monkeypatch, call)
+    assert taken
+    for a, b in zip(short, long, strict=True):
+        same(a, b)
+
+
+def test_what_is_not_plain_goes_the_long_way(rng, monkeypatch):
+    """Each of these gives what it gave, or raises what it raised, before there was a short way."""
+    x, dy, gamma, beta, *_ = numbers(rng)
+    y, saved = fastbn.forward(x, gamma, beta)
+    memory = np.empty(4 * x.size + 1, np.uint8)
+    odd = memory[1:].view(np.float32).reshape(x.shape)
+    odd[...] = x
+    for other in (x.astype(x.dtype.newbyteorder()), odd):
+        same(fastbn.forward(other, gamma, beta)[0].astype(np.float32), y)
+    same(fastbn.forward(x, gamma, beta, axis=[1])[0], y)
+    off = memory[1:].view(np.float32).reshape(x.shape)
+    off[...] = dy
+    for a, b in zip(fastbn.backward(off, saved), fastbn.backward(dy, saved), strict=True):
+        same(a, b)
+    assert fastbn.backward(dy, saved, need=[True, False, True])[1] is None
+    with pytest.warns(fastbn.OneValueWarning, match=r"one value per channel"):
+        fastbn.forward(x[:1, :, 0, 0])
+    with pytest.raises(ValueError, match=r"fastbn.forward: eps is int 0; expected a finite number above 0"):
+        fastbn.forward(x, eps=0)
+    with pytest.raises(ValueError, match=r"fastbn.forward: gamma has shape \(4,\); expected \(5,\)"):
+        fastbn.forward(x, gamma[:4])
+    with pytest.raises(ValueError, match=r"fastbn.infer: var has a negative value"):
+        fastbn.infer(x, beta, -np.abs(gamma))
+    with pytest.raises(ValueError, match=r"scale or zero_point is given with x of float32"):
+        fastbn.forward(x, scale=2.0)
+    with pytest.raises(TypeError, match=r"fastbn.backward: need is int 3; expected three bools"):
+        fastbn.backward(dy, saved, need=3)
+    with pytest.raises(ValueError, match=r"fastbn.backward: dy is a float64 array of shape \(6, 5, 4, 3\)"):
+        fastbn.backward(dy.astype(np.float64), saved)
+    with pytest.raises(np.exceptions.AxisError, match=r"axis=4 is out of range"):
+        fastbn.forward(x, axis=4)
+    assert fastbn.forward(x[:0])[0].shape == (0, 5, 4, 3)
+
+
+def test_a_saved_that_lost_x_says_so(rng):
+    x, dy, *_ = numbers(rng)
+    _, saved = fastbn.forward(x)
+    fastbn.backward(dy, saved, out=x)
+    with pytest.raises(ValueError, match=r"fastbn.backward: saved has no x"):
+        fastbn.backward(dy, saved)
