@@ -187,11 +187,24 @@ class OnDevice(Family):
         """A new array of x's shape and type without gaps, in the memory order of `strides`."""
         raise NotImplementedError
 
+    def real(self, value: Any) -> bool:
+        """Whether its elements are bools or real numbers."""
+        return value.dtype.kind in "biuf" or value.dtype.name == "bfloat16"
+
+    def described(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: int) -> Span:
+        """A Span without memory, to make arrays like it."""
+        return Span(self, None, 0, shape, (), dtype, self.named(dtype), device)
+
+    def named(self, dtype: np.dtype[Any]) -> Any:
+        """The library's own name of a dtype."""
+        return dtype
+
     def stream(self, arrays: list[Span]) -> int | None:
         """The address of the stream to run on; None: CuPy's current one."""
         raise NotImplementedError
 
     def assign(self, target: Span, source: Span) -> None:
+        """target[...] = source: repeated along axes of size 1, and converted."""
         target.value[...] = source.value
 
     def device(self, values: Any) -> int:
@@ -303,9 +316,12 @@ class _Torch(OnDevice):
         return torch.empty_strided(shape, strides, dtype=kind, device=torch.device("cuda", device))
 
     def new(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: int) -> Any:
-        return self._make(shape, dense_strides(shape, 1), self._kind(dtype), device)
+        return self._make(shape, dense_strides(shape, 1), self.named(dtype), device)
 
-    def _kind(self, dtype: np.dtype[Any]) -> Any:
+    def real(self, value: Any) -> bool:
+        return not value.dtype.is_complex
+
+    def named(self, dtype: np.dtype[Any]) -> Any:
         return getattr(sys.modules["torch"], dtype.name)
 
     def like(self, x: Span, strides: tuple[int, ...]) -> Span:
@@ -322,7 +338,7 @@ class _Torch(OnDevice):
         return values.clone()
 
     def rounded(self, values: Any, dtype: np.dtype[Any]) -> Any:
-        return values.to(self._kind(dtype), copy=True)
+        return values.to(self.named(dtype), copy=True)
 
     def total(self, parts: Any, target: Any) -> None:
         target[...] = parts.reshape(-1, target.shape[0]).sum(0, dtype=sys.modules["torch"].float64)
@@ -370,6 +386,7 @@ class _Numba(OnDevice):
         return self.locate(self._make(x.shape, dense_strides(x.shape, x.dtype.itemsize, strides), x.type, x.device))
 
     def assign(self, target: Span, source: Span) -> None:
+        """Of one shape and one type, as Numba's arrays have no arithmetic."""
         self._arrays.copy(source.value, target.value)
 
     def clear(self, values: Any) -> None:
@@ -454,8 +471,11 @@ class _Kernels:
                 f"fastbn: {' and '.join(lacking)} can't be had from the backend {self.name!r}, which has {has}; x is a "
                 f"{x}. Do that part with your array library, or copy x to main memory"
             )
-        large = {name: getattr(more, name) for name in ("residual", "dresidual")}
-        return (more._replace(**{name: a and self._array(a) for name, a in large.items()}),)
+        large = {name: getattr(more, name) for name in ("residual", "dresidual", "weights")}
+        own = {name: a and self._array(a) for name, a in large.items()}
+        if more.weights is not None:  # else the mass is NumPy's, and nothing to kernels
+            own["mass"] = self._small(x.family, (more.mass,))[0]
+        return (more._replace(**own),)
 
     def _small(self, family: OnDevice, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
         """Arrays of C numbers as the library's own."""

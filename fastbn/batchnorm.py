@@ -116,7 +116,9 @@ def forward(
     weights : bools or numbers of 0 or more, optional
         How much each position counts in mean and variance: ``mean = sum w x / sum w``, and so on. Of x's shape with 1
         (or nothing) for the channels, or 1 where it is the same for all; (N,) is one for each sample. True and False
-        are a mask: x is normalized as if the positions with 0 were not there, whatever they hold.
+        are a mask: x is normalized as if the positions with 0 were not there, whatever they hold. On a GPU they are an
+        array beside x, copied once, and negative numbers or NaN are not looked for, as that would wait for the device:
+        results are meaningless there. `saved.moments` waits for the device then, as its count is the sum of weights.
     masked : "normalize", "zero" or "keep"
         What y holds where the weight is 0: what it would hold elsewhere, 0, or x. Where all weights are 0, there are no
         statistics, and what is normalized is beta.
@@ -360,7 +362,7 @@ def moments(x: Any, *, axis: Axis = 1, weights: Any = None, scale: float = 1.0, 
     """Count, mean and M2 of each channel over all other axes, by blocks (Chan, Golub & LeVeque 1983).
 
     `x`, `axis` and the rest are as in `forward`, and so are the errors. An empty x gives a count of 0; with weights,
-    the count is their sum.
+    the count is their sum, for which a GPU is waited for.
 
     >>> import numpy as np, fastbn
     >>> fastbn.moments(np.float32([[1, 10], [3, 10]]))
@@ -494,8 +496,8 @@ def _shared_statistics(
         raise TypeError(f"{where}: x is a {x}, which can't be computed with across ranks. Pass cupy.asarray(x)")
     if isinstance(x, Span) and asked is not None:  # whose gradients would leave it out
         raise TypeError(
-            f"{where}: x is a {x}, and residual, activation and groups with comm are for NumPy arrays so far. "
-            "Do that part with your array library"
+            f"{where}: x is a {x}, and residual, activation, groups and weights with comm are for NumPy "
+            "arrays so far. Do that part with your array library"
         )
     if asked is not None and asked.groups is not None:
         raise ValueError(f"{where}: groups and comm are both given; expected one. Groups are each rank's own")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .arguments import check_array, check_place, describe, finite
-from .arrays import FLOAT32, FLOAT64, Span
+from .arrays import FLOAT32, FLOAT64, NUMBA, Span
 from .host import check_host
 from .layout import Channels, Views
 
@@ -41,7 +41,7 @@ class Extras(NamedTuple):
     dresidual: Any = None  # the same, to be written by backward
     weights: Any = None  # (O, 1, I) contiguous, float32, or float64 for float64 x
     masked: str = "normalize"
-    mass: Any = None  # (G,) float64: the sum of the weights of a group; given with weights
+    mass: Any = None  # (G,) float64: the sum of the weights of a group; given with weights, on a GPU by forward itself
     order: Any = None  # (O,) int64: the outer indices, group by group; None: as they come
     starts: Any = None  # (G + 1,) int64: where a group starts in `order`; None: one group
     inverse: bool = False  # in backward, x holds the y that forward gave
@@ -64,7 +64,7 @@ class Asked(NamedTuple):
     activation: str
     parameter: float
     residual: Any  # of x's shape
-    weights: np.ndarray | None  # of x's shape, with 1 on the channel axes
+    weights: Any  # of x's shape, with 1 on the channel axes: NumPy's, or a Span of their own
     masked: str
     samples: int  # the axis of the samples
     groups: Groups | None
@@ -79,8 +79,13 @@ class Asked(NamedTuple):
         """With the weights alone: what statistics depend on."""
         return self._replace(activation="", residual=None, masked="normalize", groups=None, save="x")
 
-    def masses(self, channels: Channels, shape: tuple[int, ...]) -> np.ndarray:
-        """(G,) float64: the sum of the weights of each set, or the number of its values without weights."""
+    def masses(self, channels: Channels, shape: tuple[int, ...]) -> Any:
+        """(G,) float64: the sum of the weights of each set, or the number of its values without weights.
+
+        Sums of weights on a GPU are left for the kernels to write, so that nothing waits for them.
+        """
+        if isinstance(self.weights, Span):
+            return self.weights.family.new((self.sets,), FLOAT64, self.weights.device)
         samples = shape[self.samples]
         if self.weights is None:
             by_sample = np.full(samples, channels.values // max(1, samples), np.float64)
@@ -96,12 +101,10 @@ class Asked(NamedTuple):
             sums = np.where(first < last, np.add.reduceat(ordered, np.minimum(first, samples - 1)), 0.0)
         return sums
 
-    def seen(self, views: Views, masses: np.ndarray | None, residual: Any, dresidual: Any, inverse: bool) -> Extras:
+    def seen(self, views: Views, masses: Any, residual: Any, dresidual: Any, inverse: bool) -> Extras:
         """For the kernels, in the view that they have of x; residuals are seen so already."""
         outer = views.shape[0]
-        weights = None
-        if self.weights is not None:
-            weights = np.ascontiguousarray(views.positions(self.weights))
+        weights = None if self.weights is None else views.positions(self.weights)
         order = starts = None
         if self.groups is not None:
             rows = outer // max(1, self.groups.samples)  # outer indices of a sample, one behind the other
@@ -193,35 +196,63 @@ def check_activation(where: str, activation: Any) -> tuple[str, float]:
     return name, number
 
 
-def _weights(where: str, weights: Any, x: Any, axes: tuple[int, ...]) -> np.ndarray:
+def _weights(where: str, weights: Any, x: Any, axes: tuple[int, ...]) -> Any:
+    found = check_place(where, "weights", weights, x)
     if isinstance(x, Span):
-        raise TypeError(
-            f"{where}: weights with arrays on a GPU are not there yet; expected NumPy arrays. Copy x to main memory"
-        )
-    check_place(where, "weights", weights, x)
+        return _weights_there(where, found, x, axes)
     if isinstance(weights, np.ma.MaskedArray):
         raise TypeError(f"{where}: weights is a masked array; expected a plain array. Pass ~weights.mask")
     array = np.asarray(check_host(where, "weights", weights))
     if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
         raise TypeError(f"{where}: weights is a {describe(array)}; expected bools, or real numbers of 0 or more")
-    others = [a for a in range(x.ndim) if a not in axes]
-    came = array.shape
-    if array.ndim == 1 and (x.ndim > 2 or len(others) == 1):  # one for each sample
-        array = array.reshape([-1 if a == others[0] else 1 for a in range(x.ndim)])
-    elif array.ndim == len(others):  # x's shape without the channels
-        array = np.expand_dims(array, axes)
-    full = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
-    if array.ndim != x.ndim or any(n not in (1, m) for n, m in zip(array.shape, full, strict=True)):
-        raise ValueError(
-            f"{where}: weights has shape {came}; expected {full}, 1 where it is the same for all, or "
-            f"({x.shape[others[0]] if others else 1},) for one a sample"
-        )
+    shape, full = _weights_shape(where, array.shape, x, axes)
     # In the type that x is computed in; where it has to be converted it is, to the size of x without its channels.
-    checked: Any = array.astype(FLOAT64 if x.dtype.itemsize == 8 and x.dtype.kind == "f" else FLOAT32)
+    checked: Any = array.reshape(shape).astype(_weights_type(x))
     if not np.all(checked >= 0) or not np.all(np.isfinite(checked)):
         bad = checked[~(np.isfinite(checked) & (checked >= 0))][0]
         raise ValueError(f"{where}: weights has {bad:g}; expected finite numbers of 0 or more")
     return np.broadcast_to(checked, full)
+
+
+def _weights_type(x: Any) -> np.dtype[Any]:
+    return FLOAT64 if x.dtype.itemsize == 8 and x.dtype.kind == "f" else FLOAT32
+
+
+def _weights_shape(
+    where: str, came: tuple[int, ...], x: Any, axes: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape of weights with an axis for each of x's, and that which they are repeated to."""
+    others = [a for a in range(x.ndim) if a not in axes]
+    shape = came
+    if len(came) == 1 and (x.ndim > 2 or len(others) == 1):  # one for each sample
+        shape = tuple(came[0] if a == others[0] else 1 for a in range(x.ndim))
+    elif len(came) == len(others):  # x's shape without the channels
+        shape = tuple(1 if a in axes else came[others.index(a)] for a in range(x.ndim))
+    full = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+    if len(shape) != x.ndim or any(n not in (1, m) for n, m in zip(shape, full, strict=True)):
+        raise ValueError(
+            f"{where}: weights has shape {came}; expected {full}, 1 where it is the same for all, or "
+            f"({x.shape[others[0]] if others else 1},) for one a sample"
+        )
+    return shape, full
+
+
+def _weights_there(where: str, weights: Span, x: Span, axes: tuple[int, ...]) -> Span:
+    """As `_weights`, by x's library, in the memory order of x. Their values aren't looked at: that would wait."""
+    family = x.family
+    if (reason := family.refusal(weights.value, "weights")) is not None:
+        raise TypeError(f"{where}: weights is a {weights}, and {reason}")
+    if not family.real(weights.value):
+        raise TypeError(f"{where}: weights is a {weights}; expected bools, or real numbers of 0 or more")
+    shape, full = _weights_shape(where, weights.shape, x, axes)
+    made = family.like(family.described(full, _weights_type(x), x.device), x.strides)
+    if family is NUMBA and (shape != full or weights.dtype != made.dtype or not weights.dense):
+        raise TypeError(
+            f"{where}: weights is a {weights} with strides {weights.strides}; expected a contiguous array of "
+            f"{made.dtype} and shape {full}, as Numba device arrays can't be converted where they are"
+        )
+    family.assign(made, family.locate(weights.value.reshape(shape)))
+    return made
 
 
 def _groups(where: str, groups: Any, samples: int) -> Groups:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arrays import Span, family_of, memory_order
+from .arrays import Span, dense_strides, family_of, memory_order
 
 
 class Channels(NamedTuple):
@@ -145,10 +145,20 @@ class Views:
         """(O, C, I)."""
         return self._plan.shape
 
-    def positions(self, values: np.ndarray) -> np.ndarray:
-        """What is the same for all channels, of x's shape with 1 on the channel axes, as (O, 1, I)."""
-        outer, _, inner = self._plan.shape
-        return values.transpose(self._plan.order).reshape(outer, 1, inner)
+    def positions(self, values: Any) -> Any:
+        """What is the same for all channels, of x's shape with 1 on the channel axes, as (O, 1, I), contiguous."""
+        (outer, _, inner), order = self._plan.shape, self._plan.order
+        shape = outer, 1, inner
+        if not isinstance(values, Span):
+            return np.ascontiguousarray(values.transpose(order).reshape(shape))
+        places = tuple(len(order) - order.index(a) for a in range(len(order)))  # strides that follow the view's order
+        size = values.dtype.itemsize
+        dense = dense_strides(values.shape, size, places)
+        if any(s != d for s, d, n in zip(values.strides, dense, values.shape, strict=True) if n > 1):
+            new = values.family.like(values, places)
+            values.family.assign(new, values)
+            values = new
+        return values.seen(shape, dense_strides(shape, size))
 
     def finish(self) -> None:
         for target, result in self._copied:

@@ -71,7 +71,7 @@ def samples(asked: Asked | None) -> int | None:
 def run_forward(
     where: str, x: Any, y: Any, axes: tuple[int, ...], table: Any, given: tuple[Any, ...], eps: float,
     asked: Asked | None,
-) -> tuple[np.ndarray | None, Any]:  # fmt: skip
+) -> tuple[Any, Any]:  # fmt: skip
     """Fills y and table; returns the masses of sets, and x as the kernels walked it, which `backward` walks again."""
     backend = kernels(where, x)
     masses = None
@@ -79,6 +79,8 @@ def run_forward(
         masses = asked.masses(channels_of(x.shape, axes), x.shape)
     if x.size == 0:
         family_of_values(table).clear(table)
+        if masses is not None:
+            family_of_values(masses).clear(masses)
         return masses, x
     if asked is None and x.dtype is (x if y is None else y).dtype:  # nearly every call
         views = Views(axes, [x], [y])

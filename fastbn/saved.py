@@ -33,7 +33,7 @@ class Saved:
 
     def __init__(
         self, walked: Any, x: Any, axes: tuple[int, ...], table: Any, frozen: bool, asked: Asked | None = None,
-        masses: np.ndarray | None = None, lost: Any = None, units: tuple[float, float] | None = None,
+        masses: Any = None, lost: Any = None, units: tuple[float, float] | None = None,
         caller: Caller | None = None,
     ) -> None:  # fmt: skip
         self._caller = caller  # the library that x came from, if x is NumPy's view of another's array
@@ -48,7 +48,8 @@ class Saved:
         self._table = table  # (6, C): mean hi, mean lo, var, 1 / sqrt(var + eps), gamma, beta; (6, G C) with groups
         self.frozen = frozen
         self._asked = asked
-        self._masses = masses  # (G,), by set: sums of weights, or numbers of values; None without weights and groups
+        # (G,), by set: sums of weights, beside x, or numbers of values, in main memory; None without weights and groups
+        self._masses = masses
         self._lost = lost  # with save="y": the channels that can't be had back from y, and their x
         self._units = units  # scale and zero point of whole numbers
         self._way: Any = None  # of a plain call on NumPy arrays: `fastbn.plain`
@@ -56,7 +57,10 @@ class Saved:
 
     @property
     def moments(self) -> Any:
-        """Moments of x (None if frozen), made when asked for: that takes as long as normalizing a small array."""
+        """Moments of x (None if frozen), made when asked for: that takes as long as normalizing a small array.
+
+        With weights on a GPU their count, a sum of weights, is copied from there, for which the device is waited for.
+        """
         if self.frozen:
             return None
         total = None if self._shared is None else self._shared.values
@@ -83,7 +87,7 @@ class Saved:
 
 def moments_of(
     shape: tuple[int, ...], axes: tuple[int, ...], table: Any, dtype: Any, asked: Asked | None,
-    masses: np.ndarray | None, units: tuple[float, float] | None, total: float | None = None,
+    masses: Any, units: tuple[float, float] | None, total: float | None = None,
 ) -> Any:  # fmt: skip
     """Moments, or with groups a list of them."""
     channels = channels_of(shape, axes)
@@ -99,6 +103,7 @@ def moments_of(
             return Moments.found(count, mean.reshape(shape), (count * var).reshape(shape), kind, lo)
         shape = asked.sets, *channels.shape
         mean, var, lo = mean.reshape(shape), var.reshape(shape), None if lo is None else lo.reshape(shape)
+        masses = family_of_values(masses).host(masses)
         counts = [float(m) if asked.weights is not None else int(m) for m in masses]
         found = [
             Moments.found(n, mean[g], n * var[g], kind, None if lo is None else lo[g]) for g, n in enumerate(counts)

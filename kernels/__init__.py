@@ -32,7 +32,8 @@ the gradient of a residual; with weights, `mass` has the sum of those of all arr
   indices themselves) are set g of G, with statistics of its own. table is (6, G C) then, set by set, and so are given
   mean and var, dgamma and dbeta; gamma and beta stay (C,). A set may be empty; its table is 0 but for gamma and beta.
 - `weights` w (O, 1, I) and their sum `mass` W (G,) by set: ``mean = sum w x / W``, ``var = sum w (x - mean)^2 / W``, in
-  which x counts as absent where w is 0, NaN or not. Where W is 0, mean, var and invstd are 0. In backward
+  which x counts as absent where w is 0, NaN or not. Where W is 0, mean, var and invstd are 0. On a GPU `mass` is
+  written by forward, if the statistics are its own, and read by backward. In backward
 
   ``dx = a g + w (b ((x - hi) - lo) - a sum g / W)``, ``b = -a invstd^2 sum g ((x - hi) - lo) / W``.
 - `residual` r and `activation` f: ``y = f(gamma invstd (x - mean) + beta + r)``. backward takes ``g = dy f'(that)`` in

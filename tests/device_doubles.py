@@ -192,9 +192,14 @@ class TorchDtype(NamedTuple):
     def itemsize(self) -> int:
         return np.dtype(self.numpy).itemsize
 
+    @property
+    def is_complex(self) -> bool:
+        return np.dtype(self.numpy).kind == "c"
+
 
 def fake_torch(state: State) -> Any:
-    kinds = {name: TorchDtype(name, np.dtype(name)) for name in ("float16", "float32", "float64", "int32")}
+    names = "float16", "float32", "float64", "int32", "bool", "complex64"
+    kinds = {name: TorchDtype(name, np.dtype(name)) for name in names}
     kinds["bfloat16"] = TorchDtype("bfloat16", np.dtype(ml_dtypes.bfloat16))
 
     class Tensor(Array):
@@ -256,7 +261,7 @@ def fake_torch(state: State) -> Any:
 class Kernels:
     """`fastbn.kernels.cuda`: it holds its callers to the contract, and runs the reference."""
 
-    FEATURES = frozenset({"activation", "residual", "groups"})
+    FEATURES = frozenset({"activation", "residual", "groups", "weights"})
 
     def __init__(self, state: State, cupy: Any) -> None:
         self.state, self.cupy = state, cupy
@@ -264,6 +269,8 @@ class Kernels:
     def forward(self, x: Any, y: Any, table: Any, given: tuple[Any, ...], eps: float, more: Any = None) -> None:
         assert (given[2] is None) == (given[3] is None)
         (x, y), (table, *given), more = self._taken("forward", (x, y), (table, *given), more)
+        if more is not None and more.weights is not None and given[2] is None:
+            more.mass[...] = [more.weights[rows].sum(dtype=np.float64) for rows in reference._sets(x.shape[0], more)]
         reference.forward(x, y, table, tuple(given), eps, more)
 
     def backward(
@@ -280,6 +287,8 @@ class Kernels:
         count = len(large)
         if more is not None:
             large = (*large, more.residual, more.dresidual)
+            if more.weights is not None:
+                more = self._weighed(more, large[0], sets, table.on_device)
         shape, dtype = large[0].shape, large[0].dtype
         assert len(shape) == 3
         assert min(shape) > 0, "an empty array came to a kernel"
@@ -298,3 +307,12 @@ class Kernels:
         if more is not None:
             more = more._replace(residual=hosts[count], dresidual=hosts[count + 1])
         return hosts[:count], [None if a is None else a.on_host for a in (table, *small)], more
+
+    def _weighed(self, more: Any, x: Any, sets: int, device: int) -> Any:
+        """With NumPy's weights and sums of them."""
+        w, mass = more.weights, more.mass
+        assert all(type(a) is self.cupy.ndarray and a.on_device == device for a in (w, mass))
+        assert (w.shape, w.dtype) == ((x.shape[0], 1, x.shape[2]), np.float64 if x.dtype == np.float64 else np.float32)
+        assert w.on_host.flags.c_contiguous
+        assert (mass.shape, mass.dtype) == ((sets,), np.float64)
+        return more._replace(weights=w.on_host, mass=mass.on_host)

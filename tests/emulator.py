@@ -140,10 +140,11 @@ class Result:
     dgamma: np.ndarray | None
     dbeta: np.ndarray | None
     dr: np.ndarray | None = None
+    mass: np.ndarray | None = None
 
     @property
     def bits(self) -> bytes:
-        arrays = (self.y, self.dr, self.table, self.dgamma, self.dbeta)
+        arrays = (self.y, self.dr, self.table, self.dgamma, self.dbeta, self.mass)
         return b"".join(a.tobytes() for a in arrays if a is not None)
 
 
@@ -166,8 +167,13 @@ def execute(
     parameter: float = 0.0,
     starts: np.ndarray | None = None,
     order: np.ndarray | None = None,
+    w: np.ndarray | None = None,
+    mass: np.ndarray | None = None,
 ) -> Result:
-    """All launches of a plan, by the bytes that a launcher would pass. given: gamma, beta, mean, var."""
+    """All launches of a plan, by the bytes that a launcher would pass. given: gamma, beta, mean, var.
+
+    w: weights, without a gap; mass: their sums by set, for backward. Forward finds them.
+    """
     C = plan.walk.C * plan.walk.more.sets
     number = np.float64 if plan.letter == "d" else np.float32
     outputs = {}
@@ -178,8 +184,14 @@ def execute(
     dgamma, outputs["dgamma"] = walled(C, number)
     dbeta, outputs["dbeta"] = walled(C, number)
     workspace, outputs["workspace"] = walled(plan.workspace // 8, np.float64)
+    sums, outputs["mass"] = walled(plan.walk.more.sets, np.float64)
+    if mass is not None:
+        sums[...] = mass
+    found_mass = w is not None and not plan.frozen
+    weights, outputs["w"] = walled(0 if w is None else w.size, np.float64 if plan.letter == "d" else np.float32)
+    weights[...] = 0 if w is None else w.reshape(-1)
     words = np.zeros(max(1, plan.barriers), np.uint32) if barriers is None else barriers
-    inner = {"table": flat, "dgamma": dgamma, "dbeta": dbeta, "workspace": workspace}
+    inner = {"table": flat, "dgamma": dgamma, "dbeta": dbeta, "workspace": workspace, "mass": sums, "w": weights}
 
     def address(a):
         return 0 if a is None else a.ctypes.data
@@ -201,6 +213,8 @@ def execute(
         barriers=words.ctypes.data,
         starts=address(starts),
         order=address(order),
+        w=0 if w is None else weights.ctypes.data,
+        mass=sums.ctypes.data if found_mass else 0,
     )
     wide = any(a is not None and a.dtype == np.float64 for a in given)
     bytes_ = planner.pack(plan, pointers, eps, wide, parameter)
@@ -211,8 +225,9 @@ def execute(
             edge = 16 if plan.walk.layout == planner.WINDOWS else 1
             low, high = low // edge * edge, -(-high // edge) * edge
             readable += [low, high - low]
-    if plan.workspace:
-        readable += [workspace.ctypes.data, workspace.nbytes]
+    for a in (workspace, weights):
+        if a.size:
+            readable += [a.ctypes.data, a.nbytes]
     writable = [n for a in (y, dr) if a is not None for n in (a.span[0], a.span[1] - a.span[0])]
 
     def pairs(numbers):
@@ -248,6 +263,7 @@ def execute(
         table=flat.reshape(6, C),
         dgamma=dgamma if plan.backward and grads[0] else None,
         dbeta=dbeta if plan.backward and grads[1] else None,
+        mass=sums if found_mass and not plan.backward else None,
     )
 
 

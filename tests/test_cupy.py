@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import itertools
 import threading
 import warnings
 
@@ -451,9 +452,37 @@ def test_each_extra_is_other_code(gpu, rng):
     compiled = len(gpu.compiled)
     cuda.forward(x, y, table, NONE, EPS, Extras("leaky_relu", 0.1))
     cuda.forward(x, y, table, NONE, EPS, Extras("leaky_relu", 0.2))
-    parameters = [planner.HEAD.unpack_from(launch.argument)[17] for launch in gpu.started[-2:]]
+    parameters = [planner.HEAD.unpack_from(launch.argument)[19] for launch in gpu.started[-2:]]
     assert parameters == [0.1, 0.2]
     assert len(gpu.compiled) == compiled + 1
+
+
+def test_weights_and_their_sums_are_passed(gpu, rng):
+    """Not where frozen statistics have no use for them; sums only where statistics are x's own."""
+    x, y, table = arrays(gpu, rng)
+    w, mass = gpu.array(np.ones((x.shape[0], 1, x.shape[2]), np.float32)), cupy.empty(1)
+    ones = gpu.array(np.ones(x.shape[1], np.float32))
+    for masked, frozen in itertools.product(("normalize", "zero"), (False, True)):
+        gpu.started.clear()
+        more = Extras(weights=w, mass=mass, masked=masked)
+        cuda.forward(x, y, table, (None, None, ones, ones) if frozen else NONE, EPS, more)
+        cuda.backward(x, x, y, table, None, None, frozen, more)
+        wanted = frozen is False or masked == "zero"
+        for launch in gpu.started:
+            assert launch.pointers.w == (w.data.ptr if wanted else 0)
+            assert launch.pointers.mass == (0 if frozen else mass.data.ptr)
+            assert (f"-DFASTBN_WEIGHTS={masked.upper()}" in launch.options) == wanted
+
+
+def test_weights_off_16_bytes_are_copied(gpu, rng):
+    x, y, table = arrays(gpu, rng)
+    n = x.shape[0] * x.shape[2]
+    w = gpu.array(np.ones(n + 1, np.float32))[1:].reshape(x.shape[0], 1, x.shape[2])
+    cuda.forward(x, y, table, NONE, EPS, Extras(weights=w, mass=cupy.empty(1)))
+    assert gpu.copied == [w.shape]
+    assert gpu.started[0].pointers.w % 16 == 0
+    with pytest.raises(ValueError, match=r"a float64 array of shape .*expected .4, 1, 100., .<class 'numpy.float32'>"):
+        cuda.forward(x, y, table, NONE, EPS, Extras(weights=cupy.empty(w.shape), mass=cupy.empty(1)))
 
 
 def test_frozen_backward_with_an_activation_reads_x(gpu, rng):

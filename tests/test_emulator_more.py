@@ -1,6 +1,6 @@
 """What a call may ask for beyond batch norm, in the emulator: `fastbn.kernels.reference` says what is right.
 
-Every instance is other code: residual, activation and sets are options of the compiler.
+Every instance is other code: residual, activation, sets and weights are options of the compiler.
 """
 
 import itertools
@@ -38,10 +38,13 @@ DX_TOLERANCE = {"f": 8, "d": 8, "e": 0.52, "E": 0.52}
 class Problem:
     """Random arrays whose z keeps away from the kinks, by more than float32 may be off."""
 
-    def __init__(self, rng, name, letter, activation="", residual=False, sets=None, given=False, mean=2.0):
-        shape, order, gaps, offset, _ = CASES[name]
+    def __init__(
+        self, rng, name, letter, activation="", residual=False, sets=None, given=False, mean=2.0, weights=None,
+        masked="normalize", offset=0.0,
+    ):  # fmt: skip
+        shape, order, gaps, start, _ = CASES[name]
         C = shape[1]
-        self.how, self.letter, self.shape, self.eps = (letter, order, gaps, offset), letter, shape, 1e-5
+        self.how, self.letter, self.shape, self.eps = (letter, order, gaps, start), letter, shape, 1e-5
         self.gamma = (rng.uniform(0.5, 1.5, C) * rng.choice([-1, 1], C)).astype(np.float32)
         self.beta = rng.standard_normal(C).astype(np.float32)
         self.more = Extras(activation, PARAMETERS.get(activation, 0.0), **({} if sets is None else sets))
@@ -49,7 +52,11 @@ class Problem:
         spread, middle = rng.uniform(0.5, 2, (1, C, 1)), mean * rng.standard_normal((1, C, 1))
         scale = 3.0 if activation in ("relu6", "hardswish") else 1.0
         self.gamma *= np.float32(scale)
-        values = middle + spread * rng.standard_normal(shape)
+        values = offset + middle + spread * rng.standard_normal(shape)
+        if weights is not None:
+            self.weigh(rng, weights, masked)
+            if masked != "normalize":  # what is absent may hold anything
+                values = np.where(self.more.weights == 0, np.resize([np.nan, np.inf, 1e30], shape), values)
         self.x = Array(values, *self.how)
         self.dy = Array(rng.standard_normal(shape) + rng.standard_normal((1, C, 1)), *self.how)
         self.r = Array(rng.standard_normal(shape), *self.how) if residual else None
@@ -58,10 +65,10 @@ class Problem:
             wide = self.sets * C
             mean, var = rng.normal(0, 2, wide).astype(np.float32), rng.uniform(0.5, 2, wide).astype(np.float32)
             self.given = (self.gamma, self.beta, mean, var)
-        self.table = np.empty((6, C * self.sets))
+        self.table = np.zeros((6, C * self.sets))
         for _ in range(100):
             z = np.empty(shape)
-            more = self.more._replace(activation="", residual=self.r and self.r.values)
+            more = self.more._replace(activation="", residual=self.r and self.r.values, masked="normalize")
             reference.forward(self.x.values, z, self.table, self.given, self.eps, more)
             near = np.zeros(shape, bool)
             for kink in KINKS.get(activation, ()):
@@ -71,6 +78,27 @@ class Problem:
             self.x.view[near] = (self.x.values[near] + 0.125).astype(self.x.view.dtype)
         assert not near.any()
         self.z = z
+
+    def weigh(self, rng, kind, masked):
+        """Weights (O, 1, I) of the number type, a fifth of them 0; of the second set, if there is one, all of them."""
+        O, _, I = self.shape  # noqa: E741
+        w = {
+            "mask": lambda: (rng.random((O, 1, I)) < 0.6).astype(float),
+            "samples": lambda: np.broadcast_to(rng.integers(0, 4, (O, 1, 1)), (O, 1, I)).astype(float),
+            "positions": lambda: rng.gamma(1.0, 1.0, (O, 1, I)) * (rng.random((O, 1, I)) > 0.2),
+            "none": lambda: np.zeros((O, 1, I)),
+        }[kind]()
+        rows = reference._sets(O, self.more)
+        if len(rows) > 1:
+            w[rows[1]] = 0
+        w = np.ascontiguousarray(w, np.float64 if self.letter == "d" else np.float32)
+        mass = np.array([w[row].sum(dtype=np.float64) for row in rows])
+        self.more = self.more._replace(weights=w, masked=masked, mass=mass)
+
+    def weighed(self):
+        """The mode in which the kernel reads weights: frozen statistics have no use for them but to mask."""
+        there = self.more.weights is not None and (self.given[2] is None or self.more.masked != "normalize")
+        return self.more.masked if there else ""
 
     def asked(self):
         return self.more._replace(residual=self.r and self.r.values)
@@ -87,7 +115,7 @@ class Problem:
             read,
             self.x if backward and dr and self.r else None,
         )
-        beyond = planner.More(self.more.activation)
+        beyond = planner.More(self.more.activation, weights=self.weighed())
         if self.more.starts is not None:
             sizes = np.diff(self.more.starts)
             listed = self.more.order is not None or len(set(sizes)) > 1
@@ -101,9 +129,8 @@ class Problem:
         return planner.build(self.walk(backward, **which), self.letter, backward, planner.HOPPER, way, K, **how)
 
     def lists(self, plan):
-        if not plan.walk.more.listed:
-            return {}
-        return {"starts": self.more.starts, "order": self.more.order}
+        lists = {"starts": self.more.starts, "order": self.more.order} if plan.walk.more.listed else {}
+        return lists | ({"w": self.more.weights} if plan.walk.more.weights else {})
 
     def forward(self, lib, plan, **how):
         how |= self.lists(plan) | {"parameter": self.more.parameter, "r": self.r}
@@ -112,7 +139,7 @@ class Problem:
     def backward(self, lib, plan, **how):
         read = self.r if self.more.activation else None
         dr = how.pop("dr", self.empty()) if self.r else None
-        how |= self.lists(plan) | {"parameter": self.more.parameter, "r": read, "dr": dr}
+        how |= self.lists(plan) | {"parameter": self.more.parameter, "r": read, "dr": dr, "mass": self.more.mass}
         return execute(lib, plan, how.pop("x", self.x), self.dy, how.pop("dx", self.empty()), table=self.table, **how)
 
 
@@ -120,13 +147,18 @@ def check_forward(p, result):
     assert result.error == ""
     y, table = np.empty(p.shape), np.empty(p.table.shape)
     reference.forward(p.x.values, y, table, p.given, p.eps, p.asked())
-    eps = number_epsilon(p.letter)
-    assert error_in_eps(result.y, y, np.maximum(1, abs(y) + abs(p.z)), epsilon(p.letter)) <= Y_TOLERANCE[p.letter]
+    eps, known = number_epsilon(p.letter), np.isfinite(y)
+    assert (np.isfinite(result.y.astype(np.float64)) == known).all()
+    scale = np.maximum(1, abs(y[known]) + abs(np.where(np.isfinite(p.z), p.z, 0)[known]))
+    twice = 2 if p.letter == "d" and p.more.weights is not None else 1  # the reference is float64 too, and rounds w x
+    assert error_in_eps(result.y[known], y[known], scale, epsilon(p.letter)) <= twice * Y_TOLERANCE[p.letter]
     spread = np.sqrt(table[2]) + 1e-30
     off = (result.table[0] - table[0]) + (result.table[1] - table[1])
     assert error_in_eps(off, np.zeros_like(off), spread, eps) <= 4
     assert error_in_eps(result.table[2:4], table[2:4], table[2:4], eps) <= 4
     assert (result.table[4:] == table[4:]).all()
+    if result.mass is not None:
+        assert error_in_eps(result.mass, p.more.mass, p.more.mass, eps) <= 4
 
 
 def check_backward(p, result, dx=True):
@@ -143,13 +175,22 @@ def check_backward(p, result, dx=True):
     bend = abs(above - below) / 1e-4
     for s, rows in enumerate(reference._sets(p.shape[0], more)):
         t = p.table[:, s * C : (s + 1) * C, None]
-        xhat = abs(((p.x.values[rows] - t[0]) - t[1]) * t[3])
+        with np.errstate(invalid="ignore"):  # of what is absent
+            xhat = abs(((p.x.values[rows] - t[0]) - t[1]) * t[3])
+        counts = np.ones(xhat.shape, bool)
+        if p.more.masked != "normalize":
+            counts &= p.more.weights[rows] != 0
+            xhat = np.where(counts, xhat, 0)
         terms = abs(t[4]) * xhat + abs(t[5]) + (0 if p.r is None else abs(p.r.values[rows]))
-        sizes[rows] = abs(dr[rows]) + abs(p.dy.values[rows]) * bend[rows] * terms
+        sizes[rows] = abs(dr[rows]) + abs(p.dy.values[rows]) * np.where(counts, bend[rows], 0) * terms
         if len(rows):  # dx is of g, its mean, and xhat times a mean; sums are of deviations from means
             n, root = len(rows) * p.shape[2], np.sqrt((sizes[rows] ** 2).mean((0, 2), keepdims=True))
-            scale[rows] = np.maximum(1, abs(t[4] * t[3]) * (sizes[rows] + root * (1 + xhat)))
-            roots[:, s * C : (s + 1) * C] = n * root[0, :, 0] * [np.sqrt((xhat**2).mean((0, 2))), np.ones(C)]
+            spread, share = np.sqrt((xhat**2).mean((0, 2), keepdims=True)), 1.0
+            if p.more.weights is not None and not frozen:
+                share = p.more.weights[rows] * (n / (p.more.mass[s] or 1))
+            beside = root * share * (1 + xhat * (1 if p.more.weights is None else spread))
+            scale[rows] = np.maximum(1, abs(t[4] * t[3]) * (sizes[rows] + beside))
+            roots[:, s * C : (s + 1) * C] = n * root[0, :, 0] * [spread[0, :, 0], np.ones(C)]
     if dx:
         scale = np.maximum(scale, abs(want_dx))
         assert error_in_eps(result.y, want_dx, scale, epsilon(p.letter)) <= DX_TOLERANCE[p.letter]
@@ -167,9 +208,10 @@ def built(
     sets=False,
     layouts=LAYOUTS,
     ways=("BLOCK", "CLUSTER", "GRID", "STATS", "APPLY"),
+    weights="",
 ):
     """Libraries for forward and for backward, whose options differ, with no instance more than the test wants."""
-    more = planner.More(activation, sets=2 if sets else 1)
+    more = planner.More(activation, sets=2 if sets else 1, weights=weights)
     found = {}
     for backward in (False, True):
         arrays = (["r"] if not backward or activation else []) + ["dr"] * backward if residual else []
@@ -348,3 +390,156 @@ def test_numbers_that_are_not_finite(rng):
         reference.forward(p.x.values, y, p.table.copy(), p.given, p.eps, p.more)
         got = p.forward(libs[False], p.build(False, MAP, 1)).y[0, 0, :6]
         np.testing.assert_allclose(got, y[0, 0, :6], rtol=1e-6, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+ONE_OF_EACH = pytest.mark.parametrize(
+    ("name", "way"), [("long runs", (BLOCK, 1)), ("odd slice", (SPLIT, 3)), ("columns", (GRID, 3))]
+)
+
+
+@pytest.mark.parametrize("masked", ["normalize", "zero", "keep"])
+@pytest.mark.parametrize("name", ["long runs", "odd slice", "columns", "(C, N)"])
+def test_weights_in_every_way(rng, name, masked):
+    """A mask, one weight a sample, one a position; rows of columns share a weight."""
+    libs = built("f", weights=masked, layouts=(CASES[name][4],))
+    for kind in ("mask", "samples", "positions"):
+        p = Problem(rng, name, "f", weights=kind, masked=masked)
+        assert p.build(False, BLOCK, 1).walk.layout == CASES[name][4]
+        assert run_both(libs, p) == 16
+
+
+@pytest.mark.parametrize("masked", ["normalize", "zero", "keep"])
+@pytest.mark.parametrize("letter", list("deE"))
+def test_weights_of_every_type(rng, letter, masked):
+    libs = built(letter, weights=masked, ways=("BLOCK", "STATS", "APPLY"))
+    ran = 0
+    for name in ("runs", "long runs", "odd slice", "columns"):
+        p = Problem(rng, name, letter, weights="positions", masked=masked)
+        ran += run_both(libs, p, (2,), [(BLOCK, 1), (SPLIT, 3)])
+    assert ran == 16
+
+
+@pytest.mark.parametrize("name", ["7x7", "RGB"])
+def test_columns_that_differ_in_weight_are_walked_otherwise(rng, name):
+    """Short runs as windows, and rows of three columns element by element."""
+    p = Problem(rng, name, "f", weights="positions", masked="zero")
+    walk = p.build(False, BLOCK, 1).walk
+    assert (walk.layout, walk.V, walk.fold) == {"7x7": ("WINDOWS", 4, 1), "RGB": ("COLUMNS", 1, 1)}[name]
+    kind = "NARROWER(0, float, 1)" if walk.V == 1 else "ONE(0, float, 4, {}, WINDOWS, BLOCK)"
+    libs = {b: library(kind.format(str(b).lower()), options=walk.more.options(())) for b in (False, True)}
+    check_forward(p, p.forward(libs[False], p.build(False, BLOCK, 1)))
+    check_backward(p, p.backward(libs[True], p.build(True, BLOCK, 1)))
+
+
+@pytest.mark.parametrize("masked", ["normalize", "zero", "keep"])
+@pytest.mark.parametrize(("name", "kind"), SETS)
+def test_weights_of_sets(rng, name, kind, masked):
+    """One set is empty or without weight: it has no statistics."""
+    libs = built("f", sets=True, weights=masked, layouts=("RUNS", "WINDOWS", "COLUMNS"), ways=("BLOCK", "GRID"))
+    p = Problem(rng, name, "f", sets=sets_of(kind, CASES[name][0][0], rng), weights="positions", masked=masked)
+    plan = p.build(False, BLOCK, 1)
+    if not fits(p, plan):
+        pytest.skip("no whole vectors")
+    assert (p.more.mass == 0).any()
+    assert run_both(libs, p, (0, 3), [(BLOCK, 1), (GRID, 3)]) == 8
+    result = p.forward(libs[False], plan)
+    assert (result.table.reshape(6, -1, p.shape[1])[:4, p.more.mass == 0] == 0).all()
+
+
+@pytest.mark.parametrize("masked", ["normalize", "zero", "keep"])
+@pytest.mark.parametrize("letter", list("fe"))
+def test_weights_beside_all_else(rng, letter, masked):
+    """Residual, activation and sets: kept in place (relu) and apart (gelu of half types), and re-read."""
+    for activation in ("relu", "gelu"):
+        libs = built(letter, activation, True, True, ("RUNS", "COLUMNS"), ("BLOCK", "STATS", "APPLY"), masked)
+        for name in ("runs", "columns"):
+            sets = sets_of("listed", CASES[name][0][0], rng)
+            p = Problem(rng, name, letter, activation, True, sets, weights="mask", masked=masked)
+            assert run_both(libs, p, (2, 3), [(BLOCK, 1), (SPLIT, 3)]) == 8
+
+
+@pytest.mark.parametrize("masked", ["zero", "keep"])
+def test_weights_with_frozen_statistics(rng, masked):
+    """They mask, and no more; backward with sums and without."""
+    for activation in ("", "relu"):
+        libs = built("f", activation, weights=masked, layouts=("RUNS", "COLUMNS"), ways=("BLOCK", "STATS", "APPLY"))
+        for name in ("long runs", "columns"):
+            p = Problem(rng, name, "f", activation, given=True, weights="mask", masked=masked)
+            check_forward(p, p.forward(libs[False], p.build(False, MAP, 2), policy=2))
+            for way, K in ((BLOCK, 1), (SPLIT, 2)):
+                check_backward(p, p.backward(libs[True], p.build(True, way, K)))
+            if activation:
+                check_backward(p, p.backward(libs[True], p.build(True, MAP, 2), grads=(False, False)))
+
+
+@pytest.mark.parametrize("name", ["long runs", "odd slice", "columns"])
+def test_no_weight_at_all(rng, name):
+    """No statistics, y is beta, dx is 0."""
+    libs = built("f", weights="normalize", layouts=(CASES[name][4],))
+    p = Problem(rng, name, "f", weights="none")
+    for way, K in WAYS:
+        result = p.forward(libs[False], p.build(False, way, K))
+        assert result.error == ""
+        assert (result.table[:4] == 0).all()
+        assert (result.mass == 0).all()
+        assert (result.y == p.beta[:, None]).all()
+        p.table = result.table.copy()
+        result = p.backward(libs[True], p.build(True, way, K))
+        assert result.error == ""
+        assert not result.y.any()
+        assert not result.dgamma.any()
+        check_backward(p, result)
+
+
+@ONE_OF_EACH
+def test_what_has_no_weight_is_absent(rng, name, way):
+    """The bits of the table don't depend on what x holds there, NaN or not."""
+    libs = built("f", weights="normalize", layouts=(CASES[name][4],))
+    p = Problem(rng, name, "f", weights="mask")
+    first = p.forward(libs[False], p.build(False, *way))
+    here = np.broadcast_to(p.more.weights == 0, p.shape)
+    p.x.view[here] = np.resize([np.nan, np.inf, 1e30], here.sum())
+    again = p.forward(libs[False], p.build(False, *way))
+    assert first.error == again.error == ""
+    assert first.table.tobytes() == again.table.tobytes()
+    assert first.y[~here].tobytes() == again.y[~here].tobytes()
+
+
+@pytest.mark.parametrize("letter", list("fd"))
+@pytest.mark.parametrize("exponent", [0, 2, 4, 5])
+@ONE_OF_EACH
+def test_weighted_statistics_are_right_at_any_offset(rng, name, way, exponent, letter):
+    libs = built(letter, weights="normalize", layouts=(CASES[name][4],))
+    offset = 10.0 ** (exponent if letter == "f" else 2 * exponent)
+    p = Problem(rng, name, letter, weights="positions", offset=offset)
+    check_forward(p, p.forward(libs[False], p.build(False, *way), policy=2))
+    check_backward(p, p.backward(libs[True], p.build(True, *way), policy=2))
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e-3])
+@ONE_OF_EACH
+def test_weighted_squares_beyond_float32(rng, name, way, scale):
+    """In float64, element by element, where float32 has no such squares; weights of any size count alike."""
+    libs = built("f", weights="normalize", layouts=(CASES[name][4],))
+    p = Problem(rng, name, "f", weights="positions")
+    p.more = p.more._replace(weights=p.more.weights * np.float32(7e4), mass=p.more.mass * np.float64(np.float32(7e4)))
+    p.x.view[...] *= np.float32(scale)
+    check_forward(p, p.forward(libs[False], p.build(False, *way), policy=2))
+
+
+@pytest.mark.parametrize("letter", list("fde"))
+@pytest.mark.parametrize("name", ["long runs", "odd slice", "columns"])
+def test_weighted_constant_channels(rng, name, letter):
+    """Exactly beta, whatever the weights, in each way."""
+    libs = built(letter, weights="normalize", layouts=(CASES[name][4],))
+    p = Problem(rng, name, letter, weights="positions")
+    values = np.broadcast_to((1e4 if letter == "e" else 1e10) * rng.standard_normal((1, p.shape[1], 1)), p.shape)
+    p.x = Array(values, *p.how)
+    for way, K in WAYS:
+        result = p.forward(libs[False], p.build(False, way, K), policy=2)
+        assert result.error == ""
+        assert (result.table[0] == p.x.values[0, :, 0]).all()
+        assert (result.table[1:3] == 0).all()
+        assert (result.y == p.beta[:, None].astype(p.x.view.dtype)).all()

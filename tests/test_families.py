@@ -1,5 +1,6 @@
 """Arrays of other libraries, on doubles of CuPy and PyTorch: results, places, layouts, errors, moments, layers."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -655,5 +656,97 @@ def test_across_ranks_nothing_is_left_out(library):
             return [frame]
 
     x = data(np.random.default_rng(4), (4, 5, 6), (1,), np.float32)[0]
-    with pytest.raises(TypeError, match=r"activation and groups with comm are for NumPy arrays so far"):
+    with pytest.raises(TypeError, match=r"activation, groups and weights with comm are for NumPy arrays so far"):
         fastbn.forward(library.put(x), activation="relu", comm=Alone())
+
+
+WEIGHTS = {  # of (6, 3, 5): by position, by sample, of other types; in memory of any order
+    "a mask": lambda rng: rng.random((6, 1, 5)) < 0.6,
+    "one for each sample": lambda rng: rng.integers(0, 3, 6).astype(np.int32),
+    "without the channels": lambda rng: rng.gamma(1.0, 1.0, (6, 5)) * (rng.random((6, 5)) < 0.8),
+    "half precision, transposed": lambda rng: rng.integers(0, 5, (5, 1, 6)).astype(np.float16).T,
+    "the same for all samples": lambda rng: rng.gamma(1.0, 1.0, (1, 1, 5)).astype(np.float32),
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("masked", ["normalize", "zero", "keep"])
+@pytest.mark.parametrize("make", WEIGHTS.values(), ids=WEIGHTS)
+def test_weights(make, masked, frozen, library, rng):
+    """Read where they are and converted there; nothing waits for the device before moments are asked for."""
+    x, dy, gamma, beta, mean, var = data(rng, (6, 3, 5), (1,))
+    w = make(rng)
+    for laid in (x, np.ascontiguousarray(x.transpose(0, 2, 1)).transpose(0, 2, 1)):
+        put = functools.partial(library.put, device=1)
+        stats = (put(mean), put(var)) if frozen else None
+        library.state.transfers.clear()
+        more = {"weights": put(w), "masked": masked, "groups": [1, 0, 5]}
+        if frozen:
+            del more["groups"]
+        y, saved = fastbn.forward(put(laid), put(gamma), put(beta), frozen=stats, **more)
+        given = w.reshape(6, 1, 1) if w.ndim == 1 else w.reshape(6, 1, 5) if w.ndim == 2 else w
+        exact, kept = fastbn.reference.forward(
+            x, gamma, beta, frozen=(mean, var) if frozen else None, **{**more, "weights": given}
+        )
+        got = fastbn.backward(put(dy), saved)
+        assert library.state.transfers == []
+        for one, right in zip((y, *got), (exact, *fastbn.reference.backward(dy, kept)), strict=True):
+            assert (type(one), one.on_device) == (library.type, 1)
+            assert_near(one.on_host, right, x.dtype, size=10)  # dgamma and dbeta are sums of 30
+        if frozen:
+            assert saved.moments is None
+            continue
+        for found, right in zip(saved.moments, kept.moments, strict=True):
+            assert found.count == right.count
+            assert type(found.mean) is library.type
+            assert_near(found.mean.on_host, right.mean, x.dtype)
+            assert_near(found.m2.on_host, right.m2, x.dtype)
+        assert library.state.transfers == ["from"]  # the sums of weights
+        found = fastbn.moments(put(laid), weights=put(w))
+        used = np.broadcast_to(given.astype(np.float32), (6, 1, 5))
+        assert found.count == float(used.sum(dtype=np.float64))
+
+
+def test_weights_may_change_after_the_call(library, rng):
+    """As in main memory, backward has those that forward had."""
+    x, dy, *_ = data(rng, (6, 3, 5), (1,))
+    w = library.put(np.ones((6, 1, 5), np.float32))
+    _, saved = fastbn.forward(library.put(x), weights=w)
+    w.on_host[...] = 0
+    exact = fastbn.reference.backward(dy, fastbn.reference.forward(x)[1])
+    for got, right in zip(fastbn.backward(library.put(dy), saved), exact, strict=True):
+        assert_near(got.on_host, right, x.dtype, size=10)
+
+
+def test_weights_of_an_empty_array(library):
+    x = library.put(np.empty((0, 3, 5), np.float32))
+    _, saved = fastbn.forward(x, weights=library.put(np.empty((0, 1, 5), np.float32)))
+    assert saved.moments.count == 0
+
+
+WRONG_WEIGHTS = {
+    "in main memory": (lambda _: np.ones(6), TypeError, "weights is a float64 array .* in main memory; .*Pass "),
+    "elsewhere": (lambda put: put(np.ones(6), 1), ValueError, "weights is a float64 .* on device 1; expected one on d"),
+    "complex": (lambda put: put(np.ones(6, np.complex64)), TypeError, "weights is a complex64 .*expected bools, or"),
+    "another shape": (lambda put: put(np.ones((6, 1, 4))), ValueError, r"weights has shape \(6, 1, 4\); .*\(6, 1, 5\)"),
+    "by channel": (lambda put: put(np.ones((6, 3, 5))), ValueError, r"weights has shape \(6, 3, 5\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "error", "match"), WRONG_WEIGHTS.values(), ids=WRONG_WEIGHTS)
+def test_weights_that_are_refused(make, error, match, library, rng):
+    x, *_ = data(rng, (6, 3, 5), (1,))
+    with pytest.raises(error, match=f"fastbn.forward: {match}"):
+        fastbn.forward(library.put(x), weights=make(library.put))
+    assert library.state.calls == library.state.transfers == []
+
+
+def test_weights_across_ranks_are_refused(library, rng):
+    x, *_ = data(rng, (6, 3, 5), (1,))
+
+    class Alone:
+        def allgather(self, frame):
+            return [frame]
+
+    with pytest.raises(TypeError, match=r"groups and weights with comm are for NumPy arrays so far"):
+        fastbn.forward(library.put(x), weights=library.put(np.ones(6)), comm=Alone())

@@ -105,6 +105,14 @@ MORE = {
     "groups by id": ({"groups": np.array([1, 0, 3, 1, 0])}, "channels-last memory"),
     "all": ({"groups": np.array([1, 0, 3, 1, 0]), "activation": "relu", "residual": True}, "nchw"),
     "all, copied": ({"groups": [1, 2], "activation": "relu", "residual": True}, "cropped, hence copied"),
+    "a mask": ({"weights": "mask", "masked": "zero"}, "nchw"),
+    "weights of samples": ({"weights": "samples"}, "channels-last memory"),
+    "weights of positions": ({"weights": "positions", "masked": "keep"}, "channel slice"),
+    "a mask, copied": ({"weights": "mask"}, "cropped, hence copied"),
+    "all by weights": (
+        {"groups": [2, 0, 3], "activation": "relu", "residual": True, "weights": "positions", "masked": "zero"},
+        "nchw",
+    ),
 }
 
 
@@ -129,6 +137,13 @@ def test_what_goes_beyond_batch_norm(more, layout, frozen, gpu, rng, monkeypatch
         gpu.host(target)[...] = host.reshape(-1, target.size).sum(0, dtype=np.float64)
 
     monkeypatch.setattr(CUPY, "total", total)
+    if "weights" in more:
+        full = (shape[0], 1, *shape[2:])
+        more["weights"] = {
+            "mask": lambda: rng.random(full) < 0.6,
+            "samples": lambda: rng.integers(0, 3, shape[0]),
+            "positions": lambda: rng.gamma(1.0, 1.0, full) * (rng.random(full) < 0.8),
+        }[more["weights"]]()
 
     def there(a):
         return gpu.array(a, a) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else a
@@ -138,10 +153,14 @@ def test_what_goes_beyond_batch_norm(more, layout, frozen, gpu, rng, monkeypatch
         given = {k: v for k, v in more.items() if k != "residual"}
         if "residual" in more:
             given["residual"] = arrays[2]
+        if "weights" in more and place is fastbn:
+            given["weights"] = gpu.array(more["weights"])
         g, b = (gamma, beta) if place is not fastbn else (there(gamma), there(beta))
         if frozen and place is fastbn:
             given["frozen"] = tuple(there(a) for a in more["frozen"])
         y, saved = place.forward(arrays[0], g, b, **given)
+        if place is not fastbn:
+            kept = saved
         results.append((y, *place.backward(arrays[1], saved)))
     names = ("y", "dx", "dgamma", "dbeta", "dresidual")
     values = x.size / shape[1]
@@ -153,12 +172,18 @@ def test_what_goes_beyond_batch_norm(more, layout, frozen, gpu, rng, monkeypatch
     options = {option for launch in gpu.started for option in launch.options}
     assert ("-DFASTBN_SETS=1" in options) == (groups is not None)
     assert ("-DFASTBN_RESIDUAL=1" in options) == ("residual" in more)
+    mode = more.get("masked", "normalize").upper()
+    used = "weights" in more and not (frozen and mode == "NORMALIZE")
+    assert (f"-DFASTBN_WEIGHTS={mode}" in options) == used
+    if "weights" in more and not frozen:
+        masses = [m.count for m in ([kept.moments] if groups is None else kept.moments)]
+        np.testing.assert_allclose(gpu.host(saved._masses), masses, rtol=8 * 2.0**-23)  # moments are CuPy's own
 
 
 def test_what_is_not_there_is_refused(gpu):
     x = gpu.array(np.ones((6, 4), np.float32))
-    with pytest.raises(TypeError, match=r"weights with arrays on a GPU are not there yet"):
-        fastbn.forward(x, weights=gpu.array(np.ones(6, np.float32)))
+    with pytest.raises(TypeError, match=r"weights is a float32 array .* in main memory; .* Pass cupy.asarray"):
+        fastbn.forward(x, weights=np.ones(6, np.float32))
     with pytest.raises(TypeError, match=r"save='y' with arrays on a GPU is not there.*Leave save='x'"):
         fastbn.forward(x, save="y")
     with pytest.raises(TypeError, match=r"residual is a float32 array .* in main memory; .* Pass cupy.asarray"):

@@ -22,7 +22,7 @@ class Mutant(NamedTuple):
     backward: bool
     ways: tuple[tuple[str, int], ...]
     finds: str  # part of what is found
-    more: str = ""  # "relu": of a sum; "sets": ragged ones
+    more: str = ""  # "relu": of a sum; "sets": ragged ones; "normalize", "zero" or "keep": by weights
 
 
 BLOCK, CLUSTER, GRID, SPLIT = (
@@ -166,8 +166,8 @@ MUTANTS = [
     ),
     Mutant(
         "batches merged as if equal",
-        "const A f = b / (have + b), w = have * f;",
-        "const A f = have > 0 ? (A)0.5 : (A)1, w = have * f;",
+        "const A f = b / (A)(have + b), w = (A)have * f;",
+        "const A f = have > 0 ? (A)0.5 : (A)1, w = (A)have * f;",
         "RUNS", False, BLOCK, "wrong",
     ),
     Mutant(
@@ -305,8 +305,100 @@ MORE = [
         "if (false)",
         "RUNS", False, BLOCK, "wrong", "sets",
     ),
+    Mutant(
+        "what has no weight counts",
+        "if (BY_WEIGHT && h == 0) continue;",
+        "",
+        "RUNS", False, BLOCK, "wrong", "zero",
+    ),
+    Mutant(
+        "weights that don't weigh",
+        "first_mean[j] = multiply_add(h, first - pivot[j], first_mean[j]);",
+        "first_mean[j] += first - pivot[j];",
+        "WINDOWS", False, SPLIT, "wrong", "normalize",
+    ),
+    Mutant(
+        "squares without weights",
+        "multiply_add(BY_WEIGHT ? h * e : e,",
+        "multiply_add(e,",
+        "COLUMNS", False, BLOCK, "wrong", "normalize",
+    ),
+    Mutant(
+        "a batch without weight isn't kept",
+        "    if (LAYOUT == WINDOWS && size == 0) continue;\n",
+        "    if (BY_WEIGHT && weight[0][0] == 0) continue;\n",
+        "COLUMNS", False, BLOCK, "wrong", "normalize",
+    ),
+    Mutant(
+        "weights in their columns' number",
+        "for (int r = 0; r < rows; r++) n += row_count[r];",
+        "n = (double)own_rows * p.fold * S;",
+        "COLUMNS", False, CLUSTER, "wrong", "normalize",
+    ),
+    Mutant(
+        "the variance over a count",
+        "var = s.c / (WEIGHTED ? mass : share.count());",
+        "var = s.c / share.count();",
+        "RUNS", False, GRID, "wrong", "normalize",
+    ),
+    Mutant(
+        "a mass of the first set",
+        "p.mass[share.set] = mass;",
+        "p.mass[0] = mass;",
+        "RUNS", False, BLOCK, "wrong", "normalize",
+    ),
+    Mutant(
+        "no statistics of no weight",
+        "if (WEIGHTED && mass == 0 && !p.frozen)",
+        "if (false)",
+        "RUNS", False, BLOCK, "wrong", "normalize",
+    ),
+    Mutant(
+        "weights by x's rows",
+        "(const A *)p.w + q.row * p.S + q.inner;",
+        "(const A *)p.w + q.row * p.x_row + q.inner;",
+        "WINDOWS", False, BLOCK, "outside every array", "zero",
+    ),
+    Mutant(
+        "sums over the count",
+        "part = mass > 0 ? count / mass : 0;",
+        "part = 1;",
+        "RUNS", True, BLOCK, "wrong", "normalize",
+    ),
+    Mutant(
+        "the mean of x - mean is taken for 0",
+        "part * fma(mean, (double)s.e, s.c / count)",
+        "part * (s.c / count)",
+        "RUNS", True, SPLIT, "wrong", "normalize",
+    ),
+    Mutant(
+        "the gradient of statistics without weights",
+        "g = multiply_add(w * (deviation(k, x) * k.invstd), k.slope, g);",
+        "g = multiply_add(deviation(k, x) * k.invstd, k.slope, g);",
+        "COLUMNS", True, BLOCK, "wrong", "normalize",
+    ),
+    Mutant(
+        "what is masked has a gradient",
+        "if (BACKWARD && absent(u, v)) f(j, (A)0, (A)0, h);",
+        "if (false) ;",
+        "RUNS", True, BLOCK, "wrong", "zero",
+    ),
+    Mutant(
+        "y in place of x where it is masked",
+        "if (absent && WEIGHTS == KEEP) to.lane[v] = a.lane[v];",
+        "",
+        "WINDOWS", False, SPLIT, "wrong", "keep",
+    ),
+    Mutant(
+        "0 in place of dy where it is masked",
+        "if (absent && WEIGHTS == KEEP) to.lane[v] = d.lane[v];",
+        "",
+        "COLUMNS", True, BLOCK, "wrong", "keep",
+    ),
 ]  # fmt: skip
 MUTANTS += MORE
+
+WEIGHTED = "normalize", "zero", "keep"
 
 SHAPES = {  # channels' means lie far off, so that hi and lo count
     "RUNS": [(4, 6, 64), (3, 5, 1060)],
@@ -318,13 +410,19 @@ SHAPES = {  # channels' means lie far off, so that hi and lo count
 def hunt_more(mutant, lib):
     """The same for what goes beyond batch norm, as tests/test_emulator_more.py judges it."""
     rng = np.random.default_rng(7)
-    sets = mutant.more == "sets"
+    sets, weighted = mutant.more == "sets", mutant.more in WEIGHTED
     for name in {"RUNS": ("runs", "long runs"), "COLUMNS": ("columns", "RGB"), "WINDOWS": ("odd slice",)}[
         mutant.layout
     ]:
         outer = more.CASES[name][0][0]
-        kind = more.sets_of("listed" if mutant.layout == "COLUMNS" else "ragged", outer, rng) if sets else None
-        p = more.Problem(rng, name, "f", "" if sets else mutant.more, not sets, kind, mean=300.0)
+        kind = None
+        if sets or weighted:
+            kind = more.sets_of("listed" if mutant.layout == "COLUMNS" else "ragged", outer, rng)
+        if weighted:
+            how = {"weights": "positions", "masked": mutant.more}
+            p = more.Problem(rng, name, "f", sets=kind, mean=300.0, **how)
+        else:
+            p = more.Problem(rng, name, "f", "" if sets else mutant.more, not sets, kind, mean=300.0)
         if p.r is not None and mutant.layout == "RUNS":  # with gaps that x doesn't have
             p.r = Array(p.r.values, "f", gaps=((0, 0), (0, 4), (0, 0)))
         for (way, K), policy in itertools.product(mutant.ways, range(4)):
@@ -399,6 +497,8 @@ def instances(mutant):
 
 def options(mutant):
     """bn.cu's macros for it."""
+    if mutant.more in WEIGHTED:
+        return planner.More(sets=2, weights=mutant.more).options(())
     if mutant.more in ("", "sets"):
         return planner.More(sets=2 if mutant.more else 1).options(())
     return planner.More(mutant.more).options(("r", "dr") if mutant.backward else "r")
@@ -428,7 +528,7 @@ def test_nothing_is_found_in_the_source_itself(layout, backward):
     assert hunt(own, library()) == "survived"
 
 
-@pytest.mark.parametrize("what", ["relu", "leaky_relu", "sets"])
+@pytest.mark.parametrize("what", ["relu", "leaky_relu", "sets", *WEIGHTED])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_nothing_is_found_beyond_batch_norm_either(what, backward):
     for layout in ("RUNS", "COLUMNS"):

@@ -272,14 +272,15 @@ def test_a_channel_beyond_32_bits_of_vectors():
 
 
 def test_the_argument_byte_by_byte():
-    """pack's bytes: sixteen addresses, eps, parameter, wide; strides, count; the plan's numbers."""
+    """pack's bytes: eighteen addresses, eps, parameter, wide; strides, count; the plan's numbers."""
     view = planner.View((6, 5, 131), (4000, 600, 4), (2620, 524, 4), (4016, 600, 4), 4, (4, 4, 4))
     p = planner.build(planner.walk(view), "f", True, way="GRID", K=3, threads=96)
-    pointers = planner.Pointers(*range(16, 16 * 17, 16))
+    pointers = planner.Pointers(*range(16, 16 * 19, 16))
     argument = planner.pack(p, pointers, 1e-3, True, 0.25)
-    assert len(argument) == planner.PARAMS_SIZE == 328
-    numbers = struct.unpack("<16Q2dQ10qd4q10i4I", argument)
-    assert numbers[:19] == (*range(16, 16 * 17, 16), 1e-3, 0.25, 1)
+    assert len(argument) == planner.PARAMS_SIZE == 344
+    numbers = struct.unpack("<18Q2dQ10qd4q10i4I", argument)
+    assert numbers[:21] == (*range(16, 16 * 19, 16), 1e-3, 0.25, 1)
+    numbers = numbers[2:]
     assert numbers[19:29] == (1000, 150, 1004, 150, 655, 131, 0, 0, 0, 0)
     assert numbers[29:34] == (6 * 131, 6, 131, p.per, 1)
     assert numbers[34:44] == (1, 5, 5, 5, 3, p.keep, 1, 1, 1, 1)

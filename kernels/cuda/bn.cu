@@ -9,7 +9,10 @@
 //   forward    y  = f(z)     z = a ((x - hi) - lo) + beta + r
 //   backward   dy f'(z) in place of dy, which is what dr is, too; z from x again, by the same roundings
 //
-// and for sets of rows, each with statistics of its own.
+// and for sets of rows, each with statistics of its own, and by weights w of the sum W, the same for all channels,
+//
+//   forward    mean = sum w x / W, var = sum w (x - mean)^2 / W, in which x is absent where w is 0
+//   backward   dx = a (g - w (sum g / W + ((x - mean) invstd) invstd sum g (x - mean) / W))
 //
 // One kernel template. Each item, a channel or a tile of columns, is read by K blocks, its ranks. Twice: for sums, and
 // for the map. What a thread reads first it keeps in shared memory as far as there is room (`keep`), and takes it from
@@ -44,6 +47,9 @@
 #ifndef FASTBN_SETS  // 1: sets of rows
 #define FASTBN_SETS 0
 #endif
+#ifndef FASTBN_WEIGHTS  // NORMALIZE, ZERO or KEEP: by weights; and what is done where one is 0
+#define FASTBN_WEIGHTS ABSENT
+#endif
 
 namespace fastbn {
 
@@ -67,7 +73,10 @@ enum Way {
   APPLY     // and its second: from there on; alone, with frozen statistics
 };
 enum Activation { LINEAR, RELU, LEAKY_RELU, RELU6, ELU, SILU, GELU, SIGMOID, TANH, HARDSWISH };
+enum Weights { ABSENT, NORMALIZE, ZERO, KEEP };
 constexpr Activation ACTIVATION = FASTBN_ACTIVATION;
+constexpr Weights WEIGHTS = FASTBN_WEIGHTS;
+constexpr bool WEIGHTED = WEIGHTS != ABSENT, MASKED = WEIGHTS == ZERO || WEIGHTS == KEEP;
 constexpr bool RESIDUAL = FASTBN_RESIDUAL, DRESIDUAL = FASTBN_DRESIDUAL, SETS = FASTBN_SETS;
 
 struct Params {                    // packed by plan.py; 8-byte fields first, so that there is no padding
@@ -83,6 +92,8 @@ struct Params {                    // packed by plan.py; 8-byte fields first, so
   u32 *barriers;                   // GRID: a word a group, zero before first use
   const i64 *starts, *order;       // sets: samples order[starts[s]] to order[starts[s + 1]], of `rows` rows each; without
                                    // order these themselves, without starts M rows each
+  const void *w;                   // weights, S of a row, of the number type; 16-byte aligned
+  double *mass;                    // their sums, of sets (sets,). Written forward, read backward; null: frozen
   double eps, parameter;           // of the activation
   u64 wide;
   i64 x_row, x_channel, dy_row, dy_channel, y_row, y_channel;  // strides, in elements
@@ -150,6 +161,8 @@ FASTBN_DEVICE void load(Raw<8> &r, const void *p) {
 }
 FASTBN_DEVICE void load(Raw<4> &r, const void *p) { asm volatile("ld.global.u32 %0, [%1];" : "=r"(r.a) : "l"(p)); }
 FASTBN_DEVICE void load(Raw<2> &r, const void *p) { asm volatile("ld.global.u16 %0, [%1];" : "=h"(r.a) : "l"(p)); }
+FASTBN_DEVICE void load(float &v, const float *p) { asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(p)); }
+FASTBN_DEVICE void load(double &v, const double *p) { asm volatile("ld.global.f64 %0, [%1];" : "=d"(v) : "l"(p)); }
 FASTBN_DEVICE void store(void *p, const Raw<16> &r) {
   asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(r.a), "r"(r.b), "r"(r.c), "r"(r.d) : "memory");
 }
@@ -198,6 +211,7 @@ FASTBN_DEVICE void load_peer(Raw<16> &, const void *, int) {}
 #endif
 #else
 template <int B> FASTBN_DEVICE void load(Raw<B> &r, const void *p) { emulator::load(&r, p, B); }
+template <class A> FASTBN_DEVICE void load(A &v, const A *p) { emulator::load(&v, p, sizeof v); }
 template <int B> FASTBN_DEVICE void store(void *p, const Raw<B> &r) { emulator::store(p, &r, B); }
 template <int B> FASTBN_DEVICE void load_shared(Raw<B> &r, const void *p) { emulator::load_shared(&r, p, B); }
 template <int B> FASTBN_DEVICE void store_shared(void *p, const Raw<B> &r) { emulator::store_shared(p, &r, B); }
@@ -253,6 +267,11 @@ template <> struct __align__(16) Partial<float, true> { double m; float e, c; };
 
 struct __align__(16) Count { double n, unused; };  // the same n for all channels of a block
 
+// n: how many elements, or forward by weights the sum of those.
+template <class A, bool BACKWARD, bool W = WEIGHTED> struct SizeOf { typedef A type; };
+template <class A> struct SizeOf<A, false, true> { typedef double type; };
+template <class A, bool BACKWARD> using Size = typename SizeOf<A, BACKWARD>::type;
+
 template <class A, bool B> FASTBN_DEVICE void shut(Partial<A, B> &p, const Sum<A, B> &s) {
   p.m = s.m; p.lo = s.lo; p.e = s.e; p.c = s.c;
 }
@@ -265,7 +284,8 @@ FASTBN_DEVICE void open(Sum<float, false> &s, const Partial<float, false> &p) { 
 FASTBN_DEVICE void open(Sum<float, true> &s, const Partial<float, true> &p) { s.m = p.m; s.e = p.e; s.c = p.c; }
 
 // a, of n elements, takes in b, of k more: Chan, Golub & LeVeque (1983).
-template <class A, bool BACKWARD> FASTBN_DEVICE void merge(Sum<A, BACKWARD> &a, A n, const Sum<A, BACKWARD> &b, A k) {
+template <class A, bool BACKWARD>
+FASTBN_DEVICE void merge(Sum<A, BACKWARD> &a, Size<A, BACKWARD> n, const Sum<A, BACKWARD> &b, Size<A, BACKWARD> k) {
   constexpr bool PAIR = Sum<A, BACKWARD>::PAIR;
   if (PAIR && n == 0) { a = b; return; }
   const A f = k > 0 ? k / (n + k) : (A)0, w = n * f;
@@ -279,9 +299,10 @@ template <class A, bool BACKWARD> FASTBN_DEVICE void merge(Sum<A, BACKWARD> &a, 
 }
 
 // Lane i takes in lane i + step, for step = 16 down to `last`: N sums of n elements each.
-template <int N, class A, bool BACKWARD> FASTBN_DEVICE void merge_lanes(Sum<A, BACKWARD> (&s)[N], A &n, int last) {
+template <int N, class A, bool BACKWARD>
+FASTBN_DEVICE void merge_lanes(Sum<A, BACKWARD> (&s)[N], Size<A, BACKWARD> &n, int last) {
   for (int step = 16; step >= last; step >>= 1) {
-    const A k = __shfl_down_sync(0xffffffffu, n, step);
+    const Size<A, BACKWARD> k = __shfl_down_sync(0xffffffffu, n, step);
 #pragma unroll
     for (int j = 0; j < N; j++) {
       Sum<A, BACKWARD> other;
@@ -353,8 +374,15 @@ FASTBN_DEVICE Number<T> by_z(const Coefficients<Number<T>, B> &k, T x, T dy, T r
 template <class T> constexpr bool IN_PLACE =
     ACTIVATION != LINEAR && (sizeof(T) == sizeof(Number<T>) || ACTIVATION == RELU || ACTIVATION == RELU6);
 
-// The gradient by x. Frozen it is a g: it doesn't want x.
-template <class T, class A> FASTBN_DEVICE A by_x(const Coefficients<A, true> &k, T x, A g, bool wants_x) {
+// The gradient by x. Frozen it is a g: it doesn't want x. By weights x is absent where w is 0.
+template <class T, class A> FASTBN_DEVICE A by_x(const Coefficients<A, true> &k, T x, A g, bool wants_x, A w) {
+  if (WEIGHTED) {
+    if (wants_x && w != 0) {
+      g = multiply_add(-w, k.glo, multiply_add(-w, k.ghi, g));
+      g = multiply_add(w * (deviation(k, x) * k.invstd), k.slope, g);
+    }
+    return k.a * g;
+  }
   g = (g - k.ghi) - k.glo;
   if (wants_x) g = multiply_add(deviation(k, x) * k.invstd, k.slope, g);
   return k.a * g;
@@ -374,8 +402,10 @@ template <class A, bool B> FASTBN_DEVICE void centre(Coefficients<A, B> &k, cons
 }
 
 // From sums of channel c of the share to its coefficients; the rank that reports writes the table, or dgamma and dbeta.
+// mass: forward, of the set's weights.
 template <class S, class A>
-FASTBN_DEVICE void conclude(const S &share, int c, const Sum<A, false> &s, bool report, Coefficients<A, false> &k) {
+FASTBN_DEVICE void conclude(const S &share, int c, const Sum<A, false> &s, double mass, bool report,
+                            Coefficients<A, false> &k) {
   const Params &p = share.p;
   const i64 own = share.statistic(c);
   const double gamma = parameter(p.gamma, p.wide, share.parameter(c), 1);
@@ -384,19 +414,22 @@ FASTBN_DEVICE void conclude(const S &share, int c, const Sum<A, false> &s, bool 
   if (p.frozen) {
     hi = parameter(p.mean, p.wide, own, 0), var = parameter(p.var, p.wide, own, 1);
   } else {
-    hi = (double)(A)(s.m + s.lo), lo = (s.m - hi) + s.lo, var = s.c / share.count();
+    hi = (double)(A)(s.m + s.lo), lo = (s.m - hi) + s.lo, var = s.c / (WEIGHTED ? mass : share.count());
   }
   double invstd = 1 / sqrt(var + p.eps);
   if (SETS && share.height() == 0 && !p.frozen) hi = lo = var = invstd = 0;
+  if (WEIGHTED && mass == 0 && !p.frozen) hi = lo = var = invstd = 0;
   centre(k, hi, lo, invstd, gamma, beta);
   if (report) {
     const double row[6] = {hi, lo, var, invstd, gamma, beta};
 #pragma unroll
     for (int i = 0; i < 6; i++) p.table[i * share.statistics() + own] = row[i];
+    if (WEIGHTED && p.mass && share.parameter(c) == 0) p.mass[share.set] = mass;
   }
 }
 template <class S, class A>
-FASTBN_DEVICE void conclude(const S &share, int c, const Sum<A, true> &s, bool report, Coefficients<A, true> &k) {
+FASTBN_DEVICE void conclude(const S &share, int c, const Sum<A, true> &s, double, bool report,
+                            Coefficients<A, true> &k) {
   const Params &p = share.p;
   const i64 own = share.statistic(c);  // a width kept in a register for all rows of the table spills others
   const double invstd = p.table[3 * share.statistics() + own], mean = s.m + s.lo, count = share.count();
@@ -405,6 +438,12 @@ FASTBN_DEVICE void conclude(const S &share, int c, const Sum<A, true> &s, bool r
   k.ghi = p.frozen ? (A)0 : (A)mean;
   k.glo = p.frozen ? (A)0 : (A)((s.m - (double)k.ghi) + s.lo);
   k.slope = p.frozen ? (A)0 : (A)(-invstd * (s.c / count));
+  if (WEIGHTED && !p.frozen) {  // the mean of x - mean, by which c is less than the sum of products, isn't 0 here
+    const double mass = p.mass[share.set], part = mass > 0 ? count / mass : 0;
+    k.ghi = (A)(mean * part);
+    k.glo = (A)((s.m * part - (double)k.ghi) + s.lo * part);
+    k.slope = (A)(-invstd * (part * fma(mean, (double)s.e, s.c / count)));
+  }
   if (report) {
     if (p.dgamma) ((A *)p.dgamma)[own] = (A)(invstd * fma(count * mean, (double)s.e, s.c));
     if (p.dbeta) ((A *)p.dbeta)[own] = (A)(count * mean);
@@ -503,6 +542,27 @@ template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
   FASTBN_DEVICE void read_x(Vector<T, V> &a, const Place &q) const { load(a.raw, x + q.row * p.x_row + q.inner); }
   FASTBN_DEVICE void read_dy(Vector<T, V> &d, const Place &q) const { load(d.raw, dy + q.row * p.dy_row + q.inner); }
   FASTBN_DEVICE void read_r(Vector<T, V> &a, const Place &q) const { load(a.raw, r + q.row * p.r_row + q.inner); }
+  // Weights of a vector, of which COLUMNS have one; 0 outside the run.
+  template <int W> FASTBN_DEVICE void read_w(Number<T> (&w)[W], const Place &q) const {
+    typedef Number<T> A;
+    const A *from = (const A *)p.w + q.row * p.S + q.inner;
+    if constexpr (LAYOUT == RUNS) {
+      constexpr int PART = sizeof(A) * V < 16 ? V : 16 / sizeof(A);
+#pragma unroll
+      for (int i = 0; i < V; i += PART) {
+        Vector<A, PART> some;
+        load(some.raw, from + i);
+#pragma unroll
+        for (int v = 0; v < PART; v++) w[i + v] = some.lane[v];
+      }
+    } else {
+#pragma unroll
+      for (int v = 0; v < W; v++) {
+        w[v] = 0;
+        if (has(q, v)) load(w[v], from + v);
+      }
+    }
+  }
   FASTBN_DEVICE void write(T *to, const Vector<T, V> &a, const Place &q) const {
     if (q.begin == 0 && q.end == V) return store(to, a.raw);
     if constexpr (LAYOUT == WINDOWS) {
@@ -528,20 +588,24 @@ template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
 };
 
 // Sums of the thread's vectors by batches: forward of x, backward of g (dy, or by z) and of x - hi. N channels at once,
-// n elements of each. `keep(i, x, dy)` is called with every vector; dy is g where that is IN_PLACE.
+// n elements of each. `keep(i, x, dy)` is called with every vector; dy is g where that is IN_PLACE, and not MASKED.
+// By weights n is their sum; but backward adds up without them, with 0 for what is MASKED.
 template <int BATCH, int N, class A, class T, int V, bool BACKWARD, int LAYOUT, class Keep>
 FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Coefficients<A, false> (&k)[N],
-                          Sum<A, BACKWARD> (&sums)[N], A &n, Keep keep) {
+                          Sum<A, BACKWARD> (&sums)[N], Size<A, BACKWARD> &n, Keep keep) {
   constexpr bool SLOPED = BACKWARD && ACTIVATION != LINEAR, APART = SLOPED && !IN_PLACE<T>;
+  constexpr bool BY_WEIGHT = WEIGHTED && !BACKWARD, READS_W = BACKWARD ? MASKED : WEIGHTED;
+  constexpr int W = LAYOUT == COLUMNS ? 1 : V;
   constexpr int FULL = BATCH * V / N;  // elements of a channel in a full batch, a power of two
-  A pivot[N], mean[N], other[N], product[N], have = 0;
+  A pivot[N], mean[N], other[N], product[N];
+  Size<A, BACKWARD> have = 0;
 #pragma unroll
   for (int j = 0; j < N; j++) pivot[j] = mean[j] = other[j] = product[j] = 0;
 
 #pragma unroll 1
   for (int i = 0; i < share.n; i += BATCH) {
     Vector<T, V> a[BATCH], d[BATCH], r[BATCH];
-    A g[BATCH][V];
+    A g[BATCH][V], weight[BATCH][W];
     typename Share<T, V, BACKWARD, LAYOUT>::Place place[BATCH];
     int size = 0;  // elements of a channel in this batch
 #pragma unroll
@@ -554,7 +618,9 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Coef
       share.read_x(a[u], place[u]);
       if (BACKWARD) share.read_dy(d[u], place[u]);
       if (SLOPED && RESIDUAL) share.read_r(r[u], place[u]);
+      if (READS_W) share.read_w(weight[u], place[u]);
     }
+    auto absent = [&](int u, int v) { return MASKED && weight[u][W == 1 ? 0 : v] == 0; };
     if (LAYOUT == WINDOWS && size == 0) continue;
     if constexpr (SLOPED) {
 #pragma unroll
@@ -562,14 +628,14 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Coef
 #pragma unroll
         for (int v = 0; v < V; v++) {
           g[u][v] = by_z(k[N == 1 ? 0 : v], a[u].lane[v], d[u].lane[v], r[u].lane[v], (A)share.p.parameter);
-          if (!APART) down(d[u].lane[v], g[u][v]);
+          if (!APART && !absent(u, v)) down(d[u].lane[v], g[u][v]);
         }
     }
 #pragma unroll
     for (int u = 0; u < BATCH; u++)
       if (i + u < share.n) keep(i + u, a[u], d[u]);
 
-    // f(j, first, second) for every element, j its channel: (x, unused), or (g, x - hi)
+    // f(j, first, second, weight) for every element, j its channel: (x, unused), or (g, x - hi)
     auto each = [&](auto f) {
 #pragma unroll
       for (int u = 0; u < BATCH; u++)
@@ -578,35 +644,57 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Coef
           for (int v = 0; v < V; v++) {
             if (!share.has(place[u], v)) continue;
             const int j = N == 1 ? 0 : v;
-            const A value = up(a[u].lane[v]);
-            if (BACKWARD) f(j, APART ? g[u][v] : up(d[u].lane[v]), value - k[j].hi);
-            else f(j, value, (A)0);
+            const A value = up(a[u].lane[v]), h = BY_WEIGHT ? weight[u][W == 1 ? 0 : v] : (A)1;
+            if (BY_WEIGHT && h == 0) continue;
+            if (BACKWARD && absent(u, v)) f(j, (A)0, (A)0, h);
+            else if (BACKWARD) f(j, APART ? g[u][v] : up(d[u].lane[v]), value - k[j].hi, h);
+            else f(j, value, (A)0, h);
           }
         }
     };
-    const A b = (A)size;
+    A b = (A)size;
+    if constexpr (BY_WEIGHT) {
+      b = 0;
+#pragma unroll
+      for (int u = 0; u < BATCH; u++) {
+        if (i + u >= share.n || !share.any(place[u])) continue;
+        A of = 0;
+#pragma unroll
+        for (int v = 0; v < W; v++) of += weight[u][v];
+        b += of;
+      }
+      if (b == 0) continue;
+    }
     auto divide = [&](A (&s)[N]) {
 #pragma unroll
-      for (int j = 0; j < N; j++) s[j] = size == FULL ? s[j] * (A)(1.0 / FULL) : s[j] / b;
+      for (int j = 0; j < N; j++) s[j] = !BY_WEIGHT && size == FULL ? s[j] * (A)(1.0 / FULL) : s[j] / b;
     };
     if (have == 0) {
-      each([&](int j, A first, A) { pivot[j] += first; });
+      A some[N];  // by weights: some element, so that a constant is its own mean
+#pragma unroll
+      for (int j = 0; j < N; j++) some[j] = 0;
+      if (BY_WEIGHT) each([&](int j, A first, A, A) { some[j] = first; });
+      each([&](int j, A first, A, A h) { pivot[j] += BY_WEIGHT ? h * (first - some[j]) : first; });
       divide(pivot);
+#pragma unroll
+      for (int j = 0; j < N; j++)
+        if (BY_WEIGHT) pivot[j] += some[j];
     }
     A first_mean[N], second_mean[N], around[N];
 #pragma unroll
     for (int j = 0; j < N; j++) first_mean[j] = second_mean[j] = around[j] = 0;
-    each([&](int j, A first, A second) {
-      first_mean[j] += first - pivot[j];
+    each([&](int j, A first, A second, A h) {
+      if (BY_WEIGHT) first_mean[j] = multiply_add(h, first - pivot[j], first_mean[j]);
+      else first_mean[j] += first - pivot[j];
       if (BACKWARD) second_mean[j] += second;
     });
     divide(first_mean);
     if (BACKWARD) divide(second_mean);
-    each([&](int j, A first, A second) {
+    each([&](int j, A first, A second, A h) {
       const A e = (first - pivot[j]) - first_mean[j];
-      around[j] = multiply_add(e, BACKWARD ? second - second_mean[j] : e, around[j]);
+      around[j] = multiply_add(BY_WEIGHT ? h * e : e, BACKWARD ? second - second_mean[j] : e, around[j]);
     });
-    const A f = b / (have + b), w = have * f;
+    const A f = b / (A)(have + b), w = (A)have * f;
 #pragma unroll
     for (int j = 0; j < N; j++) {
       const A step = first_mean[j] - mean[j], second_step = BACKWARD ? second_mean[j] - other[j] : step;
@@ -636,21 +724,28 @@ FASTBN_DEVICE void sum_up_beyond(const Share<T, V, false, LAYOUT> &share, Sum<A,
     for (int i = 0; i < N; i++) beyond |= i == j && !(sums[i].c <= 3.4028235e38);
     if (!beyond) continue;
     Sum<A, false> s, one;
-    A n = 0;
+    Size<A, false> n = 0;
 #pragma unroll 1
     for (int i = 0; i < share.n; i++) {
       const auto q = share.at(i);
       if (!share.any(q)) continue;
+      constexpr int W = LAYOUT == COLUMNS ? 1 : V;
       Vector<T, V> a;
+      A weight[W], h = 1;
       share.read_x(a, q);
+      if (WEIGHTED) share.read_w(weight, q);
 #pragma unroll 1
       for (int lane = N > 1 ? j : 0; lane < (N > 1 ? j + 1 : V); lane++) {
         if (!share.has(q, lane)) continue;
 #pragma unroll
         for (int v = 0; v < V; v++)
-          if (v == lane) one.m = up(a.lane[v]);
-        merge(s, n, one, (A)1);
-        n += 1;
+          if (v == lane) {
+            one.m = up(a.lane[v]);
+            if (WEIGHTED) h = weight[W == 1 ? 0 : v];
+          }
+        if (WEIGHTED && h == 0) continue;
+        merge(s, n, one, h);
+        n += h;
       }
     }
 #pragma unroll
@@ -667,16 +762,22 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
   typedef Vector<T, V> Vec;
   typedef Partial<A, BACKWARD> Part;
   typedef Coefficients<A, BACKWARD> Coef;
+  typedef Size<A, BACKWARD> Amount;
   constexpr int N = LAYOUT == COLUMNS ? V : 1;  // channels that a thread sees at once
   // What is in flight, as much as 128 registers hold: vectors of each array in the first pass and in the second, and
   // other ranks' sums; plan.py's `in_flight` and `sums_in_flight`.
   constexpr bool TIGHT = LAYOUT == COLUMNS, WIDE = sizeof(T) == 8;
   constexpr bool SLOPED = BACKWARD && ACTIVATION != LINEAR, READS_R = RESIDUAL && (!BACKWARD || SLOPED);
+  constexpr bool READS_W = WEIGHTED && (BACKWARD || MASKED);  // in the second pass
+  constexpr int W = LAYOUT == COLUMNS ? 1 : V;                // weights of a vector
   constexpr int FEWER = (SLOPED && TIGHT) || (WAY == GRID && (READS_R || SETS)) ? 2 : 1;
-  constexpr int BATCH = (WIDE || (TIGHT && sizeof(T) == 2) ? 4 : 8) / (BACKWARD ? 2 : 1) / FEWER;
+  constexpr int LIGHTER = !WEIGHTED ? 1 : !TIGHT && sizeof(T) == 2 ? 4 : 2;  // weights take registers, too
+  constexpr int MOST = (WIDE || (TIGHT && sizeof(T) == 2) ? 4 : 8) / (BACKWARD ? 2 : 1) / FEWER;
+  constexpr int BATCH = MOST > LIGHTER ? MOST / LIGHTER : 1;
   constexpr int ALL = TIGHT && WAY != APPLY ? (BACKWARD || WIDE ? 1 : 2) : BACKWARD || WIDE ? 2 : 4;
-  constexpr int AGAIN = READS_R && ALL > 1 ? ALL / 2 : ALL;
-  constexpr int RANKS = WAY == CLUSTER || WIDE ? 1 : TIGHT ? 2 : 4;
+  constexpr int LESS = (READS_R ? 2 : 1) * (READS_W && !TIGHT ? LIGHTER : 1);
+  constexpr int AGAIN = ALL > LESS ? ALL / LESS : 1;
+  constexpr int RANKS = WAY == CLUSTER || WIDE ? 1 : TIGHT || WEIGHTED ? 2 : 4;
   const int t = threadIdx.x, threads = blockDim.x, lane = t & 31, warp = t >> 5, warps = threads >> 5;
   const int K = p.K, rank = blockIdx.x % K, group = blockIdx.x / K, groups = gridDim.x / K, G = p.G;
 
@@ -688,8 +789,8 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
   Part *part = (Part *)shared;
   Count *part_count = (Count *)(part + G);
   Coef *coefficients = (Coef *)(part_count + 1);
-  A *row_count = (A *)(coefficients + G);
-  Part *row_part = (Part *)((unsigned char *)row_count + (rows * sizeof(A) + 15) / 16 * 16);
+  Amount *row_count = (Amount *)(coefficients + G);
+  Part *row_part = (Part *)((unsigned char *)row_count + (rows * sizeof(Amount) + 15) / 16 * 16);
   Vec *kept_dy = (Vec *)(row_part + rows * columns), *kept_x = BACKWARD ? kept_dy + (i64)p.keep * threads : kept_dy;
   const bool centred = !p.frozen, wants_x = !BACKWARD || SLOPED || centred;  // in the second pass
 
@@ -701,7 +802,7 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
       // ---- first pass: this thread's sums
       // Backward sums x - hi; that its mean is lo's, too, counts once, behind the loop.
       auto numbers = [&](int j) { return p.table + share.statistic(share.channel(share.across * V + j)); };
-      A n;
+      Amount n;
       Sum<A, BACKWARD> sums[N];
       Coefficients<A, false> k[N];
 #pragma unroll
@@ -734,7 +835,7 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
       if (LAYOUT != COLUMNS) {
         if (warp == 0) {
           Sum<A, BACKWARD> s[1];
-          A k = lane < warps ? row_count[lane] : (A)0;
+          Amount k = lane < warps ? row_count[lane] : (Amount)0;
           if (lane < warps) open(s[0], row_part[lane]);
           merge_lanes(s, k, 1);
           if (lane == 0) shut(part[0], s[0]), part_count->n = k;
@@ -744,7 +845,7 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
         for (int c = t; c < columns; c += threads) {
           Sum<A, BACKWARD> s, other;
           open(s, row_part[c]);
-          A k = row_count[0];
+          Amount k = row_count[0];
 #pragma unroll 1
           for (int r = 1; r < rows; k += row_count[r], r++) {
             open(other, row_part[r * columns + c]);
@@ -766,7 +867,12 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
           }
           shut(part[g], s);
         }
-        if (t == 0) part_count->n = (double)own_rows * p.fold * S;
+        if (t == 0) {
+          double n = WEIGHTED && !BACKWARD ? 0 : (double)own_rows * p.fold * S;
+          if (WEIGHTED && !BACKWARD)  // then a channel is one column
+            for (int r = 0; r < rows; r++) n += row_count[r];
+          part_count->n = n;
+        }
       }
       __syncthreads();
     }
@@ -776,10 +882,10 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
     const i64 slot = WAY == GRID ? item / groups % 2 * groups + group : item;
     const i64 slots = WAY == GRID ? 2 * groups : p.items;
     Part *partials = (Part *)p.partials + slot * G * K;
-    A *counts = (A *)((Part *)p.partials + slots * G * K) + slot * K;
+    Amount *counts = (Amount *)((Part *)p.partials + slots * G * K) + slot * K;
     if (WAY == STATS || WAY == GRID) {
       for (int g = t; g < G; g += threads) partials[(i64)g * K + rank] = part[g];
-      if (t == 0) counts[rank] = (A)part_count->n;
+      if (t == 0) counts[rank] = (Amount)part_count->n;
     }
     if (WAY == STATS) continue;
     if (WAY == CLUSTER) { cluster_arrive(); cluster_wait(); }
@@ -787,23 +893,25 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
 #pragma unroll 1
     for (int g = warp; g < G; g += warps) {
       Sum<A, BACKWARD> s[1];
-      if (WAY == BLOCK) open(s[0], part[g]);
-      else if (WAY != APPLY || p.partials) {  // without: frozen, and no sums are wanted
-        A n = 0;
+      Amount n = 0;
+      if (WAY == BLOCK) {
+        open(s[0], part[g]);
+        if (WEIGHTED) n = (Amount)part_count->n;
+      } else if (WAY != APPLY || p.partials) {  // without: frozen, and no sums are wanted
 #pragma unroll 1
         for (int r = lane; r < K; r += 32 * RANKS) {
           Bytes<Part> from[RANKS];
-          A k[RANKS];
+          Amount k[RANKS];
 #pragma unroll
           for (int u = 0; u < RANKS; u++) {
             if (u > 0 && r + 32 * u >= K) continue;
             if (WAY == CLUSTER) {
               Bytes<Count> of;
               fetch_peer(from[u], part + g, r), fetch_peer(of, part_count, r);
-              k[u] = (A)of.value.n;
+              k[u] = (Amount)of.value.n;
             } else {
               fetch(from[u], partials + (i64)g * K + r + 32 * u);
-              k[u] = ((const volatile A *)counts)[r + 32 * u];
+              k[u] = ((const volatile Amount *)counts)[r + 32 * u];
             }
           }
 #pragma unroll
@@ -817,36 +925,42 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
         }
         merge_lanes(s, n, 1);
       }
-      if (lane == 0 && share.parameter(g) < p.C) conclude(share, g, s[0], rank == 0, coefficients[g]);
+      if (lane == 0 && share.parameter(g) < p.C) conclude(share, g, s[0], n, rank == 0, coefficients[g]);
     }
     __syncthreads();
     if (WAY == CLUSTER) cluster_arrive();  // this block has read its peers
 
     // ---- second pass: the map
     if (p.y || (DRESIDUAL && p.dr)) {
-      // Kept vectors are in shared memory, but for r, which then takes as many loads at once as other vectors do.
+      // Kept vectors are in shared memory, but for r and w, which then take as many loads at once as other vectors do.
       constexpr bool KEPT_R = READS_R && !(BACKWARD && IN_PLACE<T>);
-      constexpr int KEPT = KEPT_R ? AGAIN : 1;
+      constexpr int KEPT = KEPT_R || READS_W ? AGAIN : 1;
       Coef k[N];
 #pragma unroll
       for (int j = 0; j < N; j++) {
         const int g = share.channel(share.across * V + j);
         k[j] = coefficients[g < G ? g : 0];
       }
-      auto emit = [&](int i, const Vec &a, const Vec &d, const Vec &r, bool kept) {
+      auto emit = [&](int i, const Vec &a, const Vec &d, const Vec &r, const A (&weight)[W], bool kept) {
         const auto q = share.at(i);
         if (!share.any(q)) return;
         Vec to, dr;
 #pragma unroll
         for (int v = 0; v < V; v++) {
           const Coef &own = k[N == 1 ? 0 : v];
+          const A h = READS_W ? weight[W == 1 ? 0 : v] : (A)1;
+          const bool absent = MASKED && h == 0;
           if constexpr (BACKWARD) {
             const bool done = !SLOPED || (kept && IN_PLACE<T>);
-            const A g = done ? up(d.lane[v]) : by_z(own, a.lane[v], d.lane[v], r.lane[v], (A)p.parameter);
-            down(to.lane[v], by_x(own, a.lane[v], g, centred));
+            A g = done ? up(d.lane[v]) : by_z(own, a.lane[v], d.lane[v], r.lane[v], (A)p.parameter);
+            if (absent) g = 0;
+            down(to.lane[v], by_x(own, a.lane[v], g, centred, h));
             down(dr.lane[v], g);
+            if (absent && WEIGHTS == KEEP) to.lane[v] = d.lane[v];
           } else {
-            down(to.lane[v], activate(linear(own, a.lane[v], r.lane[v]), (A)p.parameter));
+            const A y = activate(linear(own, a.lane[v], r.lane[v]), (A)p.parameter);
+            down(to.lane[v], absent ? (A)0 : y);
+            if (absent && WEIGHTS == KEEP) to.lane[v] = a.lane[v];
           }
         }
         if (!DRESIDUAL || p.y) share.write_y(to, q);
@@ -855,6 +969,7 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
 #pragma unroll 1
       for (int i = share.n; i > keep; i -= AGAIN) {
         Vec a[AGAIN], d[AGAIN], r[AGAIN];
+        A weight[AGAIN][W];
 #pragma unroll
         for (int u = 0; u < AGAIN; u++) {
           if (i - 1 - u < keep) continue;
@@ -863,21 +978,24 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
           if (wants_x) share.read_x(a[u], q);
           if (BACKWARD) share.read_dy(d[u], q);
           if (READS_R) share.read_r(r[u], q);
+          if (READS_W) share.read_w(weight[u], q);
         }
 #pragma unroll
         for (int u = 0; u < AGAIN; u++)
-          if (i - 1 - u >= keep) emit(i - 1 - u, a[u], d[u], r[u], false);
+          if (i - 1 - u >= keep) emit(i - 1 - u, a[u], d[u], r[u], weight[u], false);
       }
       if (WAY != APPLY) {
 #pragma unroll 1
         for (int i = 0; i < keep; i += KEPT) {
           Vec r[KEPT];
-          if constexpr (KEPT_R) {
+          A weight[KEPT][W];
+          if constexpr (KEPT_R || READS_W) {
 #pragma unroll
             for (int u = 0; u < KEPT; u++) {
               if (i + u >= keep) continue;
               const auto q = share.at(i + u);
-              if (share.any(q)) share.read_r(r[u], q);
+              if (KEPT_R && share.any(q)) share.read_r(r[u], q);
+              if (READS_W && share.any(q)) share.read_w(weight[u], q);
             }
           }
 #pragma unroll
@@ -886,7 +1004,7 @@ __global__ void FASTBN_DIMS __launch_bounds__(256, 2) bn(const __grid_constant__
             Vec a, d;
             if (wants_x) load_shared(a.raw, kept_x + (i + u) * threads + t);
             if (BACKWARD) load_shared(d.raw, kept_dy + (i + u) * threads + t);
-            emit(i + u, a, d, r[u], true);
+            emit(i + u, a, d, r[u], weight[u], true);
           }
         }
       }

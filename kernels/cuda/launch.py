@@ -26,7 +26,7 @@ from cupy.cuda import driver, runtime
 from cupy.cuda.function import Module
 
 from .compile import machine_code
-from .plan import CLUSTER, GRID, PARAMS_SIZE, PLAIN, Device, More, Plan, Pointers, Unwalkable, View, pack, plan
+from .plan import CLUSTER, GRID, PARAMS_SIZE, PLAIN, VECTOR, Device, More, Plan, Pointers, Unwalkable, View, pack, plan
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def element_view(dtype: Any) -> Any:
     return np.dtype(np.int16) if dtype.name == "bfloat16" else None
 
 
-FEATURES = frozenset({"activation", "residual", "groups"})  # of `more`
+FEATURES = frozenset({"activation", "residual", "groups", "weights"})  # of `more`
 
 
 def forward(x: Any, y: Any, table: Any, given: tuple[Any, Any, Any, Any], eps: float, more: Any = None) -> None:
@@ -131,18 +131,22 @@ def _run(
     if number != runtime.getDevice():
         with cupy.cuda.Device(number):
             return _run(arrays, table, given, sums, eps, backward, frozen, more)
-    also, lists, parameter = PLAIN, None, 0.0
+    also, lists, parameter, weights = PLAIN, None, 0.0, (None, None)
     if more is not None:
         also, lists = _sets(more)
         parameter = more.parameter
+        if more.weights is not None and (not frozen or more.masked != "normalize"):  # frozen, they can but mask
+            also = also._replace(weights=more.masked)
+            w = more.weights if more.weights.data.ptr % VECTOR == 0 else _copy(more.weights)
+            weights = w, None if frozen else more.mass
     key = (
         (number, backward, frozen, _choice.get(), also),
         *[None if a is None else (*_facts(a), a.data.ptr % 16) for a in arrays],
-        *[None if a is None else _facts(a) for a in (table, *given, *sums)],
+        *[None if a is None else _facts(a) for a in (table, *given, *sums, *weights)],
     )
     ready = _ready.get(key)
     if ready is None:
-        _check(arrays, table, given, sums, also.sets)
+        _check(arrays, table, given, sums, weights, also.sets)
         if len({a.dtype for a in given if a is not None}) == 2:
             gamma, beta, mean, var = (a if a is None else _wide(a) for a in given)
             return _run(arrays, table, (gamma, beta, mean, var), sums, eps, backward, frozen, more)
@@ -157,7 +161,7 @@ def _run(
             if a is not None:
                 cupy.copyto(a, made)
         return None
-    call = [*arrays, table, *given, *sums], lists, eps, parameter
+    call = [*arrays, table, *given, *sums], weights, lists, eps, parameter
     try:
         _launch(ready, number, *call)
     except driver.CUDADriverError as refused:
@@ -203,7 +207,14 @@ def _wide(a: Any) -> Any:
     return a.astype(np.float64)
 
 
-def _check(arrays: tuple[Any, ...], table: Any, given: tuple[Any, ...], sums: tuple[Any, ...], sets: int) -> None:
+def _check(
+    arrays: tuple[Any, ...],
+    table: Any,
+    given: tuple[Any, ...],
+    sums: tuple[Any, ...],
+    weights: tuple[Any, Any],
+    sets: int,
+) -> None:
     """Of what the kernels rely on; a wrong size or address would show late on a device, if at all."""
     first = next(a for a in (arrays[2], arrays[0]) if a is not None)
     C, number = first.shape[1], np.float64 if first.dtype.char == "d" else np.float32
@@ -212,6 +223,8 @@ def _check(arrays: tuple[Any, ...], table: Any, given: tuple[Any, ...], sums: tu
     wanted += [(a, (C,), {np.float32, np.float64}, True) for a in given[:2]]
     wanted += [(a, (sets * C,), {np.float32, np.float64}, True) for a in given[2:]]
     wanted += [(a, (sets * C,), {number}, True) for a in sums]
+    w, mass = weights
+    wanted += [(w, (first.shape[0], 1, first.shape[2]), {number}, True), (mass, (sets,), {np.float64}, True)]
     for a, shape, dtypes, dense in wanted:
         if a is None:
             continue
@@ -276,7 +289,13 @@ def _kernel(expression: str, options: tuple[str, ...], number: int) -> Any:
 
 
 def _launch(
-    ready: _Ready, number: int, arrays: list[Any], lists: np.ndarray | None, eps: float, parameter: float
+    ready: _Ready,
+    number: int,
+    arrays: list[Any],
+    weights: tuple[Any, Any],
+    lists: np.ndarray | None,
+    eps: float,
+    parameter: float,
 ) -> None:
     local, stream = _local, cupy.cuda.get_current_stream().ptr
     if number not in local.contexts:  # the driver's functions don't make a thread's context, as the runtime's do
@@ -286,7 +305,8 @@ def _launch(
     chosen = ready.plan
     assert chosen is not None
     workspace, barriers = _workspace(chosen, number, stream) if chosen.workspace else (0, 0)
-    pointers = Pointers(x, dy, y, *rest, workspace, barriers)
+    w, mass = (0 if a is None else a.data.ptr for a in weights)
+    pointers = Pointers(x, dy, y, *rest, workspace, barriers, w=w, mass=mass)
     if lists is not None:  # the memory goes back to the stream's own when all that reads it is on the stream
         uploaded = _uploaded(lists, stream)
         order = uploaded.data.ptr + 8 * (chosen.walk.more.sets + 1)

@@ -76,12 +76,14 @@ class More(NamedTuple):
     height: int = 0  # outer indices of the largest set
     listed: bool = False  # sets are listed in device memory; else they are of one height, one behind the other
     rows: int = 1  # outer indices of an entry of the list
+    weights: str = ""  # "normalize", "zero" or "keep": by weights, the same for all channels, and what where one is 0
 
     def options(self, arrays: Iterable[str]) -> tuple[str, ...]:
         """bn.cu's macros."""
         activation = (f"-DFASTBN_ACTIVATION={self.activation.upper()}",) if self.activation else ()
         present = {"RESIDUAL": "r" in arrays, "DRESIDUAL": "dr" in arrays, "SETS": self.sets > 1 or self.listed}
-        return (*activation, *(f"-DFASTBN_{name}=1" for name, there in present.items() if there))
+        weights = (f"-DFASTBN_WEIGHTS={self.weights.upper()}",) if self.weights else ()
+        return (*activation, *(f"-DFASTBN_{name}=1" for name, there in present.items() if there), *weights)
 
 
 PLAIN = More()
@@ -123,6 +125,8 @@ class Pointers(NamedTuple):
     barriers: int = 0
     starts: int = 0
     order: int = 0
+    w: int = 0  # 16-byte aligned
+    mass: int = 0
 
 
 @dataclass(frozen=True)
@@ -209,7 +213,8 @@ def walk(view: View, more: More = PLAIN) -> Walk:
         windows = replace(runs, layout=WINDOWS, V=full)
         if windows.vectors < runs.vectors:
             runs = windows
-    if all(channel == S for channel in channels) and (S == 1 or S * size < NARROW):
+    narrow = S * size < NARROW and not more.weights  # columns of a row share a weight: then a channel is one column
+    if all(channel == S for channel in channels) and (S == 1 or narrow):
         columns = _columns(replace(runs, layout=COLUMNS), bases, rows, widths)
         if S == 1 or columns.V * runs.vectors >= S:
             return columns
@@ -226,7 +231,8 @@ def _columns(w: Walk, bases: list[int], rows: list[int], widths: list[int]) -> W
         if aligned and width % v == 0 and not any(row % v for row in rows):
             return replace(w, V=v)
         fold = v // math.gcd(width, v)
-        together = w.M % fold == 0 and not w.more.listed and all(row == width for row in rows)
+        apart = w.more.listed or w.more.weights
+        together = w.M % fold == 0 and not apart and all(row == width for row in rows)
         if aligned and together and fold * width // v <= THREADS:
             folded = {name: (row * fold, channel) for name, (row, channel) in w.strides.items()}
             return replace(w, V=v, M=w.M // fold, fold=fold, strides=folded)
@@ -306,7 +312,7 @@ class Plan:
         )
 
 
-HEAD = struct.Struct("<16Q2dQ")  # Pointers; eps, parameter; wide
+HEAD = struct.Struct("<18Q2dQ")  # Pointers; eps, parameter; wide
 # strides; count; M, S, per, rows; sets, tiles, C .. fold; vectors, multiplier, shift, frozen
 TAIL = struct.Struct("<10qd4q10i4I")
 PARAMS_SIZE = HEAD.size + TAIL.size
@@ -393,7 +399,8 @@ def build(
         ty = threads // tx
     by_warp = not columns or WARP % tx == 0
     rows = threads // WARP if by_warp else ty
-    fixed = G * (partial + (8 if backward else 4) * number) + 16 + _over(rows * number, 16) * 16
+    counts = rows * (8 if w.more.weights and not backward else number)  # sums of weights are float64
+    fixed = G * (partial + (8 if backward else 4) * number) + 16 + _over(counts, 16) * 16
     fixed += rows * (tx * w.V if columns else 1) * partial
 
     per = _over(work, K)
