@@ -103,7 +103,8 @@ def moments_of(
             return Moments.found(count, mean.reshape(shape), (count * var).reshape(shape), kind, lo)
         shape = asked.sets, *channels.shape
         mean, var, lo = mean.reshape(shape), var.reshape(shape), None if lo is None else lo.reshape(shape)
-        masses = family_of_values(masses).host(masses)
+        family = family_of_values(masses)
+        masses = family.host(family.numbers(masses))
         counts = [float(m) if asked.weights is not None else int(m) for m in masses]
         found = [
             Moments.found(n, mean[g], n * var[g], kind, None if lo is None else lo[g]) for g, n in enumerate(counts)

@@ -80,7 +80,7 @@ class Problem:
         self.z = z
 
     def weigh(self, rng, kind, masked):
-        """Weights (O, 1, I) of the number type, a fifth of them 0; of the second set, if there is one, all of them."""
+        """Weights (O, 1, I) of the number type, a fifth of them 0; of the last set of several, all of them."""
         O, _, I = self.shape  # noqa: E741
         w = {
             "mask": lambda: (rng.random((O, 1, I)) < 0.6).astype(float),
@@ -90,7 +90,7 @@ class Problem:
         }[kind]()
         rows = reference._sets(O, self.more)
         if len(rows) > 1:
-            w[rows[1]] = 0
+            w[rows[-1]] = 0
         w = np.ascontiguousarray(w, np.float64 if self.letter == "d" else np.float32)
         mass = np.array([w[row].sum(dtype=np.float64) for row in rows])
         self.more = self.more._replace(weights=w, masked=masked, mass=mass)

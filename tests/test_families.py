@@ -587,6 +587,8 @@ for call, error, text in (
     (lambda: fastbn.forward(put(x), gamma), TypeError, "gamma is a float32 array of shape (3,) in main memory"),
     (lambda: fastbn.forward(x, put(gamma)), TypeError, "gamma is a float32 Numba device array"),
     (lambda: fastbn.forward(put(x), put(gamma.astype(np.float16))), TypeError, "can't be converted where they are"),
+    (lambda: fastbn.forward(put(x), weights=put(np.float32([1] * 6))), TypeError, "can't be converted where they are"),
+    (lambda: fastbn.forward(put(x), weights=put(np.ones((6, 1, 7), np.float32))), TypeError, "weights can't be had from the backend 'numba-"),
     (lambda: fastbn.BatchNorm(3, like=put(x)), TypeError, "like is a float32 Numba device array"),
     (lambda: fastbn.Moments(3, put(gamma), put(gamma)), TypeError, "which can't be computed with"),
 ):

@@ -235,8 +235,8 @@ MORE = [
     ),
     Mutant(
         "a neighbour's residual beside kept vectors",
-        "if (share.any(q)) share.read_r(r[u], q);",
-        "if (share.any(q)) share.read_r(r[u ^ 1], q);",
+        "if (KEPT_R && share.any(q)) share.read_r(r[u], q);",
+        "if (KEPT_R && share.any(q)) share.read_r(r[u ^ 1], q);",
         "RUNS", False, BLOCK, "wrong", "relu",
     ),
     Mutant(
@@ -247,7 +247,7 @@ MORE = [
     ),
     Mutant(
         "sums of dy in place of g",
-        "if (!APART) down(d[u].lane[v], g[u][v]);",
+        "if (!APART && !absent(u, v)) down(d[u].lane[v], g[u][v]);",
         "",
         "RUNS", True, SPLIT, "wrong", "relu",
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -233,11 +234,13 @@ def graph(device: Any, way: str | None) -> dict[str, Any]:
     return {"ok": device.get(again).tobytes() == plain.tobytes() and bool(np.isfinite(plain).all())}
 
 
-# What a call may ask for beyond batch norm: an activation and its parameter, a residual, groups by id.
-BEYOND: dict[str, tuple[str, float, bool, bool]] = {
-    "relu of a sum": ("relu", 0.0, True, False),
-    "gelu": ("gelu", 0.0, False, False),
-    "elu in groups": ("elu", 1.5, True, True),
+# What a call may ask for beyond batch norm: an activation and its parameter, a residual, groups by id, weights.
+BEYOND: dict[str, tuple[str, float, bool, bool, str]] = {
+    "relu of a sum": ("relu", 0.0, True, False, ""),
+    "gelu": ("gelu", 0.0, False, False, ""),
+    "elu in groups": ("elu", 1.5, True, True, ""),
+    "weights": ("", 0.0, False, False, "normalize"),
+    "relu of a masked sum in groups": ("relu", 0.0, True, True, "zero"),
 }
 BEYOND_SHAPES = {"first": (16, 64, 784), "last": (3136, 64, 1)}
 
@@ -246,7 +249,7 @@ def beyond(device: Any, name: str, kind: str, way: str | None) -> dict[str, Any]
     """y, dx, dgamma, dbeta and dresidual in float32, beside the reference's; two repeats of the same bits."""
     reference: Any = importlib.import_module("fastbn.kernels.reference")
     extras: Any = importlib.import_module("fastbn.extras")
-    activation, parameter, summed, grouped = BEYOND[name]
+    activation, parameter, summed, grouped, masked = BEYOND[name]
     shape = BEYOND_SHAPES[kind]
     C = shape[1]
     rng = np.random.default_rng(list(f"{name} {kind}".encode()))
@@ -256,14 +259,20 @@ def beyond(device: Any, name: str, kind: str, way: str | None) -> dict[str, Any]
         starts, order = np.array([0, 3, 3, 9, 16]) * shape[0] // 16, rng.permutation(shape[0])
     sets = 1 if starts is None else len(starts) - 1
     more = extras.Extras(activation, parameter, r if summed else None, None, starts=starts, order=order)
+    on = {"residual": device.put(r) if summed else None}
+    if masked:
+        w = (rng.gamma(1, 1, (shape[0], 1, shape[2])) * (rng.random((shape[0], 1, shape[2])) < 0.8)).astype(np.float32)
+        rows = [slice(None)] if starts is None else [order[i:j] for i, j in itertools.pairwise(starts)]
+        mass = np.array([w[row].sum(dtype=np.float64) for row in rows])
+        more = more._replace(weights=w, mass=mass, masked=masked)
+        on |= {"weights": device.put(w), "mass": device.put(np.full(sets, np.nan))}
     wide, dr, dx = (np.empty(shape) for _ in range(3))
     table, sums = np.empty((6, C * sets)), np.empty((2, C * sets))
     # Away from the kink, where a slope would be another one by a rounding.
-    reference.forward(x, wide, table, NONE, EPS, more._replace(activation=""))
+    reference.forward(x, wide, table, NONE, EPS, more._replace(activation="", masked="normalize"))
     x = np.where(np.abs(wide) < 1e-4, x + np.float32(0.01), x)
     reference.forward(x, wide, table, NONE, EPS, more)
     reference.backward(dy, x, dx, table, *sums, False, more._replace(dresidual=dr))
-    on = {"residual": device.put(r) if summed else None}
     given_x, given_dy, seen, found = device.put(x), device.put(dy), [], []
     for _ in range(2):
         outs = [device.put(np.full(shape, np.nan, np.float32)) for _ in range(3)]

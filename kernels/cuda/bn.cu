@@ -92,7 +92,7 @@ struct Params {                    // packed by plan.py; 8-byte fields first, so
   u32 *barriers;                   // GRID: a word a group, zero before first use
   const i64 *starts, *order;       // sets: samples order[starts[s]] to order[starts[s + 1]], of `rows` rows each; without
                                    // order these themselves, without starts M rows each
-  const void *w;                   // weights, S of a row, of the number type; 16-byte aligned
+  const void *w;                   // weights, S of a row, of the number type; 16-byte aligned. COLUMNS: S = fold = 1
   double *mass;                    // their sums, of sets (sets,). Written forward, read backward; null: frozen
   double eps, parameter;           // of the activation
   u64 wide;

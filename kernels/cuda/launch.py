@@ -2,8 +2,9 @@
 
 A call runs on its arrays' device, on CuPy's current stream there, and waits for nothing. Nothing is allocated but a
 workspace for plans whose blocks meet in global memory, once for each device, stream and thread, and the list of sets
-that aren't of one height, which is copied to the device in each call. Arrays that the kernels
-can't walk (`plan.walk`: neither runs nor channels lie side by side) are copied once, and results are copied back.
+that aren't of one height, which is copied to the device in each call. Weights are added up by the kernels: forward
+writes `mass`, backward reads it. Arrays that the kernels can't walk (`plan.walk`: neither runs nor channels lie side by
+side) are copied once, and results are copied back.
 
 In a CUDA graph: call each shape once before the capture, since loading a kernel may not be captured. Plans with a
 workspace allocate while they are captured, which CuPy's own `stream.begin_capture()` allows and

@@ -3,7 +3,7 @@
 An array (O, C, I) is walked in one of three ways. RUNS: channel by channel, each run of I elements in whole 16-byte
 vectors. WINDOWS: the same where runs start or end inside a vector (27x27, 55x55): vectors begin at the 16-byte border
 below, their lanes outside the run are masked. COLUMNS: row by row, where channels lie side by side; I columns a channel
-(7x7 runs are too short to be walked one by one).
+(7x7 runs are too short to be walked one by one; but by weights they are, as the columns of a row share a weight then).
 
 K blocks (ranks) share an item: a channel of RUNS and WINDOWS, a tile of COLUMNS. Ways for them to agree on its sums:
 
