@@ -543,3 +543,11 @@ def test_weighted_constant_channels(rng, name, letter):
         assert (result.table[0] == p.x.values[0, :, 0]).all()
         assert (result.table[1:3] == 0).all()
         assert (result.y == p.beta[:, None].astype(p.x.view.dtype)).all()
+
+
+def test_sums_of_weights_have_room(rng):
+    """They are float64, of every warp: vectors that are kept behind them end where the shared memory does."""
+    libs = built("f", weights="normalize", layouts=("RUNS",))
+    p = Problem(rng, "long runs", "f", weights="positions")
+    for threads in (128, 256):
+        check_forward(p, p.forward(libs[False], p.build(False, BLOCK, 1, threads=threads, keep=1)))

@@ -583,12 +583,13 @@ fastbn.forward(put(x), out=y)
 empty = fastbn.moments(put(np.ones((0, 3), np.float32)))
 assert empty.count == 0
 np.testing.assert_array_equal(empty.mean, np.zeros(3))
+ones = np.ones((6, 1, 7), np.float32)
 for call, error, text in (
     (lambda: fastbn.forward(put(x), gamma), TypeError, "gamma is a float32 array of shape (3,) in main memory"),
     (lambda: fastbn.forward(x, put(gamma)), TypeError, "gamma is a float32 Numba device array"),
     (lambda: fastbn.forward(put(x), put(gamma.astype(np.float16))), TypeError, "can't be converted where they are"),
     (lambda: fastbn.forward(put(x), weights=put(np.float32([1] * 6))), TypeError, "can't be converted where they are"),
-    (lambda: fastbn.forward(put(x), weights=put(np.ones((6, 1, 7), np.float32))), TypeError, "weights can't be had from the backend 'numba-"),
+    (lambda: fastbn.forward(put(x), weights=put(ones)), TypeError, "weights can't be had from the backend 'numba"),
     (lambda: fastbn.BatchNorm(3, like=put(x)), TypeError, "like is a float32 Numba device array"),
     (lambda: fastbn.Moments(3, put(gamma), put(gamma)), TypeError, "which can't be computed with"),
 ):
@@ -678,7 +679,9 @@ def test_weights(make, masked, frozen, library, rng):
     """Read where they are and converted there; nothing waits for the device before moments are asked for."""
     x, dy, gamma, beta, mean, var = data(rng, (6, 3, 5), (1,))
     w = make(rng)
-    for laid in (x, np.ascontiguousarray(x.transpose(0, 2, 1)).transpose(0, 2, 1)):
+    last = np.ascontiguousarray(x.transpose(0, 2, 1)).transpose(0, 2, 1)
+    inner = np.ascontiguousarray(x.transpose(2, 0, 1)).transpose(1, 2, 0)  # copied for groups: samples aren't outermost
+    for laid in (x, last, inner):
         put = functools.partial(library.put, device=1)
         stats = (put(mean), put(var)) if frozen else None
         library.state.transfers.clear()
