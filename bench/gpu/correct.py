@@ -262,7 +262,9 @@ def beyond(device: Any, name: str, kind: str, way: str | None) -> dict[str, Any]
     on = {"residual": device.put(r) if summed else None}
     if masked:
         w = (rng.gamma(1, 1, (shape[0], 1, shape[2])) * (rng.random((shape[0], 1, shape[2])) < 0.8)).astype(np.float32)
-        rows = [slice(None)] if starts is None else [order[i:j] for i, j in itertools.pairwise(starts)]
+        rows: list[Any] = (
+            [slice(None)] if starts is None or order is None else [order[i:j] for i, j in itertools.pairwise(starts)]
+        )
         mass = np.array([w[row].sum(dtype=np.float64) for row in rows])
         more = more._replace(weights=w, mass=mass, masked=masked)
         on |= {"weights": device.put(w), "mass": device.put(np.full(sets, np.nan))}
