@@ -305,7 +305,7 @@ dispatcher.get_current_device = lambda: types.SimpleNamespace(compute_capability
 from fastbn.kernels.numba_cuda import kernels as k
 
 place, cut, table, part = t.UniTuple(t.int64, 6), t.UniTuple(t.int64, 7), t.float64[:, ::1], t.float64[:, :, ::1]
-c, i, f = t.float32[::1], t.int64, t.float64
+c, i, f, none = t.float32[::1], t.int64, t.float64, t.Tuple(())
 wanted = [
     (k.forward_finish, (part, table, c, c, c, c, i, f, i)),
     (k.backward_finish, (part, table, c, c, table, i, i)),
@@ -314,10 +314,10 @@ wanted = [
 for name, element in (("float32", t.float32), ("float64", t.float64), ("float16", t.float16), ("int16", t.int16)):
     x, run = element[::1], k.kernels_of(name)
     wanted += [
-        (run.forward_sums, (x, place, cut, part)),
-        (run.forward_map, (x, place, x, place, cut, table, t.boolean)),
-        (run.backward_sums, (x, place, x, place, cut, table, part)),
-        (run.backward_map, (x, place, x, place, x, place, cut, table, table)),
+        (run.forward_sums, (x, place, cut, part, none)),
+        (run.forward_map, (x, place, x, place, cut, table, t.boolean, none)),
+        (run.backward_sums, (x, place, x, place, cut, table, part, none)),
+        (run.backward_map, (x, place, x, place, x, place, cut, table, table, none)),
     ]
 found = {}
 for kernel, signature in wanted:

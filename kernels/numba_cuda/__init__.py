@@ -49,7 +49,7 @@ from .blocks import (
     merge_moments,
     normalize,
 )
-from .kernels import BETA, FROZEN, GAMMA, backward_finish, forward_finish, kernels_of
+from .kernels import BETA, FROZEN, GAMMA, PLAIN, How, More, backward_finish, forward_finish, kernels_of
 from .plan import Sizes, plan_of
 from .target import cuda
 
@@ -75,7 +75,7 @@ __all__ = [
 
 SIZES = Sizes()
 
-FEATURES: frozenset[str] = frozenset()  # of `fastbn.kernels`' `more`: none
+FEATURES = frozenset({"activation", "residual", "groups"})  # of `fastbn.kernels`' `more`
 
 _kept = threading.local()
 
@@ -87,52 +87,106 @@ def element_view(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
     return np.dtype(np.int16) if dtype.name == "bfloat16" else None
 
 
-def forward(x: Any, y: Any, table: Any, given: tuple[Any, Any, Any, Any], eps: float) -> None:
+def forward(x: Any, y: Any, table: Any, given: tuple[Any, Any, Any, Any], eps: float, more: Any = None) -> None:
     gamma, beta, mean, _ = given
     flags = GAMMA * (gamma is not None) | BETA * (beta is not None) | FROZEN * (mean is not None)
-    cut, places, flats = _planned([x] if y is None else [x, y])
-    stream, run = stream_of(x, y, table), kernels_of(x.dtype.name)
+    how, r = PLAIN, None
+    if more is not None:
+        r = None if y is None else more.residual
+        how = How("" if y is None else more.activation, r is not None, sets=_has_sets(more))
+    stream = stream_of(x, y, table, r)
     with on(x):
-        work = _workspace(x, stream, 4 * cut.pieces * x.shape[1])
-        part = _cube(work, 0, (4, cut.pieces, x.shape[1]))
+        cut, walk, (read, write, beside), also = _planned((x, y, r), how, more, stream)
+        run, columns = kernels_of(x.dtype.name, how), table.shape[1]
+        work = _workspace(x, stream, 4 * cut.pieces * columns)
+        part = _cube(work, 0, (4, cut.pieces, columns))
+        if also:
+            also = also._replace(r=beside[0], beside=beside[1])
         if not flags & FROZEN:
-            launch(run.forward_sums, cut.grid, cut.threads, stream, (flats[0], places[0], cut.cut, part))
+            launch(run.forward_sums, cut.grid, cut.threads, stream, (*read, walk, part, also))
         spare = next((a for a in given if a is not None), work)  # is not read
         blocks, threads, lanes = cut.finish
         arguments = (part, table, *(spare if a is None else a for a in given), flags, float(eps), lanes)
         launch(forward_finish, blocks, threads, stream, arguments)
         if y is not None:
-            arguments = (flats[0], places[0], flats[1], places[1], cut.cut, table, True)
-            launch(run.forward_map, cut.grid, cut.threads, stream, arguments)
+            launch(run.forward_map, cut.grid, cut.threads, stream, (*read, *write, walk, table, True, also))
 
 
-def backward(dy: Any, x: Any, dx: Any, table: Any, dgamma: Any, dbeta: Any, frozen: bool) -> None:
+def backward(dy: Any, x: Any, dx: Any, table: Any, dgamma: Any, dbeta: Any, frozen: bool, more: Any = None) -> None:
     flags = GAMMA * (dgamma is not None) | BETA * (dbeta is not None) | FROZEN * frozen
-    cut, places, flats = _planned([x, dy] if dx is None else [x, dy, dx])
-    stream, run, channels = stream_of(dy, x, dx, table), kernels_of(x.dtype.name), x.shape[1]
-    read = (flats[1], places[1], flats[0], places[0])
+    how, r, dr = PLAIN, None, None
+    if more is not None:
+        r, dr = more.residual if more.activation else None, more.dresidual
+        how = How(more.activation, r is not None, dr is not None, _has_sets(more))
+    scaled = frozen and not how.activation and dr is None  # dx = a dy
+    if how is not PLAIN and not scaled:
+        how = how._replace(dx=dx is not None, constant=frozen or dx is None)
+    stream = stream_of(dy, x, dx, table, r, dr)
     with on(x):
-        work = _workspace(x, stream, (5 * cut.pieces + 4) * channels)
-        coefficients = _cube(work, 0, (4, channels))
-        if flags != FROZEN:
-            part = _cube(work, 4 * channels, (5, cut.pieces, channels))
-            launch(run.backward_sums, cut.grid, cut.threads, stream, (*read, cut.cut, table, part))
+        cut, walk, (read, come, write, beside, behind), also = _planned((x, dy, dx, r, dr), how, more, stream)
+        run, columns = kernels_of(x.dtype.name, how), table.shape[1]
+        work = _workspace(x, stream, (5 * cut.pieces + 4) * columns)
+        coefficients = _cube(work, 0, (4, columns))
+        if also:
+            also = also._replace(r=beside[0], beside=beside[1], dr=behind[0], behind=behind[1])
+        if flags & (GAMMA | BETA) or not (frozen or dx is None):
+            part = _cube(work, 4 * columns, (5, cut.pieces, columns))
+            launch(run.backward_sums, cut.grid, cut.threads, stream, (*come, *read, walk, table, part, also))
             spare = next((a for a in (dgamma, dbeta) if a is not None), work)  # is not written
             blocks, threads, lanes = cut.finish
             gradients = [spare if a is None else a for a in (dgamma, dbeta)]
             launch(backward_finish, blocks, threads, stream, (part, table, *gradients, coefficients, flags, lanes))
-        if dx is not None and frozen:
-            arguments: tuple[Any, ...] = (*read[:2], flats[2], places[2], cut.cut, table, False)
-            launch(run.forward_map, cut.grid, cut.threads, stream, arguments)
-        elif dx is not None:
-            arguments = (*read, flats[2], places[2], cut.cut, table, coefficients)
+        if scaled and dx is not None:
+            launch(run.forward_map, cut.grid, cut.threads, stream, (*come, *write, walk, table, False, also))
+        elif dx is not None or dr is not None:
+            arguments = (*come, *read, *(come if dx is None else write), walk, table, coefficients, also)
             launch(run.backward_map, cut.grid, cut.threads, stream, arguments)
 
 
-def _planned(arrays: list[Any]) -> Any:
-    x = arrays[0]
-    cut = plan_of(tuple(x.shape), x.dtype.itemsize, tuple(tuple(a.strides) for a in arrays), SIZES)
-    return cut, cut.places, [flat(a) for a in arrays]
+def _has_sets(more: Any) -> bool:
+    return more.starts is not None and len(more.starts) > 2
+
+
+def _planned(arrays: tuple[Any, ...], how: How, more: Any, stream: Any) -> Any:
+    """The plan; `cut` as kernels take it; each array as they do, flat and with its place; their argument `more`."""
+    there = [a for a in arrays if a is not None]
+    shape, strides = tuple(there[0].shape), [tuple(a.strides) for a in there]
+    sets, lists = (), ()
+    if how.sets:
+        lists, height, rows = _lists(more.starts, more.order, shape)
+        sets = len(more.starts) - 1, height
+        if rows > 1:
+            shape, strides = (shape[0] // rows, shape[1], rows), [(rows * o, c, o) for o, c, _ in strides]
+        lists = _on_device(lists, there[0], stream)
+    cut = plan_of(shape, there[0].dtype.itemsize, tuple(strides), SIZES, *sets)
+    seen = iter([(flat(a), place) for a, place in zip(there, cut.places, strict=True)])
+    taken = [((), ()) if a is None else next(seen) for a in arrays]
+    also: Any = () if how == PLAIN else More(lists, parameter=float(more.parameter))
+    return cut, cut.tracked if how.tracked else cut.cut, taken, also
+
+
+def _lists(starts: np.ndarray, order: np.ndarray | None, shape: tuple[int, ...]) -> tuple[np.ndarray, int, int]:
+    """As `walk.LISTED` takes them; the height of the largest set; and outer indices of an entry.
+
+    In channels-last memory a sample is many outer indices, one behind the other: an entry, with these as inner axis.
+    """
+    order = np.arange(shape[0]) if order is None else order
+    rows = 1
+    if shape[2] == 1:
+        breaks = np.flatnonzero(np.diff(order) != 1) + 1
+        rows = int(np.gcd.reduce([*starts, *breaks, order[0], *order[breaks]]))
+    lists = np.concatenate([starts // rows + len(starts), order[::rows] // rows])
+    return lists, int(np.diff(starts).max()) // rows, rows
+
+
+def _on_device(lists: np.ndarray, a: Any, stream: Any) -> Any:
+    """A copy beside `a`: that of this thread's last call on this stream, if the lists are the same."""
+    key = device(a), int(stream) if stream else 0, "lists"
+    known, there = vars(_kept).get(key, (None, None))
+    if known is None or not np.array_equal(known, lists):
+        there = put(lists, stream)
+        vars(_kept)[key] = lists, there
+    return there
 
 
 def _workspace(a: Any, stream: Any, size: int) -> Any:

@@ -1,10 +1,7 @@
-"""The kernels: sums, what they make of a channel, maps.
+"""The kernels: sums, what they make of a channel, maps. `walk.py` has what `place`, `cut` and `s` mean.
 
-Arrays of data come flat, from their lowest address on; `place` = (origin, stride of outer, of channel, of inner, step,
-over) says where in them is what, in elements. `cut` = (channels, inner, turn, values, share, pieces, lanes): a block
-takes `lanes` channels, and of their O I values, inner running fastest, those of piece k: [k share, (k + 1) share). A
-thread stays in its channel; from one value to its next, the inner index grows by `turn` and the address by `step`, or
-by `over` where the index passes the end of its axis. So no loop divides, and any strides will do.
+What a call asks for beyond batch norm (`How`) is compiled in: a plain call pays nothing for it. The arrays and numbers
+for it are the argument `more`, which is () in a plain call.
 """
 
 from __future__ import annotations
@@ -16,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import float64
 
+from .activations import functions_of
 from .blocks import (
     block_comoments,
     block_moments,
@@ -27,6 +25,7 @@ from .blocks import (
 )
 from .plan import VALUES
 from .target import cuda
+from .walk import FOLLOWED, LISTED, TRACKED, where
 
 # Elements: float32, float64 and float16 as they are, bfloat16 as int16 bits. An index without a sign spares Numba's
 # test for negative ones.
@@ -71,46 +70,39 @@ def save_bfloat(y, at, value):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True)
-def first_value(block, cut):  # type: ignore[no-untyped-def]
-    """Channel and piece of this thread; its first value: number, outer, inner; the piece's end; rows of the block."""
-    channels, inner, _, values, share, pieces, lanes = cut
-    t = cuda.threadIdx.x
-    tile = block // pieces
-    piece = block - tile * pieces
-    row = t // lanes
-    j = piece * share + row
-    o = j // inner
-    c = tile * lanes + (t - row * lanes)
-    end = (piece + 1) * share
-    if end > values:  # Numba's own CUDA target has no `min`
-        end = values
-    if c >= channels:
-        end = 0
-    return c, piece, j, o, j - o * inner, end, cuda.blockDim.x // lanes
-
-
-@cuda.jit(device=True)
-def where(place, o, c, i):  # type: ignore[no-untyped-def]
-    return place[0] + o * place[1] + c * place[2] + i * place[3]
-
-
-@cuda.jit(device=True)
-def turned(i, cut):  # type: ignore[no-untyped-def]
-    """The inner index of the thread's next value, and whether it passed the end."""
-    i += cut[2]
-    over = i >= cut[1]
-    return i - cut[1] if over else i, over
-
-
-@cuda.jit(device=True)
-def stride(place, over):  # type: ignore[no-untyped-def]
-    return place[5] if over else place[4]
-
-
-@cuda.jit(device=True)
 def in_range(a):  # type: ignore[no-untyped-def]
     """Whether float32 may scale by it; NaN: no."""
     return a == 0.0 or 1e-30 < abs(a) < 1e30
+
+
+class How(NamedTuple):
+    """What a call asks for beyond batch norm. Each is compiled on its own."""
+
+    activation: str = ""
+    residual: bool = False  # z = gamma invstd (x - mean) + beta + r
+    dresidual: bool = False  # backward_map writes g = dy f'(z)
+    sets: bool = False  # of outer indices, with statistics of their own
+    dx: bool = True  # backward_map writes dx
+    constant: bool = False  # statistics are: dx = a g
+
+    @property
+    def tracked(self) -> bool:
+        """Whether kernels want to know the outer index."""
+        return self.residual or self.dresidual or self.sets
+
+
+PLAIN = How()
+
+
+class More(NamedTuple):
+    """The argument `more`; what isn't asked for is ()."""
+
+    lists: Any = ()  # int64: (G + 1,) where in it a set's outer indices start, then these
+    r: Any = ()
+    beside: Any = ()  # the place of r
+    dr: Any = ()
+    behind: Any = ()  # the place of dr
+    parameter: float = 0.0  # of the activation
 
 
 class Kernels(NamedTuple):
@@ -121,12 +113,103 @@ class Kernels(NamedTuple):
 
 
 @functools.cache
-def kernels_of(name: str) -> Kernels:
+def kernels_of(name: str, how: How = PLAIN) -> Kernels:
     """The kernels for elements of a dtype. `real` is what they are computed in, but for sums and C numbers."""
     real: Any = np.float64 if name == "float64" else np.float32
     load = {"float64": load_double, "int16": load_bfloat}.get(name, load_single)
     save = {"float64": save_double, "float16": save_half, "int16": save_bfloat}.get(name, save_single)
-    small, large, eighth = real(1e-30), real(1e30), real(0.125)
+    small, large, eighth, zero = real(1e-30), real(1e30), real(0.125), real(0)
+    first_value, start, turned, moved = LISTED if how.sets else TRACKED if how.tracked else FOLLOWED
+    f, slope = functions_of(how.activation, real)
+    sloped, writes_dx, constant = how.activation != "", how.dx, how.constant
+
+    def where_asked(there: bool, function: Any, otherwise: Any) -> Any:
+        """A device function: Numba mustn't see what `more` doesn't have."""
+        return cuda.jit(function if there else otherwise, device=True)
+
+    parameter = where_asked(sloped, lambda more: real(more.parameter), lambda _: zero)
+    place_r = where_asked(
+        how.residual, lambda more, row, c, i: where(more.beside, row, c, i), lambda _more, _row, _c, _i: 0
+    )
+    read_r = where_asked(how.residual, lambda more, at: load(more.r, at), lambda _more, _at: zero)
+    plus = where_asked(how.residual, lambda z, r: z + r, lambda z, _: z)
+    place_dr = where_asked(
+        how.dresidual, lambda more, row, c, i: where(more.behind, row, c, i), lambda _more, _row, _c, _i: 0
+    )
+    save_dr = where_asked(how.dresidual, lambda more, at, g: save(more.dr, at, g), lambda _more, _at, _g: None)
+
+    @cuda.jit(device=True)
+    def numbers_of(table, s, centred):  # type: ignore[no-untyped-def]
+        """What `linear` needs of a channel; hi, lo and beta count as 0 unless `centred`."""
+        hi = lo = beta = 0.0
+        scale = table[4, s] * table[3, s]
+        if centred:
+            hi, lo, beta = table[0, s], table[1, s], table[5, s]
+        narrow = in_range(scale) and abs(hi) < 1e30 and abs(beta) < 1e30
+        h = real(hi)
+        return narrow, hi, lo, scale, beta, h, real((hi - float64(h)) + lo), real(scale), real(beta)
+
+    # gamma invstd ((x - hi) - lo) + beta. One value as eight, so that backward sees the very sign that forward saw; of
+    # eight, the numbers of the channel are looked at once.
+
+    @cuda.jit(device=True)
+    def near(x, k):  # type: ignore[no-untyped-def]
+        return normalize(x, k[5], k[6], k[7], k[8])
+
+    @cuda.jit(device=True)
+    def far(x, k):  # type: ignore[no-untyped-def]
+        return real(normalize(float64(x), k[1], k[2], k[3], k[4]))
+
+    @cuda.jit(device=True)
+    def linear(v, z, k):  # type: ignore[no-untyped-def]
+        if k[0]:
+            for e in range(VALUES):
+                z[e] = near(v[e], k)
+        else:
+            for e in range(VALUES):
+                z[e] = far(v[e], k)
+
+    @cuda.jit(device=True)
+    def linear_single(x, k):  # type: ignore[no-untyped-def]
+        return near(x, k) if k[0] else far(x, k)
+
+    @cuda.jit(device=True)
+    def by_z(g, v, r, k, p):  # type: ignore[no-untyped-def]
+        """g = dy f'(z) in the place of dy, for eight."""
+        if sloped:
+            z = cuda.local.array(VALUES, real)
+            linear(v, z, k)
+            for e in range(VALUES):
+                g[e] *= slope(plus(z[e], r[e]), p)
+
+    @cuda.jit(device=True)
+    def by_z_single(dy, x, r, k, p):  # type: ignore[no-untyped-def]
+        return dy * slope(plus(linear_single(x, k), r), p) if sloped else dy
+
+    @cuda.jit(device=True)
+    def terms_of(table, coefficients, s):  # type: ignore[no-untyped-def]
+        """What the gradient by x needs of a channel. With constant statistics nobody wrote coefficients."""
+        ghi = glo = b = 0.0
+        a = table[4, s] * table[3, s]
+        if not constant:
+            ghi, glo, a, b = coefficients[0, s], coefficients[1, s], coefficients[2, s], coefficients[3, s]
+        hi, lo = table[0, s], table[1, s]
+        narrow = in_range(a) and in_range(b) and abs(ghi) < 1e30 and abs(hi) < 1e30
+        gh, h = real(ghi), real(hi)
+        grest, rest = real((ghi - float64(gh)) + glo), real((hi - float64(h)) + lo)
+        return narrow, ghi, glo, hi, lo, a, b, gh, grest, h, rest, real(a), real(b)
+
+    @cuda.jit(device=True)
+    def near_by_x(g, x, k):  # type: ignore[no-untyped-def]
+        if constant:  # where x is NaN, a g needn't be
+            return k[11] * g
+        return gradient(g, x, k[7], k[8], k[9], k[10], k[11], k[12])
+
+    @cuda.jit(device=True)
+    def far_by_x(g, x, k):  # type: ignore[no-untyped-def]
+        if constant:
+            return real(k[5] * float64(g))
+        return real(gradient(float64(g), float64(x), k[1], k[2], k[3], k[4], k[5], k[6]))
 
     @cuda.jit(device=True)
     def mean(v):  # type: ignore[no-untyped-def]
@@ -179,23 +262,23 @@ def kernels_of(name: str) -> Kernels:
         return pivot, total, total_d, products
 
     @cuda.jit
-    def forward_sums(x, place, cut, part):  # type: ignore[no-untyped-def]
-        """x flat -> part (4, pieces, C): count, mean as hi and lo, M2."""
-        c, piece, j, o, i, end, rows = first_value(cuda.blockIdx.x, cut)
-        at = where(place, o, c, i)
+    def forward_sums(x, place, cut, part, more):  # type: ignore[no-untyped-def]
+        """x flat -> part (4, pieces, G C): count, mean as hi and lo, M2."""
+        c, s, piece, j, o, i, row, end, rows = first_value(cuda.blockIdx.x, cut, more)
+        at = start(place, o, row, c, i)
         v = cuda.local.array(VALUES, real)
-        n = pivot = s = q = 0.0
+        n = pivot = total = q = 0.0
         while j + (VALUES - 1) * rows < end:
             for e in range(VALUES):
                 v[e] = load(x, at)
-                i, over = turned(i, cut)
-                at += stride(place, over)
-            near, t, r = deviations(v)
+                o, i, row = turned(o, i, cut, more)
+                at = moved(at, place, row, c, i)
+            mean_x, t, r = deviations(v)
             if n == 0.0:
-                pivot = near
-            d = near - pivot
+                pivot = mean_x
+            d = mean_x - pivot
             n += VALUES
-            s += t + VALUES * d
+            total += t + VALUES * d
             q += r + d * (2.0 * t + VALUES * d)
             j += VALUES * rows
         while j < end:
@@ -204,141 +287,137 @@ def kernels_of(name: str) -> Kernels:
                 pivot = value
             d = value - pivot
             n += 1.0
-            s += d
+            total += d
             q += d * d
-            i, over = turned(i, cut)
-            at += stride(place, over)
+            o, i, row = turned(o, i, cut, more)
+            at = moved(at, place, row, c, i)
             j += rows
         hi = lo = m2 = 0.0
         if n > 0.0:
-            hi, lo = two_sum(pivot, s / n)
-            m2 = q - s * (s / n)
+            hi, lo = two_sum(pivot, total / n)
+            m2 = q - total * (total / n)
             if m2 < 0.0:  # by rounding; NaN stays
                 m2 = 0.0
         n, hi, lo, m2 = block_moments(n, hi, lo, m2, cut[6])
         if cuda.threadIdx.x < cut[6] and c < cut[0]:
-            part[0, piece, c], part[1, piece, c], part[2, piece, c], part[3, piece, c] = n, hi, lo, m2
+            part[0, piece, s], part[1, piece, s], part[2, piece, s], part[3, piece, s] = n, hi, lo, m2
 
     @cuda.jit
-    def forward_map(x, place, y, target, cut, table, centred):  # type: ignore[no-untyped-def]
-        """y flat = gamma invstd ((x - hi) - lo) + beta by table (6, C); hi, lo and beta count as 0 unless `centred`."""
+    def forward_map(x, place, y, target, cut, table, centred, more):  # type: ignore[no-untyped-def]
+        """y flat = f(gamma invstd ((x - hi) - lo) + beta + r) by table (6, G C); `numbers_of` has `centred`."""
         # From the end: what was read last for the sums is likeliest to be in the L2 cache.
-        c, _, j, o, i, end, rows = first_value(cuda.gridDim.x - 1 - cuda.blockIdx.x, cut)
+        c, s, _, j, o, i, row, end, rows = first_value(cuda.gridDim.x - 1 - cuda.blockIdx.x, cut, more)
         if j >= end:
             return
-        hi = lo = beta = 0.0
-        scale = table[4, c] * table[3, c]
-        if centred:
-            hi, lo, beta = table[0, c], table[1, c], table[5, c]
-        narrow = in_range(scale) and abs(hi) < 1e30 and abs(beta) < 1e30
-        h, a, b = real(hi), real(scale), real(beta)
-        rest = real((hi - float64(h)) + lo)
-        at, to = where(place, o, c, i), where(target, o, c, i)
+        k, p = numbers_of(table, s, centred), parameter(more)
+        at, to = start(place, o, row, c, i), start(target, o, row, c, i)
         v = cuda.local.array(VALUES, real)
+        r = cuda.local.array(VALUES, real)
         tos = cuda.local.array(VALUES, np.int64)
         while j + (VALUES - 1) * rows < end:
             for e in range(VALUES):
-                v[e], tos[e] = load(x, at), to
-                i, over = turned(i, cut)
-                at += stride(place, over)
-                to += stride(target, over)
-            if narrow:
-                for e in range(VALUES):
-                    save(y, tos[e], normalize(v[e], h, rest, a, b))
-            else:
-                for e in range(VALUES):
-                    save(y, tos[e], real(normalize(float64(v[e]), hi, lo, scale, beta)))
+                v[e], r[e], tos[e] = load(x, at), read_r(more, place_r(more, row, c, i)), to
+                o, i, row = turned(o, i, cut, more)
+                at, to = moved(at, place, row, c, i), moved(to, target, row, c, i)
+            linear(v, v, k)
+            for e in range(VALUES):
+                save(y, tos[e], f(plus(v[e], r[e]), p))
             j += VALUES * rows
         while j < end:
-            save(y, to, real(normalize(float64(load(x, at)), hi, lo, scale, beta)))
-            i, over = turned(i, cut)
-            at += stride(place, over)
-            to += stride(target, over)
+            save(y, to, f(plus(linear_single(load(x, at), k), read_r(more, place_r(more, row, c, i))), p))
+            o, i, row = turned(o, i, cut, more)
+            at, to = moved(at, place, row, c, i), moved(to, target, row, c, i)
             j += rows
 
     @cuda.jit
-    def backward_sums(dy, origin, x, place, cut, table, part):  # type: ignore[no-untyped-def]
-        """dy, x flat -> part (5, pieces, C): count, mean dy as hi and lo, mean of x - table[0], co-moment."""
-        c, piece, j, o, i, end, rows = first_value(cuda.blockIdx.x, cut)
-        hi = 0.0
-        if c < cut[0]:
-            hi = table[0, c]
-        h = real(hi)
-        at, of = where(place, o, c, i), where(origin, o, c, i)
+    def backward_sums(dy, origin, x, place, cut, table, part, more):  # type: ignore[no-untyped-def]
+        """dy, x flat -> part (5, pieces, G C): count, mean g as hi and lo, mean of x - table[0], co-moment."""
+        c, s, piece, j, o, i, row, end, rows = first_value(cuda.blockIdx.x, cut, more)
+        k, p = numbers_of(table, s, True), parameter(more)
+        hi, h = k[1], k[5]
+        at, of = start(place, o, row, c, i), start(origin, o, row, c, i)
         g = cuda.local.array(VALUES, real)
         d = cuda.local.array(VALUES, real)
-        n = pivot = s = t = p = 0.0
+        r = cuda.local.array(VALUES, real)
+        n = pivot = total = total_d = products = 0.0
         while j + (VALUES - 1) * rows < end:
             for e in range(VALUES):
-                g[e], d[e] = load(dy, of), load(x, at) - h
-                i, over = turned(i, cut)
-                at += stride(place, over)
-                of += stride(origin, over)
-            near, u, w, r = codeviations(g, d)
+                g[e], d[e], r[e] = load(dy, of), load(x, at), read_r(more, place_r(more, row, c, i))
+                o, i, row = turned(o, i, cut, more)
+                at, of = moved(at, place, row, c, i), moved(of, origin, row, c, i)
+            by_z(g, d, r, k, p)
+            for e in range(VALUES):
+                d[e] -= h
+            mean_g, u, w, uw = codeviations(g, d)
             if n == 0.0:
-                pivot = near
-            move = near - pivot
+                pivot = mean_g
+            move = mean_g - pivot
             n += VALUES
-            s += u + VALUES * move
-            t += w
-            p += r + move * w
+            total += u + VALUES * move
+            total_d += w
+            products += uw + move * w
             j += VALUES * rows
         while j < end:
-            value, w = float64(load(dy, of)), float64(load(x, at)) - float64(h)
+            value, beside = load(x, at), read_r(more, place_r(more, row, c, i))
+            u, w = float64(by_z_single(load(dy, of), value, beside, k, p)), float64(value) - float64(h)
             if n == 0.0:
-                pivot = value
+                pivot = u
             n += 1.0
-            s += value - pivot
-            t += w
-            p += (value - pivot) * w
-            i, over = turned(i, cut)
-            at += stride(place, over)
-            of += stride(origin, over)
+            total += u - pivot
+            total_d += w
+            products += (u - pivot) * w
+            o, i, row = turned(o, i, cut, more)
+            at, of = moved(at, place, row, c, i), moved(of, origin, row, c, i)
             j += rows
         ghi = glo = mean_x = co = 0.0
         if n > 0.0:
-            ghi, glo = two_sum(pivot, s / n)
-            mean_x, co = t / n + (float64(h) - hi), p - s * (t / n)
+            ghi, glo = two_sum(pivot, total / n)
+            mean_x, co = total_d / n + (float64(h) - hi), products - total * (total_d / n)
         n, ghi, glo, mean_x, co = block_comoments(n, ghi, glo, mean_x, co, cut[6])
         if cuda.threadIdx.x < cut[6] and c < cut[0]:
-            part[0, piece, c], part[1, piece, c], part[2, piece, c] = n, ghi, glo
-            part[3, piece, c], part[4, piece, c] = mean_x, co
+            part[0, piece, s], part[1, piece, s], part[2, piece, s] = n, ghi, glo
+            part[3, piece, s], part[4, piece, s] = mean_x, co
 
     @cuda.jit
-    def backward_map(dy, origin, x, place, dx, target, cut, table, coefficients):  # type: ignore[no-untyped-def]
-        """dx flat = a ((dy - ghi) - glo) + b ((x - hi) - lo); by table (6, C), coefficients (4, C)."""
-        c, _, j, o, i, end, rows = first_value(cuda.gridDim.x - 1 - cuda.blockIdx.x, cut)
+    def backward_map(dy, origin, x, place, dx, target, cut, table, coefficients, more):  # type: ignore[no-untyped-def]
+        """dx flat = a ((g - ghi) - glo) + b ((x - hi) - lo), and g, by table (6, G C), coefficients (4, G C)."""
+        c, s, _, j, o, i, row, end, rows = first_value(cuda.gridDim.x - 1 - cuda.blockIdx.x, cut, more)
         if j >= end:
             return
-        ghi, glo, a, b = coefficients[0, c], coefficients[1, c], coefficients[2, c], coefficients[3, c]
-        hi, lo = table[0, c], table[1, c]
-        narrow = in_range(a) and in_range(b) and abs(ghi) < 1e30 and abs(hi) < 1e30
-        gh, h, near_a, near_b = real(ghi), real(hi), real(a), real(b)
-        grest, rest = real((ghi - float64(gh)) + glo), real((hi - float64(h)) + lo)
-        at, of, to = where(place, o, c, i), where(origin, o, c, i), where(target, o, c, i)
+        k, q, p = numbers_of(table, s, True), terms_of(table, coefficients, s), parameter(more)
+        at, of, to = start(place, o, row, c, i), start(origin, o, row, c, i), start(target, o, row, c, i)
         g = cuda.local.array(VALUES, real)
         v = cuda.local.array(VALUES, real)
+        r = cuda.local.array(VALUES, real)
         tos = cuda.local.array(VALUES, np.int64)
+        drs = cuda.local.array(VALUES, np.int64)
         while j + (VALUES - 1) * rows < end:
             for e in range(VALUES):
-                g[e], v[e], tos[e] = load(dy, of), load(x, at), to
-                i, over = turned(i, cut)
-                at += stride(place, over)
-                of += stride(origin, over)
-                to += stride(target, over)
-            if narrow:
-                for e in range(VALUES):
-                    save(dx, tos[e], gradient(g[e], v[e], gh, grest, h, rest, near_a, near_b))
-            else:
-                for e in range(VALUES):
-                    save(dx, tos[e], real(gradient(float64(g[e]), float64(v[e]), ghi, glo, hi, lo, a, b)))
+                g[e], v[e], r[e] = load(dy, of), load(x, at), read_r(more, place_r(more, row, c, i))
+                tos[e], drs[e] = to, place_dr(more, row, c, i)
+                o, i, row = turned(o, i, cut, more)
+                at, of = moved(at, place, row, c, i), moved(of, origin, row, c, i)
+                to = moved(to, target, row, c, i)
+            by_z(g, v, r, k, p)
+            for e in range(VALUES):
+                save_dr(more, drs[e], g[e])
+            if writes_dx:
+                if q[0]:
+                    for e in range(VALUES):
+                        save(dx, tos[e], near_by_x(g[e], v[e], q))
+                else:
+                    for e in range(VALUES):
+                        save(dx, tos[e], far_by_x(g[e], v[e], q))
             j += VALUES * rows
         while j < end:
-            save(dx, to, real(gradient(float64(load(dy, of)), float64(load(x, at)), ghi, glo, hi, lo, a, b)))
-            i, over = turned(i, cut)
-            at += stride(place, over)
-            of += stride(origin, over)
-            to += stride(target, over)
+            value = load(x, at)
+            u = by_z_single(load(dy, of), value, read_r(more, place_r(more, row, c, i)), k, p)
+            save_dr(more, place_dr(more, row, c, i), u)
+            if writes_dx:
+                save(dx, to, near_by_x(u, value, q) if q[0] else far_by_x(u, value, q))
+            o, i, row = turned(o, i, cut, more)
+            at, of = moved(at, place, row, c, i), moved(of, origin, row, c, i)
+            to = moved(to, target, row, c, i)
             j += rows
 
     return Kernels(forward_sums, forward_map, backward_sums, backward_map)
@@ -348,9 +427,15 @@ def kernels_of(name: str) -> Kernels:
 FROZEN, GAMMA, BETA = 1, 2, 4
 
 
+@cuda.jit(device=True)
+def of_set(s, channels):  # type: ignore[no-untyped-def]
+    """The channel of a column of the table: the same one where there are no sets, without a division."""
+    return s if s < channels else s % channels
+
+
 @cuda.jit
 def forward_finish(part, table, gamma, beta, mean, var, given, eps, lanes):  # type: ignore[no-untyped-def]
-    """part (4, pieces, C), or mean and var (C,), -> table (6, C): mean as hi and lo, var, invstd, gamma, beta."""
+    """part (4, pieces, G C), or mean and var (G C,), and gamma, beta (C,) -> table (6, G C)."""
     t = cuda.threadIdx.x
     row = t // lanes
     c = cuda.blockIdx.x * lanes + (t - row * lanes)
@@ -362,20 +447,22 @@ def forward_finish(part, table, gamma, beta, mean, var, given, eps, lanes):  # t
             )  # fmt: skip
     n, hi, lo, m2 = block_moments(n, hi, lo, m2, lanes)
     if row == 0 and c < table.shape[1]:
+        variance = invstd = 0.0  # of an empty set
         if given & FROZEN:
             hi, lo, variance = float64(mean[c]), 0.0, float64(var[c])
-        else:
+        elif n > 0.0:
             hi, lo = two_sum(hi, lo)
             variance = m2 / n
-        table[0, c], table[1, c], table[2, c] = hi, lo, variance
-        table[3, c] = 1.0 / math.sqrt(variance + eps)
-        table[4, c] = float64(gamma[c]) if given & GAMMA else 1.0
-        table[5, c] = float64(beta[c]) if given & BETA else 0.0
+        if given & FROZEN or n > 0.0:
+            invstd = 1.0 / math.sqrt(variance + eps)
+        table[0, c], table[1, c], table[2, c], table[3, c] = hi, lo, variance, invstd
+        table[4, c] = float64(gamma[of_set(c, gamma.shape[0])]) if given & GAMMA else 1.0
+        table[5, c] = float64(beta[of_set(c, beta.shape[0])]) if given & BETA else 0.0
 
 
 @cuda.jit
 def backward_finish(part, table, dgamma, dbeta, coefficients, wanted, lanes):  # type: ignore[no-untyped-def]
-    """part (5, pieces, C) -> dgamma, dbeta (C,), and coefficients (4, C): mean dy as hi and lo, a, b."""
+    """part (5, pieces, G C) -> dgamma, dbeta (G C,), coefficients (4, G C): mean g as hi and lo, a, b."""
     t = cuda.threadIdx.x
     row = t // lanes
     c = cuda.blockIdx.x * lanes + (t - row * lanes)
@@ -390,7 +477,7 @@ def backward_finish(part, table, dgamma, dbeta, coefficients, wanted, lanes):  #
         invstd = table[3, c]
         a = table[4, c] * invstd
         coefficients[0, c], coefficients[1, c] = hi, lo
-        coefficients[2, c], coefficients[3, c] = a, -a * invstd * invstd * (co / n)
+        coefficients[2, c], coefficients[3, c] = a, -a * invstd * invstd * (co / n if n > 0.0 else 0.0)
         total = n * hi + n * lo
         if wanted & BETA:
             dbeta[c] = total

@@ -21,7 +21,7 @@ class Sizes:
 
 
 class Plan(NamedTuple):
-    """`cut` and `places` are what the kernels read; `kernels.py` says how."""
+    """`cut` and `places` are what the kernels read; `walk.py` says how."""
 
     threads: int
     grid: int
@@ -29,6 +29,7 @@ class Plan(NamedTuple):
     cut: tuple[int, int, int, int, int, int, int]
     places: tuple[tuple[int, int, int, int, int, int], ...]  # of each array
     finish: tuple[int, int, int]  # blocks, threads and lanes of the C-sized kernels
+    tracked: tuple[int, ...]  # `cut`, where kernels want to know the outer index
 
 
 def ceil(a: int, b: int) -> int:
@@ -44,8 +45,17 @@ def power_above(n: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_of(shape: tuple[int, ...], itemsize: int, strides: tuple[tuple[int, ...], ...], sizes: Sizes) -> Plan:
+def plan_of(
+    shape: tuple[int, ...],
+    itemsize: int,
+    strides: tuple[tuple[int, ...], ...],
+    sizes: Sizes,
+    sets: int = 0,
+    height: int = 0,
+) -> Plan:
     """`strides`: of each array, in bytes; the first one's decide how threads lie.
+
+    sets: of outer indices, each with statistics of its own, and blocks for the `height` of the largest; 0: no sets.
 
     >>> plan_of((8, 3, 16), 4, ((192, 64, 4),), Sizes()).cut  # 128 values of each channel, by 32 threads
     (3, 16, 0, 128, 256, 1, 1)
@@ -58,15 +68,15 @@ def plan_of(shape: tuple[int, ...], itemsize: int, strides: tuple[tuple[int, ...
         if any(stride % itemsize for n, stride in zip(shape, s, strict=True) if n > 1):
             raise ValueError(f"strides of {s} bytes: expected multiples of the {itemsize} bytes of an element")
         steps.append([stride // itemsize if n > 1 else 0 for n, stride in zip(shape, s, strict=True)])
-    if inner == 1 or (outer > 1 and abs(steps[0][0]) < abs(steps[0][2])):  # the sums don't care which is which
+    if not sets and (inner == 1 or (outer > 1 and abs(steps[0][0]) < abs(steps[0][2]))):  # sums don't care which is
         outer, inner = inner, outer
         steps = [[i, c, o] for o, c, i in steps]
-    values = outer * inner
+    values = (height if sets else outer) * inner
     across = channels > 1 and abs(steps[0][1]) == 1 and (inner == 1 or abs(steps[0][2]) != 1)
     lanes = min(power_above(channels), sizes.lanes, sizes.threads) if across else 1
     rows = min(sizes.threads, max(sizes.warp, power_below(values // VALUES) * lanes)) // lanes
-    tiles, rounds = ceil(channels, lanes), ceil(values, rows * VALUES)
-    pieces = min(rounds, max(ceil(sizes.blocks, tiles), ceil(values, rows * sizes.most)))
+    tiles, rounds, items = ceil(channels, lanes), ceil(values, rows * VALUES), max(1, sets)
+    pieces = min(rounds, max(ceil(sizes.blocks, tiles * items), ceil(values, rows * sizes.most)))
     share = ceil(rounds, pieces) * rows * VALUES
     pieces = ceil(values, share)
     far, near = divmod(rows, inner)
@@ -77,11 +87,13 @@ def plan_of(shape: tuple[int, ...], itemsize: int, strides: tuple[tuple[int, ...
         places.append((origin, o, c, i, step, step + o - inner * i))
     threads = min(sizes.threads, max(sizes.warp, power_above(pieces)))
     columns = threads // min(threads, power_above(pieces))
+    cut = channels, inner, near, values, share, pieces, lanes
     return Plan(
         rows * lanes,
-        tiles * pieces,
+        items * tiles * pieces,
         pieces,
-        (channels, inner, near, values, share, pieces, lanes),
+        cut,
         tuple(places),
-        (ceil(channels, columns), threads, columns),
+        (ceil(items * channels, columns), threads, columns),
+        (*cut, far, tiles),
     )
