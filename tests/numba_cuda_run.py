@@ -1,4 +1,4 @@
-"""Cases for the numba.cuda kernels, and a command that runs them: `python numba_cuda_run.py RESULTS`.
+"""Cases for the numba.cuda kernels, and a command that runs them: `python numba_cuda_run.py RESULTS [more]`.
 
 Numba decides at import whether it simulates (NUMBA_ENABLE_CUDASIM=1), so tests run this in a process of its own; on a
 machine with a GPU it may run without the variable. Importing it imports no Numba.
@@ -165,6 +165,113 @@ CASES = [
 assert len({case.name + case.x.__repr__() for case in CASES}) == len(CASES)
 
 
+@dataclasses.dataclass(frozen=True)
+class MoreCase(Case):
+    """What goes beyond batch norm."""
+
+    want: str = "y dx dgamma dbeta dresidual"
+    activation: str = ""
+    parameter: float = 0.0
+    residual: Layout | None = None
+    dresidual: Layout | None = None  # that of the residual if not given
+    sets: tuple[int, ...] = ()  # how many outer indices each has
+    rows: int = 1  # outer indices that stay together when the sets' are shuffled; 0: nothing is shuffled
+
+
+ALL: dict[str, Any] = {"activation": "silu", "residual": ROWS, "sets": (2, 0, 1, 3), "shape": (6, 3, 11)}
+MORE_CASES = [
+    *(
+        MoreCase(
+            f"{name}{', a residual' * (residual is not None)}",
+            (3, 3, 23),
+            activation=name,
+            parameter=p,
+            residual=residual,
+        )
+        for name, p in (
+            ("relu", 0.0),
+            ("leaky_relu", 0.2),
+            ("relu6", 0.0),
+            ("elu", 1.5),
+            ("silu", 0.0),
+            ("gelu", 0.0),
+            ("sigmoid", 0.0),
+            ("tanh", 0.0),
+            ("hardswish", 0.0),
+        )
+        for residual in (None, ROWS)
+    ),
+    MoreCase("a residual alone", residual=WINDOW),
+    MoreCase("a residual alone, frozen", residual=COLUMNS, frozen=True),
+    MoreCase("four layouts", (4, 3, 9), activation="elu", parameter=0.7, residual=TURNED, y=COLUMNS, dy=STEPS),
+    MoreCase(
+        "five layouts, channels last first",
+        (4, 3, 9),
+        activation="relu",
+        x=COLUMN_WINDOW,
+        residual=REVERSED,
+        dresidual=TURNED,
+        y=STEPS,
+        dy=COLUMNS,
+    ),
+    MoreCase("a residual, channels slowest", (9, 4, 5), x=TURNED, activation="tanh", residual=TURNED),
+    MoreCase("a residual, no inner axis", (33, 5, 1), activation="gelu", residual=ROWS),
+    MoreCase("a residual, inner shorter than a turn", (23, 2, 3), activation="relu", residual=ROWS),
+    MoreCase("a residual, inner as long as a turn", (11, 2, 4), activation="relu", residual=ROWS),
+    MoreCase("equal sets", (6, 3, 13), sets=(2, 2, 2), rows=0),
+    MoreCase("sets of sizes, some empty", (6, 3, 13), sets=(0, 1, 0, 3, 2, 0), rows=0),
+    MoreCase("shuffled sets", (6, 3, 13), sets=(1, 3, 0, 2)),
+    MoreCase("one set", (5, 3, 13), sets=(5,)),
+    MoreCase("each its own", (4, 3, 13), sets=(1, 1, 1, 1)),
+    MoreCase("one value a set", (4, 3, 1), sets=(1, 1, 1, 1)),
+    MoreCase("sets, channels last", (6, 5, 11), x=COLUMNS, sets=(1, 3, 0, 2)),
+    MoreCase("sets, channels last, no inner axis", (35, 5, 1), sets=(20, 0, 14, 1)),
+    MoreCase("sets of rows that follow, shuffled", (36, 5, 1), sets=(9, 0, 24, 3), rows=3),
+    MoreCase("sets of rows that follow", (36, 5, 1), sets=(8, 0, 24, 4), rows=0),
+    MoreCase("sets, channels slowest", (9, 4, 5), x=TURNED, sets=(4, 5)),
+    MoreCase("sets, inner shorter than a turn", (23, 2, 3), sets=(17, 6)),
+    MoreCase("sets of many pieces", (9, 2, 33), sets=(1, 6, 0, 2), sizes=(4, 2, 2, 1000, 8)),
+    MoreCase("sets, wider blocks", (9, 7, 31), x=COLUMNS, sets=(5, 4), sizes=(16, 4, 4, 8, 16)),
+    MoreCase("sets without parameters", (6, 3, 13), sets=(1, 3, 2), given="nothing"),
+    MoreCase("sets at 1e6", (6, 3, 23), sets=(1, 3, 2), offset=1e6),
+    *(
+        MoreCase(
+            f"all, {named(dtype)}, {kind}, {'frozen' if frozen else 'training'}",
+            **{**ALL, "residual": layout, "dtype": dtype, "x": layout, "frozen": frozen},
+        )
+        for dtype in (FLOAT32, FLOAT64, FLOAT16, BFLOAT16)
+        for kind, layout in (("rows", ROWS), ("channels last", COLUMNS))
+        for frozen in (False, True)
+    ),
+    *(
+        MoreCase(
+            f"{want or 'statistics only'}{', frozen' * frozen}, {name}", **{**more, "want": want, "frozen": frozen}
+        )
+        for want in ("", "dx", "dresidual", "dgamma", "dbeta dresidual", "y dgamma dbeta")
+        for name, more in (("all", ALL), ("a residual", {"residual": ROWS}))
+        for frozen in (False, True)
+    ),
+    *(
+        MoreCase(f"dx to {place}{', frozen' * frozen}", **{**ALL, "in_place": place, "frozen": frozen})
+        for place in ("dy", "x")
+        for frozen in (False, True)
+    ),
+    *(
+        MoreCase(f"{spoil}{', frozen' * frozen}", **{**ALL, "activation": "relu", "spoil": spoil, "frozen": frozen})
+        for spoil in ("NaN", "infinity", "NaN in dy", "an outlier")
+        for frozen in (False, True)
+    ),
+    MoreCase("squares overflow", (3, 3, 23), scale=1e20, offset=1e21, eps=1e-30, activation="elu", parameter=1.0),
+    MoreCase("a gamma beyond float32", (3, 3, 23), BFLOAT16, given="float64", spoil="extreme gamma", activation="tanh"),
+    *(
+        MoreCase(f"kinks of {name}, {named(dtype)}", (2, 6, 21), dtype, activation=name, parameter=p, given="kinks")
+        for name, p in (("relu", 0.0), ("leaky_relu", 0.25), ("relu6", 0.0), ("elu", 0.5), ("hardswish", 0.0))
+        for dtype in (FLOAT32, FLOAT64)
+    ),
+]
+assert len({case.name for case in MORE_CASES}) == len(MORE_CASES)
+
+
 @dataclasses.dataclass
 class Inputs:
     x: np.ndarray
@@ -195,14 +302,43 @@ def inputs(case: Case) -> Inputs:
                 array[...] = array.take([0], axis)
     given: list[Any] = [None] * 4
     if case.given != "nothing":
-        gamma, beta, mean = rng.normal(size=(3, channels)).astype(case.given)
-        mean = (mean + case.offset).astype(case.given)
+        number = "float32" if case.given == "kinks" else case.given
+        gamma, beta, mean = rng.normal(size=(3, channels)).astype(number)
+        mean = (mean + case.offset).astype(number)
         if case.spoil == "extreme gamma":
             gamma[1] = 1e42
-        given = [gamma, beta, mean, rng.uniform(0.5, 2, channels).astype(case.given)]
+        if case.given == "kinks":  # z is there, exactly
+            gamma[:5], beta[:5] = 0, (0, -0.0, 6, -3, 3)
+        given = [gamma, beta, mean, rng.uniform(0.5, 2, channels).astype(number)]
     if not case.frozen:
         given[2:] = None, None
     return Inputs(x, dy, tuple(given))
+
+
+@dataclasses.dataclass
+class MoreInputs(Inputs):
+    residual: np.ndarray | None
+    starts: np.ndarray | None
+    order: np.ndarray | None
+
+
+def more_inputs(case: MoreCase) -> MoreInputs:
+    """x, and given statistics, are other ones in each set."""
+    data = inputs(case)
+    rng = np.random.default_rng(zlib.crc32(repr(case).encode()) + 1)
+    residual = rng.normal(size=case.shape).astype(case.dtype) if case.residual else None
+    if not case.sets:
+        return MoreInputs(data.x, data.dy, data.given, residual, None, None)
+    shift = rng.normal(size=(case.shape[0], 1, 1)) * 2 * case.scale
+    x = (data.x.astype(np.float64) + shift).astype(case.dtype)
+    gamma, beta, mean, var = data.given
+    if mean is not None:
+        mean, var = (np.concatenate([a + 0.25 * k for k in range(len(case.sets))]).astype(a.dtype) for a in (mean, var))
+    starts, order = np.cumsum([0, *case.sets]), None
+    if case.rows:
+        order = rng.permutation(case.shape[0] // case.rows)
+        order = (order[:, None] * case.rows + np.arange(case.rows)).ravel()
+    return MoreInputs(x, data.dy, (gamma, beta, mean, var), residual, starts, order)
 
 
 def window(memory: np.ndarray, layout: Layout, shape: tuple[int, int, int]) -> np.ndarray:
@@ -220,11 +356,11 @@ def filled(layout: Layout, shape: tuple[int, int, int], dtype: np.dtype, values:
 
 
 def run(case: Case) -> dict[str, Any]:
-    """What the kernels make of a case: memory of y and dx, table, dgamma, dbeta."""
+    """What the kernels make of a case: memory of y, dx and dresidual, table, dgamma, dbeta."""
     from fastbn.kernels import numba_cuda
 
     numba_cuda.SIZES = numba_cuda.Sizes(*case.sizes)
-    data, shape = inputs(case), case.shape
+    data, shape = more_inputs(case) if isinstance(case, MoreCase) else inputs(case), case.shape
     element = numba_cuda.element_view(case.dtype)
     assert element is not None
     x_layout, y_layout, dy_layout = case.x, case.y or case.x, case.dy or case.x
@@ -239,18 +375,31 @@ def run(case: Case) -> dict[str, Any]:
 
     want = case.want.split()
     given = tuple(None if a is None else numba_cuda.put(a) for a in data.given)
-    table = numba_cuda.put(np.full((6, shape[1]), np.nan))
+    also: tuple[Any, ...] = ()
+    columns, dr = shape[1], None
+    if isinstance(case, MoreCase):
+        from fastbn.extras import Extras
+
+        assert isinstance(data, MoreInputs)
+        r = None if data.residual is None or case.residual is None else put(case.residual, data.residual)[1]
+        also = (Extras(case.activation, case.parameter, r, order=data.order, starts=data.starts),)
+        columns *= max(1, len(case.sets))
+    table = numba_cuda.put(np.full((6, columns), np.nan))
     x = put(x_layout, data.x)
     y = x if case.in_place else put(y_layout, None)
-    numba_cuda.forward(x[1], y[1] if "y" in want else None, table, given, case.eps)
+    numba_cuda.forward(x[1], y[1] if "y" in want else None, table, given, case.eps, *also)
     results = {"y": read(y[0]), "table": numba_cuda.host(table)}
     x, dy = put(x_layout, data.x), put(dy_layout, data.dy)
     dx = {"x": x, "dy": dy}.get(case.in_place) or put(y_layout, None)
+    if isinstance(case, MoreCase) and case.residual:
+        dr = put(case.dresidual or case.residual, None)
+        also = (also[0]._replace(dresidual=dr[1] if "dresidual" in want else None),)
     numbers = np.float64 if case.dtype == FLOAT64 else np.float32
-    sums = {name: numba_cuda.put(np.full(shape[1], np.nan, numbers)) for name in ("dgamma", "dbeta")}
+    sums = {name: numba_cuda.put(np.full(columns, np.nan, numbers)) for name in ("dgamma", "dbeta")}
     dgamma, dbeta = (sums[name] if name in want else None for name in sums)
-    numba_cuda.backward(dy[1], x[1], dx[1] if "dx" in want else None, table, dgamma, dbeta, case.frozen)
-    return {**results, "dx": read(dx[0]), **{name: numba_cuda.host(a) for name, a in sums.items()}}
+    numba_cuda.backward(dy[1], x[1], dx[1] if "dx" in want else None, table, dgamma, dbeta, case.frozen, *also)
+    results |= {"dx": read(dx[0]), **{name: numba_cuda.host(a) for name, a in sums.items()}}
+    return results if dr is None else {**results, "dresidual": read(dr[0])}
 
 
 def users_kernel() -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
@@ -379,24 +528,30 @@ def refusals() -> list[str]:
     return found
 
 
-def main(path: str) -> None:
-    sys.setswitchinterval(1e-4)  # the simulator's threads wait for each other by polling: a third of the time
-    warnings.simplefilter("ignore")  # NumPy's, of NaN and overflow in a simulated kernel
+def all_of(cases: list[Any]) -> dict[str, Any]:
     results: dict[str, Any] = {}
-    for index, case in enumerate(CASES):
+    for index, case in enumerate(cases):
         try:
             results[str(index)] = run(case)
         except Exception as error:  # told by the test of this case
             results[str(index)] = error
-    results["again"] = [run(case) for case in CASES[:12:4]]
-    results["user"] = users_kernel()
-    results["copies"] = copies()
-    results["refusals"] = refusals()
-    results["conversions"] = conversions()
-    results["trees"] = trees()
+    return results
+
+
+def main(path: str, more: bool) -> None:
+    sys.setswitchinterval(1e-4)  # the simulator's threads wait for each other by polling: a third of the time
+    warnings.simplefilter("ignore")  # NumPy's, of NaN and overflow in a simulated kernel
+    results = all_of(MORE_CASES if more else CASES)
+    if not more:
+        results["again"] = [run(case) for case in CASES[:12:4]]
+        results["user"] = users_kernel()
+        results["copies"] = copies()
+        results["refusals"] = refusals()
+        results["conversions"] = conversions()
+        results["trees"] = trees()
     with open(path, "wb") as file:
         pickle.dump(results, file)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], "more" in sys.argv[2:])

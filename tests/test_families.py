@@ -580,6 +580,25 @@ running.update(moments)
 z = fastbn.infer(put(x), put(running.mean), put(running.var))
 np.testing.assert_allclose(z.copy_to_host(), fastbn.reference.infer(x, running.mean, running.var), rtol=3e-6, atol=3e-6)
 fastbn.forward(put(x), out=y)
+r = rng.normal(3, 2, x.shape).astype(np.float32)
+groups = np.array([2, 0, 0, 2, 3, 0])  # nobody is in group 1
+for asked in (
+    {"activation": "silu"},
+    {"activation": ("leaky_relu", 0.2), "residual": r},
+    {"groups": 4},
+    {"groups": groups, "activation": "gelu", "residual": r},
+):
+    there = {k: put(v) if k == "residual" else v for k, v in asked.items()}
+    z, kept = fastbn.reference.forward(x, gamma, beta, **asked)
+    y, saved = fastbn.forward(put(x), put(gamma), put(beta), **there)
+    wanted, got = [z, *fastbn.reference.backward(dy, kept)], [y, *fastbn.backward(put(dy), saved)]
+    mean, var = rng.normal(3, 1, (2, *([4] if "groups" in asked else []), 3)).astype(np.float32) ** 2
+    wanted.append(fastbn.reference.infer(x, mean, var, gamma, beta, **asked))
+    got.append(fastbn.infer(put(x), put(mean), put(var), put(gamma), put(beta), **there))
+    assert len(got) == len(wanted) == 5 + ("residual" in asked)
+    for a, b in zip(got, wanted, strict=True):
+        assert type(a) is type(y)
+        np.testing.assert_allclose(a.copy_to_host(), b, rtol=1e-5, atol=2e-5)  # sums of 42 values of about 10
 empty = fastbn.moments(put(np.ones((0, 3), np.float32)))
 assert empty.count == 0
 np.testing.assert_array_equal(empty.mean, np.zeros(3))
@@ -592,6 +611,8 @@ for call, error, text in (
     (lambda: fastbn.forward(put(x), weights=put(ones)), TypeError, "weights can't be had from the backend 'numba"),
     (lambda: fastbn.BatchNorm(3, like=put(x)), TypeError, "like is a float32 Numba device array"),
     (lambda: fastbn.Moments(3, put(gamma), put(gamma)), TypeError, "which can't be computed with"),
+    (lambda: fastbn.forward(put(x), weights=np.ones(6)), TypeError, "weights with arrays on a GPU are not there yet"),
+    (lambda: fastbn.forward(put(x), save="y"), TypeError, "save='y' with arrays on a GPU is not there"),
 ):
     try:
         call()

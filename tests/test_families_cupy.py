@@ -199,4 +199,8 @@ def test_a_backend_without_a_feature_says_so(gpu, rng, monkeypatch):
         fastbn.forward(x, activation="relu", residual=x, groups=2, out=out)
     assert gpu.started == []
     assert (gpu.host(out) == 7).all()
-    assert frozenset() == import_module("fastbn.kernels.numba_cuda").FEATURES
+
+
+def test_all_kernels_of_a_gpu_have_the_same_features():
+    found = {import_module(f"fastbn.kernels.{name}").FEATURES for name in ("cuda", "numba_cuda")}
+    assert found == {frozenset({"activation", "residual", "groups"})}

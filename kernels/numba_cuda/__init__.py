@@ -1,10 +1,12 @@
 """The portable GPU backend: Numba device arrays, by numba.cuda. The contract is in `fastbn.kernels`.
 
-blocks    device functions: moments, how they merge, one value of y and of dx; for your own kernels too
-kernels   sums, what they make of a channel, maps
-plan      how a shape is cut
-arrays    Numba's device arrays: views, copies, launches
-target    numba.cuda, or what stands for it in Numba's simulator (NUMBA_ENABLE_CUDASIM=1), which runs all of this
+blocks        device functions: moments, how they merge, one value of y and of dx; for your own kernels too
+activations   device functions: activations and their slopes
+walk          which values a thread takes, and where these lie
+kernels       sums, what they make of a channel, maps
+plan          how a shape is cut
+arrays        Numba's device arrays: views, copies, launches
+target        numba.cuda, or what stands for it in Numba's simulator (NUMBA_ENABLE_CUDASIM=1), which runs all of this
 
 Three launches a call: sums, C numbers, map; x is read twice and y written once (`bn.cu`, in CUDA C, reads once). These
 kernels need shared memory and barriers only, and run on every GPU that Numba knows.
@@ -14,8 +16,15 @@ arithmetic of the data. Those join float64 sums about the mean of the thread's f
 a channel, merge by Chan's formula (Chan, Golub & LeVeque 1983) in trees whose order depends on the shape alone. An
 outlier spoils the precision of its eight only. No atomics: the same arguments give the same bits, on every device.
 
+**Beyond batch norm.** An activation, a residual and sets of outer indices (`groups`) are compiled into the same three
+launches, each combination on its own when it first comes; a plain call pays nothing. Backward computes what the slope
+is of from x again, by forward's roundings, in the sums and in the map. Sets have blocks of their own, as many as the
+largest needs, and a list of outer indices on the device, which is kept for the next call on the stream. A new one is
+copied from main memory, for which Numba waits until the stream's earlier work is done.
+
 **Streams.** A call runs on the stream of its first array that has one (`array.stream`: `cuda.as_cuda_array` takes it
-from `__cuda_array_interface__`, `array.bind(stream)` sets it), else on Numba's default stream; it waits for nothing.
+from `__cuda_array_interface__`, `array.bind(stream)` sets it), else on Numba's default stream; it waits for nothing but
+a new list of sets.
 
 **In your own kernels.** The functions of `blocks`, which `@cuda.jit` code may call in blocks of 2^k threads, 256 at
 most. A kernel that normalizes each row of a matrix by a block of its own:
