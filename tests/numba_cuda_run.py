@@ -399,6 +399,7 @@ def run(case: Case) -> dict[str, Any]:
     dgamma, dbeta = (sums[name] if name in want else None for name in sums)
     numba_cuda.backward(dy[1], x[1], dx[1] if "dx" in want else None, table, dgamma, dbeta, case.frozen, *also)
     results |= {"dx": read(dx[0]), **{name: numba_cuda.host(a) for name, a in sums.items()}}
+    results |= {"x after": read(x[0]), "dy after": read(dy[0])}
     return results if dr is None else {**results, "dresidual": read(dr[0])}
 
 
@@ -528,6 +529,54 @@ def refusals() -> list[str]:
     return found
 
 
+def signs() -> tuple[np.ndarray, np.ndarray]:
+    """y and dresidual of a relu whose argument is what roundings leave; backward cuts the shape in another way."""
+    from fastbn.kernels import numba_cuda
+
+    from fastbn import reference
+    from fastbn.extras import Extras
+
+    rng = np.random.default_rng(8)
+    host, dy = rng.normal(2, 3, (2, 4, 3, 31)).astype(np.float32)
+    gamma, beta = rng.normal(size=(2, 3)).astype(np.float32)
+    x, r, dr, y = (
+        numba_cuda.put(a) for a in (host, -reference.forward(host, gamma, beta)[0].astype(host.dtype), dy, dy)
+    )
+    table = numba_cuda.put(np.empty((6, 3)))
+    more = Extras("relu", residual=r, dresidual=dr)
+    numba_cuda.SIZES = numba_cuda.Sizes(4, 2, 2, 4, 16)
+    numba_cuda.forward(x, y, table, (numba_cuda.put(gamma), numba_cuda.put(beta), None, None), 1e-5, more)
+    numba_cuda.SIZES = numba_cuda.Sizes(8, 2, 2, 1, 10**6)
+    numba_cuda.backward(numba_cuda.put(np.ones_like(dy)), x, None, table, None, None, False, more)
+    return numba_cuda.host(y), numba_cuda.host(dr)
+
+
+Z = np.float32([*np.linspace(-8, 8, 65), 1e4, -1e4, np.nan])
+
+
+def activations() -> dict[str, np.ndarray]:
+    """f and f' of Z, with the parameter 0.3."""
+    from fastbn.kernels import numba_cuda
+    from fastbn.kernels.numba_cuda.activations import functions_of
+    from fastbn.kernels.numba_cuda.target import cuda
+
+    from fastbn.extras import ACTIVATIONS
+
+    found = {}
+    for name in ACTIVATIONS:
+        f, slope = functions_of(name, np.float32)
+
+        @cuda.jit
+        def both(z, out, f=f, slope=slope):
+            i = cuda.grid(1)
+            out[0, i], out[1, i] = f(z[i], np.float32(0.3)), slope(z[i], np.float32(0.3))
+
+        out = numba_cuda.put(np.zeros((2, Z.size), np.float32))
+        both[Z.size // 4, 4](numba_cuda.put(Z), out)
+        found[name] = numba_cuda.host(out)
+    return found
+
+
 def all_of(cases: list[Any]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for index, case in enumerate(cases):
@@ -542,7 +591,9 @@ def main(path: str, more: bool) -> None:
     sys.setswitchinterval(1e-4)  # the simulator's threads wait for each other by polling: a third of the time
     warnings.simplefilter("ignore")  # NumPy's, of NaN and overflow in a simulated kernel
     results = all_of(MORE_CASES if more else CASES)
-    if not more:
+    if more:
+        results["signs"], results["activations"] = signs(), activations()
+    else:
         results["again"] = [run(case) for case in CASES[:12:4]]
         results["user"] = users_kernel()
         results["copies"] = copies()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from fastbn.kernels import reference
-from numba_cuda_run import FLOAT64, MORE_CASES, MoreCase, more_inputs
+from numba_cuda_run import FLOAT64, MORE_CASES, MoreCase, Z, more_inputs, window
 
 from fastbn.extras import ACTIVATIONS, Extras
 
@@ -194,6 +195,40 @@ def test_gradients(simulated, exact, index):
             np.testing.assert_array_equal(got[name][empty], np.zeros(empty.sum()))
         else:
             assert np.isnan(got[name]).all()
+
+
+@cases
+def test_what_is_read_is_left_alone(simulated, index):
+    case, got = MORE_CASES[index], results(simulated, index)
+    data = more_inputs(case)
+    for name, layout, values in (("x", case.x, data.x), ("dy", case.dy or case.x, data.dy)):
+        if case.in_place != name:
+            np.testing.assert_array_equal(window(got[f"{name} after"], layout, case.shape), values)
+
+
+def test_backward_sees_the_signs_that_forward_saw(simulated):
+    """Where z is a rounding or two, in another cut of the shape: the slope is 1 just where y is above 0."""
+    y, dresidual = simulated["signs"]
+    assert 0.05 < (y > 0).mean() < 0.95
+    np.testing.assert_array_equal(dresidual, (y > 0).astype(np.float32))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_keep_their_digits(simulated, name):
+    """Far from 0 as well, where 1 + erf, 1 - s and 1 - tanh^2 wouldn't."""
+    f, slope = simulated["activations"][name].astype(np.float64)
+    z = Z.astype(np.float64)
+    parameter = float(np.float32(0.3))
+    below = np.array([math.erfc(-v / math.sqrt(2)) / 2 for v in z])
+    exact, exact_slope = reference.activate(name, parameter, z), reference.slope(name, parameter, z)
+    if name == "gelu":  # of which the reference loses them
+        bell = z * np.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+        exact, exact_slope = z * below, below + bell
+    # Where what is added cancels, its own size; erfc's argument is rounded, which z^2 magnifies, as an exponent is.
+    size = below + np.abs(bell) if name == "gelu" else 1.1 if name == "silu" else np.abs(exact_slope)
+    factor = np.where(np.abs(z) < 100, 4 + z**2, 4) * np.finfo(np.float32).eps
+    compare(f.astype(np.float32), exact, factor * np.abs(exact) + 1e-30)
+    compare(slope.astype(np.float32), exact_slope, factor * size + 1e-30)
 
 
 def test_no_case_is_at_a_kink_by_chance(exact):
