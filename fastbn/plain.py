@@ -14,6 +14,7 @@ import numpy as np
 from .arguments import check_eps, check_frozen, check_real, is_normalized
 from .arrays import FLOAT32, FLOAT64, dense_strides
 from .dispatch import Kernels, kernels
+from .extras import Extras
 from .layout import Channels, Collapse, channels_of, collapse
 from .runs import elements
 from .saved import number_type
@@ -50,9 +51,10 @@ def way_of(shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any
 
 
 def forward_plainly(
-    where: str, way: Way, x: np.ndarray, y: np.ndarray, gamma: Any, beta: Any, eps: Any, frozen: Any
-) -> np.ndarray:
-    """Fills y, and gives the table (6, C)."""
+    where: str, way: Way, x: np.ndarray, y: np.ndarray, gamma: Any, beta: Any, eps: Any, frozen: Any,
+    more: Extras | None = None,
+) -> np.ndarray:  # fmt: skip
+    """Fills y, and gives the table (6, C). `more` has an activation at most."""
     eps, shape = check_eps(where, eps), way.channels.shape
     gamma = None if gamma is None else check_real(where, "gamma", gamma, shape, x)
     beta = None if beta is None else check_real(where, "beta", beta, shape, x)
@@ -60,16 +62,17 @@ def forward_plainly(
     backend = kernels(where, x)
     table = np.empty((6, way.channels.number))
     read, written = way.views(backend, x, y)
-    backend.forward(read, written, table, (gamma, beta, mean, var), eps)
+    backend.forward(read, written, table, (gamma, beta, mean, var), eps, more)
     return table
 
 
 def backward_plainly(
-    where: str, way: Way, dy: np.ndarray, x: np.ndarray, dx: np.ndarray, table: np.ndarray, frozen: bool
-) -> tuple[np.ndarray, np.ndarray]:
+    where: str, way: Way, dy: np.ndarray, x: np.ndarray, dx: np.ndarray, table: np.ndarray, frozen: bool,
+    more: Extras | None = None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Fills dx, and gives dgamma and dbeta."""
     backend = kernels(where, x)
     dgamma, dbeta = np.empty(way.channels.number, way.sums), np.empty(way.channels.number, way.sums)
     read_dy, read_x, written = way.views(backend, dy, x, dx)
-    backend.backward(read_dy, read_x, written, table, dgamma, dbeta, frozen)
+    backend.backward(read_dy, read_x, written, table, dgamma, dbeta, frozen, more)
     return dgamma, dbeta

@@ -9,7 +9,7 @@ import numpy as np
 from .arguments import Axis, check_array, check_axis
 from .arrays import FLOAT32, FLOAT64, Span, family_of_values
 from .distributed import Shared
-from .extras import Asked
+from .extras import Asked, ask
 from .host import Caller, caller_of, check_host
 from .layout import channels_of
 from .moments import Moments
@@ -69,12 +69,17 @@ class Saved:
         )
 
     @classmethod
-    def of(cls, x: Any, table: Any, frozen: bool, axis: Axis = 1) -> Saved:
-        """Of x and the `table` of a plain forward pass, for frameworks that keep arrays themselves between passes."""
+    def of(cls, x: Any, table: Any, frozen: bool, axis: Axis = 1, activation: Any = None) -> Saved:
+        """Of x and the `table` of a forward pass with an activation at most, for frameworks that keep arrays
+        themselves between passes."""
         caller = None if type(x) is np.ndarray else caller_of(x)
         walked = check_array("fastbn.Saved.of", "x", x)
         table = check_host("fastbn.Saved.of", "table", table)
-        return cls(walked, walked, check_axis("fastbn.Saved.of", walked, axis), table, frozen, caller=caller)
+        axes = check_axis("fastbn.Saved.of", walked, axis)
+        asked = None
+        if activation is not None:
+            asked = ask("fastbn.Saved.of", walked, axes, walked.dtype, activation=activation)
+        return cls(walked, walked, axes, table, frozen, asked, caller=caller)
 
     @property
     def table(self) -> Any:

@@ -12,6 +12,8 @@ Nor are torch.func's transforms.
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,21 +23,24 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .arguments import describe
 from .batchnorm import backward, forward
+from .extras import ACTIVATIONS, Extras, check_activation
 from .host import TENSORS
 from .plain import backward_plainly, forward_plainly, way_of
 from .saved import Saved
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "batch_norm", "convert", "revert"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Fused", "batch_norm", "convert", "revert"]
 
 # table (6, C) float64 is what `forward` found; mean and var, both or none, are statistics to be taken as they are.
 _FORWARD, _BACKWARD = "fastbn::forward", "fastbn::backward"
 torch.library.define(
     _FORWARD,
-    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps) -> (Tensor y, Tensor table)",
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps, str activation='', "
+    "float parameter=0.0) -> (Tensor y, Tensor table)",
 )
 torch.library.define(
     _BACKWARD,
-    "(Tensor dy, Tensor x, Tensor table, bool frozen, bool[3] need) -> (Tensor dx, Tensor dgamma, Tensor dbeta)",
+    "(Tensor dy, Tensor x, Tensor table, bool frozen, bool[3] need, str activation='', float parameter=0.0) -> "
+    "(Tensor dx, Tensor dgamma, Tensor dbeta)",
 )
 
 
@@ -44,25 +49,41 @@ def _seen(a: Any) -> Any:
     return a if a is None else a.detach() if a.is_cuda else TENSORS.view(a)
 
 
-def _forward(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, eps: float) -> tuple[Tensor, Tensor]:
+def _more(activation: str, parameter: float) -> Extras | None:
+    return Extras(activation, parameter) if activation else None
+
+
+def _pair(activation: str, parameter: float) -> Any:
+    """An activation as `fastbn.forward` takes it."""
+    return None if not activation else activation if ACTIVATIONS[activation] is None else (activation, parameter)
+
+
+def _forward(
+    x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, eps: float, activation: str = "", parameter: float = 0.0
+) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x)
     read, written, gamma, beta = _seen(x), _seen(y), _seen(weight), _seen(bias)
     frozen = None if mean is None else (_seen(mean), _seen(var))
     way = None if x.is_cuda else way_of(read.shape, read.strides, read.dtype, 1)
     if way is not None and written.strides == way.strides:  # nearly every call
-        return y, torch.from_numpy(forward_plainly(_FORWARD, way, read, written, gamma, beta, eps, frozen))
-    _, saved = forward(read, gamma, beta, eps=eps, frozen=frozen, out=written)
+        more = _more(activation, parameter)
+        return y, torch.from_numpy(forward_plainly(_FORWARD, way, read, written, gamma, beta, eps, frozen, more))
+    asked = _pair(activation, parameter)
+    _, saved = forward(read, gamma, beta, eps=eps, frozen=frozen, out=written, activation=asked)
     return y, torch.as_tensor(saved.table)
 
 
-def _backward(dy: Tensor, x: Tensor, table: Tensor, frozen: bool, need: list[bool]) -> tuple[Tensor, ...]:
+def _backward(
+    dy: Tensor, x: Tensor, table: Tensor, frozen: bool, need: list[bool], activation: str = "", parameter: float = 0.0
+) -> tuple[Tensor, ...]:
     dx = torch.empty_like(x) if need[0] else None
     given, read, numbers, written = _seen(dy), _seen(x), _seen(table), _seen(dx)
     way = None if x.is_cuda or not all(need) else way_of(read.shape, read.strides, read.dtype, 1)
     if way is not None and given.strides == read.strides == written.strides == way.strides:  # nearly every call
-        sums = backward_plainly(_BACKWARD, way, given, read, written, numbers, frozen)
+        more = _more(activation, parameter)
+        sums = backward_plainly(_BACKWARD, way, given, read, written, numbers, frozen, more)
         return dx, *map(torch.from_numpy, sums)
-    saved = Saved.of(read, numbers, frozen)
+    saved = Saved.of(read, numbers, frozen, activation=_pair(activation, parameter))
     _, dgamma, dbeta = backward(given, saved, need=need, out=(written, None, None))
     return tuple([table.new_empty(0) if a is None else torch.as_tensor(a) for a in (dx, dgamma, dbeta)])
 
@@ -77,14 +98,16 @@ def _fake_forward(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake(_BACKWARD)
-def _fake_backward(_dy: Tensor, x: Tensor, table: Tensor, _frozen: bool, need: list[bool]) -> tuple[Tensor, ...]:
+def _fake_backward(
+    _dy: Tensor, x: Tensor, table: Tensor, _frozen: bool, need: list[bool], *_: Any
+) -> tuple[Tensor, ...]:
     kind = torch.float64 if x.dtype is torch.float64 else torch.float32
     dx = torch.empty_like(x) if need[0] else table.new_empty(0)
     return dx, *(table.new_empty(x.shape[1], dtype=kind) if n else table.new_empty(0) for n in need[1:])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, mean, _, _ = inputs
+    x, weight, bias, mean, _, _, *ctx.activation = inputs
     ctx.save_for_backward(x, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.frozen = mean is not None
@@ -93,9 +116,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _gradients(ctx: Any, dy: Tensor, _: Any, run: Any = torch.ops.fastbn.backward) -> tuple[Any, ...]:
     need = list(ctx.needs_input_grad[:3])
-    found = run(dy, *ctx.saved_tensors, ctx.frozen, need)
+    found = run(dy, *ctx.saved_tensors, ctx.frozen, need, *ctx.activation)
     kept = [a.to(kind) if n else None for a, n, kind in zip(found, need, ctx.kinds, strict=True)]
-    return *kept, None, None, None
+    return *kept, None, None, None, None, None
 
 
 def _second(*_: Any) -> Any:
@@ -149,6 +172,7 @@ def batch_norm(
     training: bool = False,
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
+    activation: Any = None,
 ) -> Tensor:
     """As `torch.nn.functional.batch_norm`: ``(input - mean) / sqrt(var + eps) * weight + bias``, channels on axis 1.
 
@@ -163,6 +187,9 @@ def batch_norm(
         Normalize by the batch's own statistics.
     momentum : float, or tensor of one value
         The weight of the new batch.
+    activation : str, or (str, float), optional
+        What follows in the same pass, as in `fastbn.forward`. Autograd keeps input alone, not what the activation takes
+        too.
 
     Raises
     ------
@@ -182,12 +209,13 @@ def batch_norm(
         )
     if input.dim() < 2:
         raise ValueError(f"{where}: input is a {describe(input)}; expected at least two axes, (N, C, ...)")
+    name, parameter = check_activation(where, activation)
     if not training:
-        return _normalize(input, weight, bias, running_mean, running_var, eps)[0]
+        return _normalize(input, weight, bias, running_mean, running_var, eps, name, parameter)[0]
     count = input.numel() // (input.shape[1] or 1)
     if count == 1:
         raise ValueError(f"{where}: one value per channel in training (input of shape {tuple(input.shape)}); pass more")
-    y, table = _normalize(input, weight, bias, None, None, eps)
+    y, table = _normalize(input, weight, bias, None, None, eps, name, parameter)
     if count and running_mean is not None:
         _mix(running_mean, table, [0, 1], 1.0, momentum)
     if count and running_var is not None:
@@ -208,6 +236,8 @@ def _mix(running: Tensor, table: Tensor, rows: list[int], scale: float, momentum
 class _Fast(nn.modules.batchnorm._BatchNorm):
     """PyTorch's modules with another forward pass: parameters, buffers, state_dict and repr are its own."""
 
+    activation: Any = None  # what follows in the same pass: `convert`
+
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         momentum: Any = self.momentum
@@ -221,7 +251,11 @@ class _Fast(nn.modules.batchnorm._BatchNorm):
         training = self.training or (mean is None and var is None)
         if self.training and not self.track_running_stats:
             mean = var = None
-        return batch_norm(input, mean, var, self.weight, self.bias, training, momentum, self.eps)
+        return batch_norm(input, mean, var, self.weight, self.bias, training, momentum, self.eps, self.activation)
+
+    def extra_repr(self) -> str:
+        fused = "" if self.activation is None else f", activation={self.activation!r}"
+        return f"{super().extra_repr()}{fused}"
 
 
 class BatchNorm1d(_Fast, nn.BatchNorm1d):
@@ -260,17 +294,73 @@ _OURS: dict[type, type] = {
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
 
-def convert(model: nn.Module) -> nn.Module:
+_FUSED: dict[type, Any] = {
+    nn.ReLU: lambda _: "relu",
+    nn.LeakyReLU: lambda a: ("leaky_relu", a.negative_slope),
+    nn.ReLU6: lambda _: "relu6",
+    nn.ELU: lambda a: ("elu", a.alpha),
+    nn.SiLU: lambda _: "silu",
+    nn.GELU: lambda a: "gelu" if a.approximate == "none" else None,
+    nn.Sigmoid: lambda _: "sigmoid",
+    nn.Tanh: lambda _: "tanh",
+    nn.Hardswish: lambda _: "hardswish",
+}
+
+
+class Fused(nn.Module):
+    """An activation that the batch norm before it takes care of; `revert` makes it what it was.
+
+    >>> import torch, fastbn.torch
+    >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.ReLU())
+    >>> fastbn.torch.convert(model, fuse=True)[1]
+    Fused(ReLU)
+    """
+
+    was: type
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input` itself."""
+        return input
+
+    def extra_repr(self) -> str:
+        return self.was.__name__
+
+
+def convert(model: nn.Module, fuse: bool = False) -> nn.Module:
     """Make every torch.nn.BatchNorm1d, 2d and 3d of a model compute by fastbn, in place; returns the model.
 
     The modules stay the same objects, of another class: parameters, buffers, hooks, modes and optimizers that know
     them are as they were. Subclasses of PyTorch's (SyncBatchNorm, lazy modules, your own) are left alone.
 
+    With `fuse`, an activation that follows one in a torch.nn.Sequential is computed in the same pass (ReLU, LeakyReLU,
+    ReLU6, ELU, SiLU, GELU, Sigmoid, Tanh, Hardswish), and its module does nothing any more: what lies between the two
+    is neither written nor kept for the backward pass. Not where either has hooks, or stands in more than one place.
+
     >>> import torch, fastbn.torch
     >>> fastbn.torch.convert(torch.nn.BatchNorm1d(4)).__class__
     <class 'fastbn.torch.BatchNorm1d'>
     """
-    return _become(model, _OURS)
+    _become(model, _OURS)
+    if fuse:
+        _fuse(model)
+    return model
+
+
+def _fuse(model: nn.Module) -> None:
+    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    for module in list(model.modules()):
+        if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
+            continue
+        for norm, after in pairwise(module):
+            asked = _FUSED[type(after)](after) if type(norm) in _THEIRS and type(after) in _FUSED else None
+            alone = places[id(norm)] == places[id(after)] == 1
+            if asked is not None and norm.activation is None and alone and not (_hooked(norm) or _hooked(after)):
+                norm.activation = asked
+                after.was, after.__class__ = type(after), Fused
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any(value for name, value in vars(module).items() if name.endswith("_hooks") and "state" not in name)
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -280,6 +370,11 @@ def revert(model: nn.Module) -> nn.Module:
     >>> fastbn.torch.revert(fastbn.torch.BatchNorm1d(4)).__class__
     <class 'torch.nn.modules.batchnorm.BatchNorm1d'>
     """
+    for module in model.modules():
+        if type(module) is Fused:
+            module.__class__ = module.__dict__.pop("was")
+        elif type(module) in _THEIRS:
+            module.__dict__.pop("activation", None)
     return _become(model, _THEIRS)
 
 

@@ -203,5 +203,5 @@ def test_a_backend_without_a_feature_says_so(gpu, rng, monkeypatch):
 
 def test_what_the_kernels_of_a_gpu_take():
     both = frozenset({"activation", "residual", "groups"})
-    assert import_module("fastbn.kernels.cuda").FEATURES == both | {"weights"}
-    assert import_module("fastbn.kernels.numba_cuda").FEATURES == both
+    assert both | {"weights"} == import_module("fastbn.kernels.cuda").FEATURES
+    assert both == import_module("fastbn.kernels.numba_cuda").FEATURES
