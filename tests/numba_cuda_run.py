@@ -1,4 +1,4 @@
-"""Cases for the numba.cuda kernels, and a command that runs them: `python numba_cuda_run.py RESULTS [more]`.
+"""Cases for the numba.cuda kernels, and a command that runs them: `python numba_cuda_run.py RESULTS [more | weights]`.
 
 Numba decides at import whether it simulates (NUMBA_ENABLE_CUDASIM=1), so tests run this in a process of its own; on a
 machine with a GPU it may run without the variable. Importing it imports no Numba.
@@ -7,6 +7,7 @@ machine with a GPU it may run without the variable. Importing it imports no Numb
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pickle
 import sys
 import warnings
@@ -176,6 +177,8 @@ class MoreCase(Case):
     dresidual: Layout | None = None  # that of the residual if not given
     sets: tuple[int, ...] = ()  # how many outer indices each has
     rows: int = 1  # outer indices that stay together when the sets' are shuffled; 0: nothing is shuffled
+    weights: str = dataclasses.field(default="", repr=False)  # "positions", "mask", "samples", "none"
+    masked: str = dataclasses.field(default="normalize", repr=False)
 
 
 ALL: dict[str, Any] = {"activation": "silu", "residual": ROWS, "sets": (2, 0, 1, 3), "shape": (6, 3, 11)}
@@ -271,6 +274,79 @@ MORE_CASES = [
 ]
 assert len({case.name for case in MORE_CASES}) == len(MORE_CASES)
 
+MASKED = "normalize", "zero", "keep"
+POSITIONS: dict[str, Any] = {"weights": "positions"}
+WEIGHTED_CASES = [
+    *(
+        MoreCase(f"{kind}, {masked}{', frozen' * frozen}", (3, 3, 23), weights=kind, masked=masked, frozen=frozen)
+        for kind in ("positions", "mask", "samples", "none")
+        for masked in MASKED
+        for frozen in (False, True)
+    ),
+    *(
+        MoreCase(
+            f"all, {named(dtype)}, {kind}, {masked}{', frozen' * frozen}",
+            **{**ALL, "residual": layout, "dtype": dtype, "x": layout, "frozen": frozen, "masked": masked, **POSITIONS},
+        )
+        for dtype in (FLOAT32, FLOAT64, FLOAT16, BFLOAT16)
+        for kind, layout in (("rows", ROWS), ("channels last", COLUMNS))
+        for masked in MASKED
+        for frozen in (False, True)
+        if not frozen or dtype == FLOAT32
+    ),
+    *(
+        MoreCase(f"NaN where w is 0, {masked}{', frozen' * frozen}", frozen=frozen, masked=masked, **more)
+        for masked in MASKED
+        for frozen in (False, True)
+        for more in ({"weights": "mask", "activation": "relu", "spoil": "absent", "sizes": (2, 2, 2, 4, 16)},)
+    ),
+    MoreCase("NaN where w is 0, channels last", x=COLUMNS, weights="mask", masked="zero", spoil="absent"),
+    MoreCase("NaN where w is 0, half", dtype=FLOAT16, weights="positions", masked="keep", spoil="absent"),
+    *(MoreCase(f"{n} values", (1, 2, n), **POSITIONS) for n in (2, 7, 8, 9, 31, 32, 33, 65, 129)),
+    *(MoreCase(f"{n} rows of 3 channels", (n, 3, 1), **POSITIONS, masked="zero") for n in (7, 16, 17, 33)),
+    MoreCase("channels slowest", (9, 4, 5), x=TURNED, **POSITIONS),
+    MoreCase("one channel", (9, 1, 5), **POSITIONS),
+    MoreCase("three layouts", (4, 3, 9), x=COLUMN_WINDOW, y=REVERSED, dy=STEPS, **POSITIONS, masked="keep"),
+    MoreCase("inner shorter than a turn", (23, 2, 3), **POSITIONS),
+    MoreCase("wider blocks, channels last", (5, 7, 31), x=COLUMNS, sizes=(16, 4, 4, 8, 16), **POSITIONS),
+    MoreCase("many pieces", (2, 2, 101), sizes=(4, 2, 2, 1000, 8), **POSITIONS, masked="zero"),
+    *(
+        MoreCase(
+            f"sets, one without weights, {masked}",
+            (6, 3, 23),
+            sets=(1, 3, 0, 2),
+            spoil="a set",
+            masked=masked,
+            **POSITIONS,
+        )
+        for masked in MASKED
+    ),
+    MoreCase("sets of rows that follow", (36, 5, 1), sets=(9, 0, 24, 3), rows=3, **POSITIONS, masked="zero"),
+    MoreCase("sets, channels last", (6, 5, 11), x=COLUMNS, sizes=(16, 4, 4, 8, 16), sets=(2, 4), **POSITIONS),
+    *(MoreCase(f"at {offset:g}", (3, 3, 23), offset=offset, **POSITIONS) for offset in (1e2, 1e4, 1e6)),
+    MoreCase("float64 at 1e6", (3, 3, 23), FLOAT64, offset=1e6, **POSITIONS),
+    MoreCase("dy at 1e3", (3, 3, 23), dy_offset=1e3, **POSITIONS),
+    MoreCase("one value", (3, 3, 23), spoil="one value", offset=1 / 3, **POSITIONS),
+    MoreCase("an outlier", (3, 3, 23), spoil="an outlier", offset=3.0, **POSITIONS),
+    MoreCase("NaN in a channel", (3, 3, 23), spoil="NaN", weights="samples", masked="keep"),
+    MoreCase("squares overflow", (3, 3, 23), scale=1e20, offset=1e21, eps=1e-30, **POSITIONS),
+    MoreCase("squares underflow", (3, 3, 23), scale=1e-30, offset=0.0, eps=1e-62, **POSITIONS),
+    MoreCase("small weights", (3, 3, 23), spoil="small weights", **POSITIONS),
+    *(
+        MoreCase(f"{want or 'statistics only'}, {masked}", **{**ALL, "want": want, "masked": masked, **POSITIONS})
+        for want in ("", "dx", "dresidual", "dgamma", "dbeta")
+        for masked in ("normalize", "keep")
+    ),
+    *(
+        MoreCase(f"dx to {place}, {masked}{', frozen' * frozen}", in_place=place, frozen=frozen, masked=masked, **more)
+        for place in ("dy", "x")
+        for masked in MASKED
+        for frozen in (False, True)
+        for more in ({**ALL, **POSITIONS},)
+    ),
+]
+assert len({case.name for case in WEIGHTED_CASES}) == len(WEIGHTED_CASES)
+
 
 @dataclasses.dataclass
 class Inputs:
@@ -320,10 +396,47 @@ class MoreInputs(Inputs):
     residual: np.ndarray | None
     starts: np.ndarray | None
     order: np.ndarray | None
+    weights: np.ndarray | None = None  # (O, 1, I)
+
+    def mass(self) -> np.ndarray | None:
+        """(G,)"""
+        if self.weights is None:
+            return None
+        outer = self.weights.shape[0]
+        order = np.arange(outer) if self.order is None else self.order
+        starts = np.array([0, outer]) if self.starts is None else self.starts
+        return np.array([self.weights[order[i:j]].sum(dtype=np.float64) for i, j in itertools.pairwise(starts)])
 
 
 def more_inputs(case: MoreCase) -> MoreInputs:
-    """x, and given statistics, are other ones in each set."""
+    """x, and given statistics, are other ones in each set; with weights."""
+    data = _without_weights(case)
+    if not case.weights:
+        return data
+    rng = np.random.default_rng(zlib.crc32(repr(case).encode()) + 2)
+    outer, _, inner = case.shape
+    number = FLOAT64 if case.dtype == FLOAT64 else FLOAT32
+    w = {
+        "positions": rng.gamma(1.0, 1.0, (outer, 1, inner)) * (rng.random((outer, 1, inner)) < 0.8),
+        "mask": rng.random((outer, 1, inner)) < 0.6,
+        "samples": np.broadcast_to((np.arange(outer) * 2 % 3)[:, None, None], (outer, 1, inner)),
+        "none": np.zeros((outer, 1, inner)),
+    }[case.weights].astype(number)
+    if case.spoil == "a set":
+        assert data.order is not None
+        w[data.order[1:4]] = 0
+    elif case.spoil == "small weights":
+        w *= number.type(2.0**-120)
+    elif case.spoil == "absent":
+        here = np.broadcast_to(w == 0, case.shape)
+        data.x[here] = np.resize([np.nan, np.inf, -np.inf], here.sum())
+        if case.masked != "normalize":
+            data.dy[here] = np.resize([np.inf, np.nan], here.sum())
+    data.weights = w
+    return data
+
+
+def _without_weights(case: MoreCase) -> MoreInputs:
     data = inputs(case)
     rng = np.random.default_rng(zlib.crc32(repr(case).encode()) + 1)
     residual = rng.normal(size=case.shape).astype(case.dtype) if case.residual else None
@@ -384,6 +497,9 @@ def run(case: Case) -> dict[str, Any]:
         r = None if data.residual is None or case.residual is None else put(case.residual, data.residual)[1]
         also = (Extras(case.activation, case.parameter, r, order=data.order, starts=data.starts),)
         columns *= max(1, len(case.sets))
+        if data.weights is not None:
+            mass = numba_cuda.put(np.full(max(1, len(case.sets)), np.nan))
+            also = (also[0]._replace(weights=numba_cuda.put(data.weights), masked=case.masked, mass=mass),)
     table = numba_cuda.put(np.full((6, columns), np.nan))
     x = put(x_layout, data.x)
     y = x if case.in_place else put(y_layout, None)
@@ -400,6 +516,8 @@ def run(case: Case) -> dict[str, Any]:
     numba_cuda.backward(dy[1], x[1], dx[1] if "dx" in want else None, table, dgamma, dbeta, case.frozen, *also)
     results |= {"dx": read(dx[0]), **{name: numba_cuda.host(a) for name, a in sums.items()}}
     results |= {"x after": read(x[0]), "dy after": read(dy[0])}
+    if also and also[0].weights is not None:
+        results["mass"] = numba_cuda.host(also[0].mass)
     return results if dr is None else {**results, "dresidual": read(dr[0])}
 
 
@@ -587,13 +705,13 @@ def all_of(cases: list[Any]) -> dict[str, Any]:
     return results
 
 
-def main(path: str, more: bool) -> None:
+def main(path: str, kind: str) -> None:
     sys.setswitchinterval(1e-4)  # the simulator's threads wait for each other by polling: a third of the time
     warnings.simplefilter("ignore")  # NumPy's, of NaN and overflow in a simulated kernel
-    results = all_of(MORE_CASES if more else CASES)
-    if more:
+    results = all_of({"": CASES, "more": MORE_CASES, "weights": WEIGHTED_CASES}[kind])
+    if kind == "more":
         results["signs"], results["activations"] = signs(), activations()
-    else:
+    elif not kind:
         results["again"] = [run(case) for case in CASES[:12:4]]
         results["user"] = users_kernel()
         results["copies"] = copies()
@@ -605,4 +723,4 @@ def main(path: str, more: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], "more" in sys.argv[2:])
+    main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "")

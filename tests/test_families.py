@@ -582,36 +582,50 @@ np.testing.assert_allclose(z.copy_to_host(), fastbn.reference.infer(x, running.m
 fastbn.forward(put(x), out=y)
 r = rng.normal(3, 2, x.shape).astype(np.float32)
 groups = np.array([2, 0, 0, 2, 3, 0])  # nobody is in group 1
+w = (rng.gamma(1.0, 1.0, (6, 7)) * (rng.random((6, 7)) < 0.7)).astype(np.float32)
+w[4] = 0  # all of group 3
 for asked in (
     {"activation": "silu"},
     {"activation": ("leaky_relu", 0.2), "residual": r},
     {"groups": 4},
     {"groups": groups, "activation": "gelu", "residual": r},
+    {"weights": w},
+    {"weights": w.reshape(6, 1, 7), "masked": "zero", "groups": groups, "activation": "silu", "residual": r},
+    {"weights": w, "masked": "keep", "groups": [2, 4]},
 ):
-    there = {k: put(v) if k == "residual" else v for k, v in asked.items()}
+    there = {k: put(v) if k in ("residual", "weights") else v for k, v in asked.items()}
     z, kept = fastbn.reference.forward(x, gamma, beta, **asked)
     y, saved = fastbn.forward(put(x), put(gamma), put(beta), **there)
     wanted, got = [z, *fastbn.reference.backward(dy, kept)], [y, *fastbn.backward(put(dy), saved)]
-    mean, var = rng.normal(3, 1, (2, *([4] if "groups" in asked else []), 3)).astype(np.float32) ** 2
+    found, right = saved.moments, kept.moments
+    for a, b in zip(*((found, right) if "groups" in asked else ([found], [right])), strict=True):
+        np.testing.assert_allclose(a.count, b.count, rtol=1e-6)
+        np.testing.assert_allclose(a.mean, b.mean, rtol=1e-6)
+    sets = () if "groups" not in asked else (2,) if isinstance(asked["groups"], list) else (4,)
+    mean, var = rng.normal(3, 1, (2, *sets, 3)).astype(np.float32) ** 2
     wanted.append(fastbn.reference.infer(x, mean, var, gamma, beta, **asked))
     got.append(fastbn.infer(put(x), put(mean), put(var), put(gamma), put(beta), **there))
     assert len(got) == len(wanted) == 5 + ("residual" in asked)
     for a, b in zip(got, wanted, strict=True):
         assert type(a) is type(y)
         np.testing.assert_allclose(a.copy_to_host(), b, rtol=1e-5, atol=2e-5)  # sums of 42 values of about 10
+some, right = fastbn.moments(put(x), weights=put(w)), fastbn.reference.moments(x, weights=w)
+np.testing.assert_allclose([some.count], [right.count], rtol=1e-6)
+np.testing.assert_allclose([some.mean, some.var()], [right.mean, right.var()], rtol=1e-6)
 empty = fastbn.moments(put(np.ones((0, 3), np.float32)))
 assert empty.count == 0
 np.testing.assert_array_equal(empty.mean, np.zeros(3))
-ones = np.ones((6, 1, 7), np.float32)
 for call, error, text in (
     (lambda: fastbn.forward(put(x), gamma), TypeError, "gamma is a float32 array of shape (3,) in main memory"),
     (lambda: fastbn.forward(x, put(gamma)), TypeError, "gamma is a float32 Numba device array"),
     (lambda: fastbn.forward(put(x), put(gamma.astype(np.float16))), TypeError, "can't be converted where they are"),
     (lambda: fastbn.forward(put(x), weights=put(np.float32([1] * 6))), TypeError, "can't be converted where they are"),
-    (lambda: fastbn.forward(put(x), weights=put(ones)), TypeError, "weights can't be had from the backend 'numba"),
+    (lambda: fastbn.forward(put(x), weights=put(w > 0)), TypeError, "can't be converted where they are"),
+    (lambda: fastbn.forward(put(x), weights=put(w[:, :6].copy())), ValueError, "weights has shape (6, 6)"),
+    (lambda: fastbn.forward(put(x), weights=put(np.tile(w, 2))[:, ::2]), TypeError, "converted where they are"),
     (lambda: fastbn.BatchNorm(3, like=put(x)), TypeError, "like is a float32 Numba device array"),
     (lambda: fastbn.Moments(3, put(gamma), put(gamma)), TypeError, "which can't be computed with"),
-    (lambda: fastbn.forward(put(x), weights=np.ones(6)), TypeError, "weights with arrays on a GPU are not there yet"),
+    (lambda: fastbn.forward(put(x), weights=np.ones(6)), TypeError, "weights is a float64 array of shape (6,) in main"),
     (lambda: fastbn.forward(put(x), save="y"), TypeError, "save='y' with arrays on a GPU is not there"),
 ):
     try:

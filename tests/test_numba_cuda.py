@@ -306,9 +306,10 @@ from fastbn.kernels.numba_cuda import kernels as k
 
 place, cut, table, part = t.UniTuple(t.int64, 6), t.UniTuple(t.int64, 7), t.float64[:, ::1], t.float64[:, :, ::1]
 c, i, f, none = t.float32[::1], t.int64, t.float64, t.Tuple(())
+finish = k.finishes_of(False)
 wanted = [
-    (k.forward_finish, (part, table, c, c, c, c, i, f, i)),
-    (k.backward_finish, (part, table, c, c, table, i, i)),
+    (finish.forward, (part, table, c, c, c, c, i, f, i, none)),
+    (finish.backward, (part, table, c, c, table, i, i, none)),
     (k.copy_all, (c, t.UniTuple(i, 4), c, t.UniTuple(i, 4), t.UniTuple(i, 3), i)),
 ]
 for name, element in (("float32", t.float32), ("float64", t.float64), ("float16", t.float16), ("int16", t.int16)):

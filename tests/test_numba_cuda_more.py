@@ -310,7 +310,7 @@ found = {}
 for name, element, how in every:
     x, run = element[::1], k.kernels_of(name, how)
     r, dr = ((x, place) if there else (none, none) for there in (how.residual, how.dresidual))
-    more = t.NamedTuple([t.int64[::1] if how.sets else none, *r, *dr, t.float64], k.More)
+    more = t.NamedTuple([t.int64[::1] if how.sets else none, *r, *dr, none, none, t.float64], k.More)
     walk = tracked if how.tracked else cut
     for kernel, signature in (
         *([(run.forward_sums, (x, place, walk, part, more))] if how.sets else []),
@@ -335,7 +335,7 @@ def test_ptx(tmp_path):
     found = pickle.loads(path.read_bytes())
     assert len(found) == 3 * (len(ACTIVATIONS) + 8) + 6  # the sums of forward know of sets alone
     for (element, how, name), text in found.items():
-        activation, residual, dresidual, sets, dx, constant = how
+        activation, residual, dresidual, sets, _, dx, constant = how
         assert not re.search(r"\.local|\bcall\b|\batom\b|\bred\b|\bshfl\b", text), (element, how, name)
         bodies = [body for body in loops(text) if any("ld.global" in line for line in body)]
         assert not any(re.match(r"(div|rem)\.[su]\d", line) for body in bodies for line in body), (element, how, name)

@@ -16,11 +16,15 @@ arithmetic of the data. Those join float64 sums about the mean of the thread's f
 a channel, merge by Chan's formula (Chan, Golub & LeVeque 1983) in trees whose order depends on the shape alone. An
 outlier spoils the precision of its eight only. No atomics: the same arguments give the same bits, on every device.
 
-**Beyond batch norm.** An activation, a residual and sets of outer indices (`groups`) are compiled into the same three
-launches, each combination on its own when it first comes; a plain call pays nothing. Backward computes what the slope
-is of from x again, by forward's roundings, in the sums and in the map. Sets have blocks of their own, as many as the
-largest needs, and a list of outer indices on the device, which is kept for the next call on the stream. A new one is
-copied from main memory, for which Numba waits until the stream's earlier work is done.
+**Beyond batch norm.** An activation, a residual, sets of outer indices (`groups`) and weights are compiled into the
+same three launches, each combination on its own when it first comes; a plain call pays nothing. Backward computes what
+the slope is of from x again, by forward's roundings, in the sums and in the map. Sets have blocks of their own, as many
+as the largest needs, and a list of outer indices on the device, which is kept for the next call on the stream. A new
+one is copied from main memory, for which Numba waits until the stream's earlier work is done.
+
+Weights are one more array to read, where they count: in forward's sums, in backward's map, and, if they mask, in all. A
+value counts by its weight in the sums of its eight, about their weighted mean; one whose weight is 0 is left out, NaN
+or not. Sums of weights are float64.
 
 **Streams.** A call runs on the stream of its first array that has one (`array.stream`: `cuda.as_cuda_array` takes it
 from `__cuda_array_interface__`, `array.bind(stream)` sets it), else on Numba's default stream; it waits for nothing but
@@ -58,7 +62,7 @@ from .blocks import (
     merge_moments,
     normalize,
 )
-from .kernels import BETA, FROZEN, GAMMA, PLAIN, How, More, backward_finish, forward_finish, kernels_of
+from .kernels import BETA, FROZEN, GAMMA, PLAIN, How, More, finishes_of, kernels_of
 from .plan import Sizes, plan_of
 from .target import cuda
 
@@ -84,7 +88,7 @@ __all__ = [
 
 SIZES = Sizes()
 
-FEATURES = frozenset({"activation", "residual", "groups"})  # of `fastbn.kernels`' `more`
+FEATURES = frozenset({"activation", "residual", "groups", "weights"})  # of `fastbn.kernels`' `more`
 
 _kept = threading.local()
 
@@ -99,52 +103,59 @@ def element_view(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
 def forward(x: Any, y: Any, table: Any, given: tuple[Any, Any, Any, Any], eps: float, more: Any = None) -> None:
     gamma, beta, mean, _ = given
     flags = GAMMA * (gamma is not None) | BETA * (beta is not None) | FROZEN * (mean is not None)
-    how, r = PLAIN, None
+    how, r, w = PLAIN, None, None
     if more is not None:
-        r = None if y is None else more.residual
-        how = How("" if y is None else more.activation, r is not None, sets=_has_sets(more))
-    stream = stream_of(x, y, table, r)
+        r, w = None if y is None else more.residual, _weights(more, mean is not None)
+        how = How("" if y is None else more.activation, r is not None, False, _has_sets(more), _mode(more, w))
+    stream = stream_of(x, y, table, r, w)
+    by_weights = w is not None and mean is None
     with on(x):
-        cut, walk, (read, write, beside), also = _planned((x, y, r), how, more, stream)
+        cut, walk, (read, write, beside, weigh), also = _planned((x, y, r, w), how, more, stream)
         run, columns = kernels_of(x.dtype.name, how), table.shape[1]
         work = _workspace(x, stream, 4 * cut.pieces * columns)
         part = _cube(work, 0, (4, cut.pieces, columns))
         if also:
-            also = also._replace(r=beside[0], beside=beside[1])
+            also = also._replace(r=beside[0], beside=beside[1], w=weigh[0], along=weigh[1])
         if not flags & FROZEN:
             launch(run.forward_sums, cut.grid, cut.threads, stream, (*read, walk, part, also))
         spare = next((a for a in given if a is not None), work)  # is not read
         blocks, threads, lanes = cut.finish
         arguments = (part, table, *(spare if a is None else a for a in given), flags, float(eps), lanes)
-        launch(forward_finish, blocks, threads, stream, arguments)
+        mass = more.mass if by_weights else ()
+        launch(finishes_of(by_weights).forward, blocks, threads, stream, (*arguments, mass))
         if y is not None:
             launch(run.forward_map, cut.grid, cut.threads, stream, (*read, *write, walk, table, True, also))
 
 
 def backward(dy: Any, x: Any, dx: Any, table: Any, dgamma: Any, dbeta: Any, frozen: bool, more: Any = None) -> None:
     flags = GAMMA * (dgamma is not None) | BETA * (dbeta is not None) | FROZEN * frozen
-    how, r, dr = PLAIN, None, None
+    how, r, dr, w = PLAIN, None, None, None
     if more is not None:
-        r, dr = more.residual if more.activation else None, more.dresidual
-        how = How(more.activation, r is not None, dr is not None, _has_sets(more))
+        r, dr, w = more.residual if more.activation else None, more.dresidual, _weights(more, frozen)
+        how = How(more.activation, r is not None, dr is not None, _has_sets(more), _mode(more, w))
     scaled = frozen and not how.activation and dr is None  # dx = a dy
     if how is not PLAIN and not scaled:
         how = how._replace(dx=dx is not None, constant=frozen or dx is None)
-    stream = stream_of(dy, x, dx, table, r, dr)
+    stream = stream_of(dy, x, dx, table, r, dr, w)
+    by_weights = w is not None and not frozen
     with on(x):
-        cut, walk, (read, come, write, beside, behind), also = _planned((x, dy, dx, r, dr), how, more, stream)
+        arrays = x, dy, dx, r, dr, w
+        cut, walk, (read, come, write, beside, behind, weigh), also = _planned(arrays, how, more, stream)
         run, columns = kernels_of(x.dtype.name, how), table.shape[1]
         work = _workspace(x, stream, (5 * cut.pieces + 4) * columns)
         coefficients = _cube(work, 0, (4, columns))
         if also:
             also = also._replace(r=beside[0], beside=beside[1], dr=behind[0], behind=behind[1])
+            also = also._replace(w=weigh[0], along=weigh[1])
         if flags & (GAMMA | BETA) or not (frozen or dx is None):
             part = _cube(work, 4 * columns, (5, cut.pieces, columns))
             launch(run.backward_sums, cut.grid, cut.threads, stream, (*come, *read, walk, table, part, also))
             spare = next((a for a in (dgamma, dbeta) if a is not None), work)  # is not written
             blocks, threads, lanes = cut.finish
             gradients = [spare if a is None else a for a in (dgamma, dbeta)]
-            launch(backward_finish, blocks, threads, stream, (part, table, *gradients, coefficients, flags, lanes))
+            mass = more.mass if by_weights else ()
+            arguments = (part, table, *gradients, coefficients, flags, lanes, mass)
+            launch(finishes_of(by_weights).backward, blocks, threads, stream, arguments)
         if scaled and dx is not None:
             launch(run.forward_map, cut.grid, cut.threads, stream, (*come, *write, walk, table, False, also))
         elif dx is not None or dr is not None:
@@ -156,10 +167,24 @@ def _has_sets(more: Any) -> bool:
     return more.starts is not None and len(more.starts) > 2
 
 
+def _weights(more: Any, frozen: bool) -> Any:
+    """With given statistics they can but mask."""
+    return None if frozen and more.masked == "normalize" else more.weights
+
+
+def _mode(more: Any, weights: Any) -> str:
+    return "" if weights is None else str(more.masked)
+
+
 def _planned(arrays: tuple[Any, ...], how: How, more: Any, stream: Any) -> Any:
-    """The plan; `cut` as kernels take it; each array as they do, flat and with its place; their argument `more`."""
+    """The plan; `cut` as kernels take it; each array as they do, flat and with its place; their argument `more`.
+
+    Weights, if there are any, are the last array.
+    """
     there = [a for a in arrays if a is not None]
-    shape, strides = tuple(there[0].shape), [tuple(a.strides) for a in there]
+    shape, strides, size = tuple(there[0].shape), [tuple(a.strides) for a in there], there[0].dtype.itemsize
+    if how.weights:  # contiguous, the same for all channels; a plan counts in elements of x
+        strides[-1] = shape[2] * size, 0, size
     sets, lists = (), ()
     if how.sets:
         lists, height, rows = _lists(more.starts, more.order, shape)
@@ -167,7 +192,7 @@ def _planned(arrays: tuple[Any, ...], how: How, more: Any, stream: Any) -> Any:
         if rows > 1:
             shape, strides = (shape[0] // rows, shape[1], rows), [(rows * o, c, o) for o, c, _ in strides]
         lists = _on_device(lists, there[0], stream)
-    cut = plan_of(shape, there[0].dtype.itemsize, tuple(strides), SIZES, *sets)
+    cut = plan_of(shape, size, tuple(strides), SIZES, *sets)
     seen = iter([(flat(a), place) for a, place in zip(there, cut.places, strict=True)])
     taken = [((), ()) if a is None else next(seen) for a in arrays]
     also: Any = () if how == PLAIN else More(lists, parameter=float(more.parameter))

@@ -113,3 +113,11 @@ def normalize(x, hi, lo, scale, beta):  # type: ignore[no-untyped-def]
 def gradient(dy, x, ghi, glo, hi, lo, a, b):  # type: ignore[no-untyped-def]
     """a ((dy - ghi) - glo) + b ((x - hi) - lo), in the type of the arguments."""
     return a * ((dy - ghi) - glo) + b * ((x - hi) - lo)
+
+
+@cuda.jit(device=True)
+def weighted_gradient(g, x, w, ghi, glo, hi, lo, a, b):  # type: ignore[no-untyped-def]
+    """a ((g - w ghi) - w glo) + w (b ((x - hi) - lo)), in the type of the arguments; x is absent where w is 0."""
+    if w == 0.0:
+        return a * g
+    return a * ((g - w * ghi) - w * glo) + w * (b * ((x - hi) - lo))

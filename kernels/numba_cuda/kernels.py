@@ -22,6 +22,7 @@ from .blocks import (
     merge_moments,
     normalize,
     two_sum,
+    weighted_gradient,
 )
 from .plan import VALUES
 from .target import cuda
@@ -75,6 +76,11 @@ def in_range(a):  # type: ignore[no-untyped-def]
     return a == 0.0 or 1e-30 < abs(a) < 1e30
 
 
+def where_asked(there: bool, function: Any, otherwise: Any) -> Any:
+    """A device function: Numba mustn't see what `more` doesn't have."""
+    return cuda.jit(function if there else otherwise, device=True)
+
+
 class How(NamedTuple):
     """What a call asks for beyond batch norm. Each is compiled on its own."""
 
@@ -82,13 +88,14 @@ class How(NamedTuple):
     residual: bool = False  # z = gamma invstd (x - mean) + beta + r
     dresidual: bool = False  # backward_map writes g = dy f'(z)
     sets: bool = False  # of outer indices, with statistics of their own
+    weights: str = ""  # statistics by weights, and what is done where one is 0: "normalize", "zero" or "keep"
     dx: bool = True  # backward_map writes dx
     constant: bool = False  # statistics are: dx = a g
 
     @property
     def tracked(self) -> bool:
         """Whether kernels want to know the outer index."""
-        return self.residual or self.dresidual or self.sets
+        return self.residual or self.dresidual or self.sets or self.weights != ""
 
 
 PLAIN = How()
@@ -102,6 +109,8 @@ class More(NamedTuple):
     beside: Any = ()  # the place of r
     dr: Any = ()
     behind: Any = ()  # the place of dr
+    w: Any = ()
+    along: Any = ()  # the place of w
     parameter: float = 0.0  # of the activation
 
 
@@ -118,14 +127,11 @@ def kernels_of(name: str, how: How = PLAIN) -> Kernels:
     real: Any = np.float64 if name == "float64" else np.float32
     load = {"float64": load_double, "int16": load_bfloat}.get(name, load_single)
     save = {"float64": save_double, "float16": save_half, "int16": save_bfloat}.get(name, save_single)
-    small, large, eighth, zero = real(1e-30), real(1e30), real(0.125), real(0)
+    small, large, eighth, zero, one = (real(k) for k in (1e-30, 1e30, 0.125, 0, 1))
     first_value, start, turned, moved = LISTED if how.sets else TRACKED if how.tracked else FOLLOWED
     f, slope = functions_of(how.activation, real)
     sloped, writes_dx, constant = how.activation != "", how.dx, how.constant
-
-    def where_asked(there: bool, function: Any, otherwise: Any) -> Any:
-        """A device function: Numba mustn't see what `more` doesn't have."""
-        return cuda.jit(function if there else otherwise, device=True)
+    weighted, masked, keeps = how.weights != "", how.weights in ("zero", "keep"), how.weights == "keep"
 
     parameter = where_asked(sloped, lambda more: real(more.parameter), lambda _: zero)
     place_r = where_asked(
@@ -136,6 +142,9 @@ def kernels_of(name: str, how: How = PLAIN) -> Kernels:
     place_dr = where_asked(
         how.dresidual, lambda more, row, c, i: where(more.behind, row, c, i), lambda _more, _row, _c, _i: 0
     )
+    place_w = where_asked(weighted, lambda more, row, c, i: where(more.along, row, c, i), lambda _more, _row, _c, _i: 0)
+    read_w = where_asked(weighted, lambda more, at: more.w[np.uint64(at)], lambda _more, _at: one)
+    absent = where_asked(masked, lambda w: w == zero, lambda _: False)
     save_dr = where_asked(how.dresidual, lambda more, at, g: save(more.dr, at, g), lambda _more, _at, _g: None)
 
     @cuda.jit(device=True)
@@ -175,7 +184,7 @@ def kernels_of(name: str, how: How = PLAIN) -> Kernels:
 
     @cuda.jit(device=True)
     def by_z(g, v, r, k, p):  # type: ignore[no-untyped-def]
-        """g = dy f'(z) in the place of dy, for eight."""
+        """g = dy f'(z) in the place of dy, for eight; what is masked is left to `present`."""
         if sloped:
             z = cuda.local.array(VALUES, real)
             linear(v, z, k)
@@ -185,6 +194,15 @@ def kernels_of(name: str, how: How = PLAIN) -> Kernels:
     @cuda.jit(device=True)
     def by_z_single(dy, x, r, k, p):  # type: ignore[no-untyped-def]
         return dy * slope(plus(linear_single(x, k), r), p) if sloped else dy
+
+    @cuda.jit(device=True)
+    def present(value, w):  # type: ignore[no-untyped-def]
+        return zero if absent(w) else value
+
+    @cuda.jit(device=True)
+    def unless_kept(value, w, kept):  # type: ignore[no-untyped-def]
+        """What is written; `kept`, what was read there, where the mask keeps it."""
+        return kept if keeps and absent(w) else value
 
     @cuda.jit(device=True)
     def terms_of(table, coefficients, s):  # type: ignore[no-untyped-def]
@@ -200,15 +218,19 @@ def kernels_of(name: str, how: How = PLAIN) -> Kernels:
         return narrow, ghi, glo, hi, lo, a, b, gh, grest, h, rest, real(a), real(b)
 
     @cuda.jit(device=True)
-    def near_by_x(g, x, k):  # type: ignore[no-untyped-def]
+    def near_by_x(g, x, w, k):  # type: ignore[no-untyped-def]
         if constant:  # where x is NaN, a g needn't be
             return k[11] * g
+        if weighted:
+            return weighted_gradient(g, x, w, k[7], k[8], k[9], k[10], k[11], k[12])
         return gradient(g, x, k[7], k[8], k[9], k[10], k[11], k[12])
 
     @cuda.jit(device=True)
-    def far_by_x(g, x, k):  # type: ignore[no-untyped-def]
+    def far_by_x(g, x, w, k):  # type: ignore[no-untyped-def]
         if constant:
             return real(k[5] * float64(g))
+        if weighted:
+            return real(weighted_gradient(float64(g), float64(x), float64(w), k[1], k[2], k[3], k[4], k[5], k[6]))
         return real(gradient(float64(g), float64(x), k[1], k[2], k[3], k[4], k[5], k[6]))
 
     @cuda.jit(device=True)
@@ -241,6 +263,48 @@ def kernels_of(name: str, how: How = PLAIN) -> Kernels:
         return pivot, total, squares
 
     @cuda.jit(device=True)
+    def weighted_deviations(v, w):  # type: ignore[no-untyped-def]
+        """The same by weights, and the sum of these first. What has none is absent, NaN or not."""
+        some = near = s = q = zero
+        mass = 0.0
+        for e in range(VALUES):
+            if w[e] != zero:
+                some = v[e]  # about which equal values are their mean, exactly
+                mass += float64(w[e])
+        if mass == 0.0:
+            return mass, 0.0, 0.0, 0.0
+        for e in range(VALUES):
+            if w[e] != zero:
+                near += w[e] * (v[e] - some)
+        near = some + near / real(mass)
+        for e in range(VALUES):
+            if w[e] != zero:
+                d = v[e] - near
+                s += w[e] * d
+                q += w[e] * d * d
+        if small < q < large:
+            return mass, float64(near), float64(s), float64(q)
+        pivot = 0.0
+        for e in range(VALUES):
+            if w[e] != zero:
+                pivot += float64(w[e]) * (float64(v[e]) - float64(some))
+        pivot = float64(some) + pivot / mass
+        total = squares = 0.0
+        for e in range(VALUES):
+            if w[e] != zero:
+                u = float64(v[e]) - pivot
+                total += float64(w[e]) * u
+                squares += float64(w[e]) * u * u
+        return mass, pivot, total, squares
+
+    @cuda.jit(device=True)
+    def plain_deviations(v, _w):  # type: ignore[no-untyped-def]
+        pivot, total, squares = deviations(v)
+        return float64(VALUES), pivot, total, squares
+
+    deviations_of = weighted_deviations if weighted else plain_deviations
+
+    @cuda.jit(device=True)
     def codeviations(g, d):  # type: ignore[no-untyped-def]
         """Of eight pairs: the mean of g; the sums of the deviations u from it, of d, and of u d."""
         near = mean(g)
@@ -263,32 +327,34 @@ def kernels_of(name: str, how: How = PLAIN) -> Kernels:
 
     @cuda.jit
     def forward_sums(x, place, cut, part, more):  # type: ignore[no-untyped-def]
-        """x flat -> part (4, pieces, G C): count, mean as hi and lo, M2."""
+        """x flat -> part (4, pieces, G C): count, or sum of weights, mean as hi and lo, M2."""
         c, s, piece, j, o, i, row, end, rows = first_value(cuda.blockIdx.x, cut, more)
         at = start(place, o, row, c, i)
         v = cuda.local.array(VALUES, real)
+        w = cuda.local.array(VALUES, real)
         n = pivot = total = q = 0.0
         while j + (VALUES - 1) * rows < end:
             for e in range(VALUES):
-                v[e] = load(x, at)
+                v[e], w[e] = load(x, at), read_w(more, place_w(more, row, c, i))
                 o, i, row = turned(o, i, cut, more)
                 at = moved(at, place, row, c, i)
-            mean_x, t, r = deviations(v)
+            m, mean_x, t, r = deviations_of(v, w)
             if n == 0.0:
                 pivot = mean_x
             d = mean_x - pivot
-            n += VALUES
-            total += t + VALUES * d
-            q += r + d * (2.0 * t + VALUES * d)
+            n += m
+            total += t + m * d
+            q += r + d * (2.0 * t + m * d)
             j += VALUES * rows
         while j < end:
-            value = float64(load(x, at))
-            if n == 0.0:
-                pivot = value
-            d = value - pivot
-            n += 1.0
-            total += d
-            q += d * d
+            value, m = float64(load(x, at)), float64(read_w(more, place_w(more, row, c, i)))
+            if m != 0.0:
+                if n == 0.0:
+                    pivot = value
+                d = value - pivot
+                n += m
+                total += m * d
+                q += m * d * d
             o, i, row = turned(o, i, cut, more)
             at = moved(at, place, row, c, i)
             j += rows
@@ -312,19 +378,24 @@ def kernels_of(name: str, how: How = PLAIN) -> Kernels:
         k, p = numbers_of(table, s, centred), parameter(more)
         at, to = start(place, o, row, c, i), start(target, o, row, c, i)
         v = cuda.local.array(VALUES, real)
+        z = cuda.local.array(VALUES, real)
         r = cuda.local.array(VALUES, real)
+        w = cuda.local.array(VALUES, real)
         tos = cuda.local.array(VALUES, np.int64)
         while j + (VALUES - 1) * rows < end:
             for e in range(VALUES):
                 v[e], r[e], tos[e] = load(x, at), read_r(more, place_r(more, row, c, i)), to
+                w[e] = read_w(more, place_w(more, row, c, i))
                 o, i, row = turned(o, i, cut, more)
                 at, to = moved(at, place, row, c, i), moved(to, target, row, c, i)
-            linear(v, v, k)
+            linear(v, z, k)
             for e in range(VALUES):
-                save(y, tos[e], f(plus(v[e], r[e]), p))
+                save(y, tos[e], unless_kept(present(f(plus(z[e], r[e]), p), w[e]), w[e], v[e]))
             j += VALUES * rows
         while j < end:
-            save(y, to, f(plus(linear_single(load(x, at), k), read_r(more, place_r(more, row, c, i))), p))
+            value, weight = load(x, at), read_w(more, place_w(more, row, c, i))
+            u = f(plus(linear_single(value, k), read_r(more, place_r(more, row, c, i))), p)
+            save(y, to, unless_kept(present(u, weight), weight, value))
             o, i, row = turned(o, i, cut, more)
             at, to = moved(at, place, row, c, i), moved(to, target, row, c, i)
             j += rows
@@ -339,33 +410,37 @@ def kernels_of(name: str, how: How = PLAIN) -> Kernels:
         g = cuda.local.array(VALUES, real)
         d = cuda.local.array(VALUES, real)
         r = cuda.local.array(VALUES, real)
+        w = cuda.local.array(VALUES, real)
         n = pivot = total = total_d = products = 0.0
         while j + (VALUES - 1) * rows < end:
             for e in range(VALUES):
                 g[e], d[e], r[e] = load(dy, of), load(x, at), read_r(more, place_r(more, row, c, i))
+                w[e] = read_w(more, place_w(more, row, c, i))
                 o, i, row = turned(o, i, cut, more)
                 at, of = moved(at, place, row, c, i), moved(of, origin, row, c, i)
             by_z(g, d, r, k, p)
             for e in range(VALUES):
-                d[e] -= h
-            mean_g, u, w, uw = codeviations(g, d)
+                g[e], d[e] = present(g[e], w[e]), present(d[e] - h, w[e])
+            mean_g, u, t, ut = codeviations(g, d)
             if n == 0.0:
                 pivot = mean_g
             move = mean_g - pivot
             n += VALUES
             total += u + VALUES * move
-            total_d += w
-            products += uw + move * w
+            total_d += t
+            products += ut + move * t
             j += VALUES * rows
         while j < end:
             value, beside = load(x, at), read_r(more, place_r(more, row, c, i))
-            u, w = float64(by_z_single(load(dy, of), value, beside, k, p)), float64(value) - float64(h)
+            u, t = float64(by_z_single(load(dy, of), value, beside, k, p)), float64(value) - float64(h)
+            if absent(read_w(more, place_w(more, row, c, i))):
+                u = t = 0.0
             if n == 0.0:
                 pivot = u
             n += 1.0
             total += u - pivot
-            total_d += w
-            products += (u - pivot) * w
+            total_d += t
+            products += (u - pivot) * t
             o, i, row = turned(o, i, cut, more)
             at, of = moved(at, place, row, c, i), moved(of, origin, row, c, i)
             j += rows
@@ -380,7 +455,10 @@ def kernels_of(name: str, how: How = PLAIN) -> Kernels:
 
     @cuda.jit
     def backward_map(dy, origin, x, place, dx, target, cut, table, coefficients, more):  # type: ignore[no-untyped-def]
-        """dx flat = a ((g - ghi) - glo) + b ((x - hi) - lo), and g, by table (6, G C), coefficients (4, G C)."""
+        """dx flat = a ((g - ghi) - glo) + b ((x - hi) - lo), and g, by table (6, G C), coefficients (4, G C).
+
+        By weights, a ((g - w ghi) - w glo) + w (b ((x - hi) - lo)).
+        """
         c, s, _, j, o, i, row, end, rows = first_value(cuda.gridDim.x - 1 - cuda.blockIdx.x, cut, more)
         if j >= end:
             return
@@ -389,32 +467,37 @@ def kernels_of(name: str, how: How = PLAIN) -> Kernels:
         g = cuda.local.array(VALUES, real)
         v = cuda.local.array(VALUES, real)
         r = cuda.local.array(VALUES, real)
+        w = cuda.local.array(VALUES, real)
+        kept = cuda.local.array(VALUES, real)
         tos = cuda.local.array(VALUES, np.int64)
         drs = cuda.local.array(VALUES, np.int64)
         while j + (VALUES - 1) * rows < end:
             for e in range(VALUES):
                 g[e], v[e], r[e] = load(dy, of), load(x, at), read_r(more, place_r(more, row, c, i))
+                w[e], kept[e] = read_w(more, place_w(more, row, c, i)), g[e]
                 tos[e], drs[e] = to, place_dr(more, row, c, i)
                 o, i, row = turned(o, i, cut, more)
                 at, of = moved(at, place, row, c, i), moved(of, origin, row, c, i)
                 to = moved(to, target, row, c, i)
             by_z(g, v, r, k, p)
             for e in range(VALUES):
+                g[e] = present(g[e], w[e])
                 save_dr(more, drs[e], g[e])
             if writes_dx:
                 if q[0]:
                     for e in range(VALUES):
-                        save(dx, tos[e], near_by_x(g[e], v[e], q))
+                        save(dx, tos[e], unless_kept(near_by_x(g[e], v[e], w[e], q), w[e], kept[e]))
                 else:
                     for e in range(VALUES):
-                        save(dx, tos[e], far_by_x(g[e], v[e], q))
+                        save(dx, tos[e], unless_kept(far_by_x(g[e], v[e], w[e], q), w[e], kept[e]))
             j += VALUES * rows
         while j < end:
-            value = load(x, at)
-            u = by_z_single(load(dy, of), value, read_r(more, place_r(more, row, c, i)), k, p)
+            value, weight, own = load(x, at), read_w(more, place_w(more, row, c, i)), load(dy, of)
+            u = present(by_z_single(own, value, read_r(more, place_r(more, row, c, i)), k, p), weight)
             save_dr(more, place_dr(more, row, c, i), u)
             if writes_dx:
-                save(dx, to, near_by_x(u, value, q) if q[0] else far_by_x(u, value, q))
+                t = near_by_x(u, value, weight, q) if q[0] else far_by_x(u, value, weight, q)
+                save(dx, to, unless_kept(t, weight, own))
             o, i, row = turned(o, i, cut, more)
             at, of = moved(at, place, row, c, i), moved(of, origin, row, c, i)
             to = moved(to, target, row, c, i)
@@ -433,58 +516,87 @@ def of_set(s, channels):  # type: ignore[no-untyped-def]
     return s if s < channels else s % channels
 
 
-@cuda.jit
-def forward_finish(part, table, gamma, beta, mean, var, given, eps, lanes):  # type: ignore[no-untyped-def]
-    """part (4, pieces, G C), or mean and var (G C,), and gamma, beta (C,) -> table (6, G C)."""
-    t = cuda.threadIdx.x
-    row = t // lanes
-    c = cuda.blockIdx.x * lanes + (t - row * lanes)
-    n = hi = lo = m2 = 0.0
-    if c < table.shape[1] and not given & FROZEN:
-        for k in range(row, part.shape[1], cuda.blockDim.x // lanes):
-            n, hi, lo, m2 = merge_moments(
-                n, hi, lo, m2, part[0, k, c], part[1, k, c], part[2, k, c], part[3, k, c]
-            )  # fmt: skip
-    n, hi, lo, m2 = block_moments(n, hi, lo, m2, lanes)
-    if row == 0 and c < table.shape[1]:
-        variance = invstd = 0.0  # of an empty set
-        if given & FROZEN:
-            hi, lo, variance = float64(mean[c]), 0.0, float64(var[c])
-        elif n > 0.0:
-            hi, lo = two_sum(hi, lo)
-            variance = m2 / n
-        if given & FROZEN or n > 0.0:
-            invstd = 1.0 / math.sqrt(variance + eps)
-        table[0, c], table[1, c], table[2, c], table[3, c] = hi, lo, variance, invstd
-        table[4, c] = float64(gamma[of_set(c, gamma.shape[0])]) if given & GAMMA else 1.0
-        table[5, c] = float64(beta[of_set(c, beta.shape[0])]) if given & BETA else 0.0
+def write_mass(mass, c, columns, n):  # type: ignore[no-untyped-def]
+    channels = columns // mass.shape[0]
+    if c % channels == 0:
+        mass[c // channels] = n
 
 
-@cuda.jit
-def backward_finish(part, table, dgamma, dbeta, coefficients, wanted, lanes):  # type: ignore[no-untyped-def]
-    """part (5, pieces, G C) -> dgamma, dbeta (G C,), coefficients (4, G C): mean g as hi and lo, a, b."""
-    t = cuda.threadIdx.x
-    row = t // lanes
-    c = cuda.blockIdx.x * lanes + (t - row * lanes)
-    n = hi = lo = mean_x = co = 0.0
-    if c < table.shape[1]:
-        for k in range(row, part.shape[1], cuda.blockDim.x // lanes):
-            n, hi, lo, mean_x, co = merge_comoments(
-                n, hi, lo, mean_x, co, part[0, k, c], part[1, k, c], part[2, k, c], part[3, k, c], part[4, k, c]
-            )
-    n, hi, lo, mean_x, co = block_comoments(n, hi, lo, mean_x, co, lanes)
-    if row == 0 and c < table.shape[1]:
-        invstd = table[3, c]
-        a = table[4, c] * invstd
-        coefficients[0, c], coefficients[1, c] = hi, lo
-        coefficients[2, c], coefficients[3, c] = a, -a * invstd * invstd * (co / n if n > 0.0 else 0.0)
-        total = n * hi + n * lo
-        if wanted & BETA:
-            dbeta[c] = total
-        if wanted & GAMMA:
-            if wanted & FROZEN:  # the given mean is not x's own
+class Finishes(NamedTuple):
+    forward: Any
+    backward: Any
+
+
+@functools.cache
+def finishes_of(weighted: bool) -> Finishes:
+    """What sums make of a channel. `mass` (G,): the sum of the weights of a set; () without weights."""
+    note = where_asked(weighted, write_mass, lambda _mass, _c, _columns, _n: None)
+    amount_of = where_asked(
+        weighted,
+        lambda mass, c, columns, _n: mass[c // (columns // mass.shape[0])],
+        lambda _mass, _c, _columns, n: n,
+    )
+
+    @cuda.jit
+    def forward_finish(part, table, gamma, beta, mean, var, given, eps, lanes, mass):  # type: ignore[no-untyped-def]
+        """part (4, pieces, G C), or mean and var (G C,), and gamma, beta (C,) -> table (6, G C), mass."""
+        t = cuda.threadIdx.x
+        row = t // lanes
+        c = cuda.blockIdx.x * lanes + (t - row * lanes)
+        n = hi = lo = m2 = 0.0
+        if c < table.shape[1] and not given & FROZEN:
+            for k in range(row, part.shape[1], cuda.blockDim.x // lanes):
+                n, hi, lo, m2 = merge_moments(
+                    n, hi, lo, m2, part[0, k, c], part[1, k, c], part[2, k, c], part[3, k, c]
+                )  # fmt: skip
+        n, hi, lo, m2 = block_moments(n, hi, lo, m2, lanes)
+        if row == 0 and c < table.shape[1]:
+            variance = invstd = 0.0  # of an empty set, or of one without weights
+            if given & FROZEN:
+                hi, lo, variance = float64(mean[c]), 0.0, float64(var[c])
+            elif n > 0.0:
+                hi, lo = two_sum(hi, lo)
+                variance = m2 / n
+            if given & FROZEN or n > 0.0:
+                invstd = 1.0 / math.sqrt(variance + eps)
+            table[0, c], table[1, c], table[2, c], table[3, c] = hi, lo, variance, invstd
+            table[4, c] = float64(gamma[of_set(c, gamma.shape[0])]) if given & GAMMA else 1.0
+            table[5, c] = float64(beta[of_set(c, beta.shape[0])]) if given & BETA else 0.0
+            note(mass, c, table.shape[1], n)
+
+    @cuda.jit
+    def backward_finish(part, table, dgamma, dbeta, coefficients, wanted, lanes, mass):  # type: ignore[no-untyped-def]
+        """part (5, pieces, G C) -> dgamma, dbeta (G C,), coefficients (4, G C): mean g as hi and lo, a, b.
+
+        By weights, sum g / W in place of the mean, and `b` by W.
+        """
+        t = cuda.threadIdx.x
+        row = t // lanes
+        c = cuda.blockIdx.x * lanes + (t - row * lanes)
+        n = hi = lo = mean_x = co = 0.0
+        if c < table.shape[1]:
+            for k in range(row, part.shape[1], cuda.blockDim.x // lanes):
+                n, hi, lo, mean_x, co = merge_comoments(
+                    n, hi, lo, mean_x, co, part[0, k, c], part[1, k, c], part[2, k, c], part[3, k, c], part[4, k, c]
+                )
+        n, hi, lo, mean_x, co = block_comoments(n, hi, lo, mean_x, co, lanes)
+        if row == 0 and c < table.shape[1]:
+            invstd = table[3, c]
+            a = table[4, c] * invstd
+            total, amount = n * hi + n * lo, amount_of(mass, c, table.shape[1], n)
+            if weighted or wanted & FROZEN:  # the mean is not that of all x, each for one
                 co += total * (mean_x - table[1, c])
-            dgamma[c] = co * invstd
+            if weighted:
+                share = n / amount if amount > 0.0 else 0.0
+                hi, lo = share * hi, share * lo
+            coefficients[0, c], coefficients[1, c] = hi, lo
+            coefficients[2, c], coefficients[3, c] = a, -a * invstd * invstd * (co / amount if amount > 0.0 else 0.0)
+            if wanted & BETA:
+                dbeta[c] = total
+            if wanted & GAMMA:
+                dgamma[c] = co * invstd
+
+    return Finishes(forward_finish, backward_finish)
 
 
 @cuda.jit
