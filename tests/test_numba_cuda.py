@@ -37,13 +37,17 @@ def child(*command: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-@pytest.fixture(scope="session")
-def simulated(tmp_path_factory):
+def simulate(factory, *which):
     """What the kernels make of every case; Numba decides at import whether it simulates."""
-    path = tmp_path_factory.mktemp("numba_cuda") / "results"
-    process = child(str(HERE / "numba_cuda_run.py"), str(path), NUMBA_ENABLE_CUDASIM="1")
+    path = factory.mktemp("numba_cuda") / "results"
+    process = child(str(HERE / "numba_cuda_run.py"), str(path), *which, NUMBA_ENABLE_CUDASIM="1")
     assert process.returncode == 0, process.stderr
     return pickle.loads(path.read_bytes())
+
+
+@pytest.fixture(scope="session")
+def simulated(tmp_path_factory):
+    return simulate(tmp_path_factory)
 
 
 def results(simulated, index):

@@ -18,7 +18,7 @@ pytest.importorskip("numba.cuda")
 
 from fastbn.kernels import numba_cuda
 from fastbn.kernels.numba_cuda.plan import VALUES, Sizes, plan_of
-from test_numba_cuda import HERE, child, compare, loops, own, steps
+from test_numba_cuda import child, compare, loops, own, results, simulate, steps
 
 cases = pytest.mark.parametrize("index", range(len(MORE_CASES)), ids=[case.name for case in MORE_CASES])
 
@@ -48,17 +48,7 @@ def shape_of(name: str, p: float) -> Shape:
 
 @pytest.fixture(scope="session")
 def simulated(tmp_path_factory):
-    path = tmp_path_factory.mktemp("numba_cuda") / "more"
-    process = child(str(HERE / "numba_cuda_run.py"), str(path), "more", NUMBA_ENABLE_CUDASIM="1")
-    assert process.returncode == 0, process.stderr
-    return pickle.loads(path.read_bytes())
-
-
-def results(simulated, index):
-    found = simulated[str(index)]
-    if isinstance(found, Exception):
-        raise found
-    return found
+    return simulate(tmp_path_factory, "more")
 
 
 class Exact:

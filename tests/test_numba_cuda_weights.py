@@ -15,7 +15,7 @@ from fastbn.extras import Extras
 pytest.importorskip("numba.cuda")
 
 from fastbn.kernels.numba_cuda.plan import VALUES
-from test_numba_cuda import HERE, child, compare, loops, own, steps
+from test_numba_cuda import child, compare, loops, own, results, simulate, steps
 from test_numba_cuda_more import shape_of
 
 cases = pytest.mark.parametrize("index", range(len(WEIGHTED_CASES)), ids=[case.name for case in WEIGHTED_CASES])
@@ -23,17 +23,7 @@ cases = pytest.mark.parametrize("index", range(len(WEIGHTED_CASES)), ids=[case.n
 
 @pytest.fixture(scope="session")
 def simulated(tmp_path_factory):
-    path = tmp_path_factory.mktemp("numba_cuda") / "weights"
-    process = child(str(HERE / "numba_cuda_run.py"), str(path), "weights", NUMBA_ENABLE_CUDASIM="1")
-    assert process.returncode == 0, process.stderr
-    return pickle.loads(path.read_bytes())
-
-
-def results(simulated, index):
-    found = simulated[str(index)]
-    if isinstance(found, Exception):
-        raise found
-    return found
+    return simulate(tmp_path_factory, "weights")
 
 
 class Exact:
