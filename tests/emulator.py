@@ -76,6 +76,14 @@ def library(instances: str = ALL, source: str | None = None, options: tuple[str,
     return loaded
 
 
+def alone(size: int) -> np.ndarray:
+    """`size` canaries, with no other array within 64 KB: a wrong address is then in none, wherever memory lies."""
+    moat = 1 << 16
+    raw = np.empty(size + 2 * moat, np.uint8)[moat : moat + size]
+    raw[...] = WALL
+    return raw
+
+
 class Array:
     """(O, C, I) elements with any layout inside a buffer of canaries; `order` names the axes from the slowest.
 
@@ -89,7 +97,7 @@ class Array:
         shape = [values.shape[a] for a in axes]
         wide = [n + sum(gap) for n, gap in zip(shape, gaps, strict=True)]
         need = int(np.prod(wide)) * dtype.itemsize
-        self.raw = np.full(need + 96 + offset * dtype.itemsize, WALL, np.uint8)
+        self.raw = alone(need + 96 + offset * dtype.itemsize)
         start = (-self.raw.ctypes.data) % 16 + 32 + offset * dtype.itemsize
         whole = self.raw[start : start + need].view(dtype).reshape(wide)
         window = whole[tuple(slice(gap[0], gap[0] + n) for n, gap in zip(shape, gaps, strict=True))]
@@ -125,7 +133,7 @@ def view_of(x: Array | None, y: Array | None, dy: Array | None, r: Array | None 
 def walled(count: int, dtype: type) -> tuple[np.ndarray, np.ndarray]:
     """`count` numbers of NaN, 16-byte aligned, and the buffer of canaries around them."""
     size = count * np.dtype(dtype).itemsize
-    raw = np.full(size + 96, WALL, np.uint8)
+    raw = alone(size + 96)
     start = (-raw.ctypes.data) % 16 + 32
     inner = raw[start : start + size].view(dtype)
     inner[...] = np.nan
