@@ -443,13 +443,30 @@ def test_the_edge_of_two_lines_is_where_z_changes_its_sign(dtype, rng, backend):
     import numba
     from fastbn.kernels.cpu import schedule
 
-    edge = numba.njit(lambda h, a, b, slot: schedule._edge(h, a, b, slot))
-    below = numba.njit(lambda x, h, a, b: schedule._below(x, 1.0, h, a, b))
+    @numba.njit
+    def coefficients(h, a, b, exactly, slot, numbers, singles):
+        """As of a mean of h, gamma a, beta b and a deviation of 1."""
+        stats, affine = np.array([[h], [0.0], [1.0], [1.0]]), np.array([[a], [b]])
+        schedule._forward_coefficients(0, 0, stats, affine, numbers, singles, exactly, slot.itemsize == 8)
+        return exactly or singles[5, 0] != 0
+
+    @numba.njit
+    def edge(numbers, singles, exactly, slot):
+        return schedule._edge((numbers[0, 0], numbers[1, 0], numbers[2, 0]), singles, 0, exactly, slot)
+
+    @numba.njit
+    def below(x, numbers, singles, exactly, slot):
+        lens = numbers[0, 0], numbers[1, 0], numbers[2, 0]
+        return schedule._below(x, 1.0, lens, singles, 0, exactly, slot)
+
+    numbers, singles, fast = np.zeros((3, 1)), np.zeros((6, 1), dtype), 0
     slot = np.zeros(1, dtype)
     for i in range(3000):
         h, a, b = rng.normal(size=3) * 10.0 ** rng.integers(-6, 7, 3)
         a, b, h = 0.0 if i % 50 == 1 else a, 0.0 if i % 50 == 2 else b, 0.0 if i % 50 == 3 else h
-        s, t = edge(h, a, b, slot)
+        exactly = coefficients(h, a, b, dtype is np.float64 or i % 3 == 0, slot, numbers, singles)
+        fast += not exactly
+        s, t = edge(numbers, singles, exactly, slot)
         x0 = dtype(s * t)
         others = np.concatenate(
             [rng.normal(size=4) * 10.0 ** rng.integers(-9, 9, 4), [0.0, h, np.inf, -np.inf, np.nan]]
@@ -457,8 +474,30 @@ def test_the_edge_of_two_lines_is_where_z_changes_its_sign(dtype, rng, backend):
         with np.errstate(all="ignore"):
             xs = [x0, np.nextafter(x0, dtype(np.inf)), np.nextafter(x0, dtype(-np.inf)), *others.astype(dtype)]
             for x in map(float, xs):
-                assert below(x, h, a, b) == (s * x <= t), (h, a, b, x)
+                assert below(x, numbers, singles, exactly, slot) == (s * x <= t), (h, a, b, x, exactly)
+    assert fast > 1500 or dtype is np.float64
     for h, a, b in itertools.product((0.0, 3.0, np.inf, np.nan), (1.0, -2.0, np.inf, np.nan), (0.5, -np.inf, np.nan)):
-        s, t = edge(h, a, b, slot)
+        exactly = coefficients(h, a, b, dtype is np.float64, slot, numbers, singles)
+        s, t = edge(numbers, singles, exactly, slot)
         for x in (-1.0, 2.0, 1e30):
-            assert below(x, h, a, b) == (s * x <= t), (h, a, b, x)
+            assert below(x, numbers, singles, exactly, slot) == (s * x <= t), (h, a, b, x, exactly)
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("values", [90, 900], ids=["few", "many"])
+def test_backward_takes_the_line_that_forward_took(activation, dtype, values, rng, backend):
+    """For x within ulps of the kink, in both layouts; gamma so small that float32 won't do is among them."""
+    C, top = 9, 1e38
+    mean, var = rng.normal(size=C) * 10.0 ** rng.integers(-3, 4, C), rng.uniform(0.2, 3, C)
+    gamma, beta = rng.normal(size=C), rng.normal(size=C)
+    gamma[0], beta[4:], mean[4:] = 1e-33, 0.0, [2.5, 3.0, -7.0, 0.1875, 100.0]  # x is the mean there, and z is 0
+    root = np.clip(mean - beta / gamma * np.sqrt(var + 1e-5), -top, top)
+    x = np.repeat(root.astype(dtype)[:, None], values, 1)
+    x += np.spacing(np.abs(0.9 * x)) * rng.integers(-6, 7, (C, values)).astype(dtype)
+    for axis, given in ((0, x), (1, np.ascontiguousarray(x.T))):
+        y, saved = fastbn.forward(given, gamma, beta, axis=axis, frozen=(mean, var), activation=activation)
+        dx, _, _ = fastbn.backward(np.ones_like(given), saved)
+        slope = dx.astype(np.float64) / np.expand_dims(gamma / np.sqrt(var + 1e-5), 1 - axis)
+        assert 0 < (slope < 0.5).sum() < x.size
+        np.testing.assert_array_equal(slope < 0.5, y <= 0)

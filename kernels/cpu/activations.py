@@ -453,7 +453,7 @@ _FUNCTIONS = {
 
 
 @by_type
-def _bend(how, z):  # type: ignore[no-untyped-def]
+def bend(how, z):  # type: ignore[no-untyped-def]
     """f(z)."""
     return _FUNCTIONS[how.activation][0]
 
@@ -511,12 +511,26 @@ def _settle(how, y, v, w):  # type: ignore[no-untyped-def]
 @part()
 def finished(how, z, v, r, w):  # type: ignore[no-untyped-def]
     """Lanes of y, for lanes z of gamma xhat + beta (float64), v of x, r of the residual and w of weights, or None."""
-    return _settle(how, _bend(how, alike(_added(z, r), v)), v, w)
+    return _settle(how, bend(how, alike(_added(z, r), v)), v, w)
 
 
-# Activations of two straight lines. Without a residual, which of them x is on is one comparison: z = a (x - h) + b
-# grows or falls with x, in steps, so there is an `edge`. Computing z in float64 took backward 2.1 times as long.
+# Activations of two straight lines. Without a residual, which of them x is on is one comparison: z grows or falls with
+# x, in steps, so there is an `edge`. Computing z in float64 took backward 2.1 times as long.
 _LINES = "relu", "leaky_relu"
+
+
+def _is_none(value: Any) -> bool:
+    return isinstance(value, types.NoneType)
+
+
+@by_type
+def fast_numbers(how, r, w, singles):  # type: ignore[no-untyped-def]
+    """Coefficients by which a map may compute in the elements' type; None where z must be float64.
+
+    It must where an activation's kink is sought by backward in another way, and where z isn't the end of the sum.
+    """
+    lines = how.activation in _LINES and _is_none(r) and _is_none(w) and singles.dtype == types.float32
+    return (lambda how, r, w, singles: singles) if how.simple or lines else (lambda how, r, w, singles: None)
 
 
 def looks(how: Any) -> bool:
@@ -526,7 +540,7 @@ def looks(how: Any) -> bool:
 
 def has_edge(how: Any, r: Any) -> bool:
     """Whether the lens that `bent` takes is an edge: s and t in the places of h and a."""
-    return looks(how) and how.activation in _LINES and isinstance(r, types.NoneType)
+    return looks(how) and how.activation in _LINES and _is_none(r)
 
 
 @by_type

@@ -8,7 +8,7 @@ columns before a block, and columns are added up to channels after it.
 A tile is some neighbouring channels, a block some rows of it.
 """
 
-from .activations import absent, bent, counted, finished, is_plain, loaded, loaded_part, put, put_part, sloped
+from .activations import absent, bend, bent, counted, fast_numbers, finished, loaded, loaded_part, put, put_part, sloped
 from .blocks import write
 from .lanes import (
     LANES,
@@ -18,6 +18,7 @@ from .lanes import (
     joined,
     keep_whole,
     load,
+    load_own,
     load_part,
     nothing,
     pointer,
@@ -288,16 +289,21 @@ def _later(p, offset):  # type: ignore[no-untyped-def]
 @part()
 def _lens(lenses, j):  # type: ignore[no-untyped-def]
     """h, a, b of z = a (x - h) + b, from column j on."""
-    step, like = lenses.strides[0], spread(0.0)
-    first = pointer(lenses, 0)
-    return load(first, j, like), load(shifted(first, step), j, like), load(shifted(first, 2 * step), j, like)
+    h, a, b = _three(lenses)
+    return load_own(h, j), load_own(a, j), load_own(b, j)
+
+
+@part()
+def _three(lenses):  # type: ignore[no-untyped-def]
+    first, step = pointer(lenses, 0), lenses.strides[0]
+    return first, shifted(first, step), shifted(first, 2 * step)
 
 
 @part()
 def columns_products(dy, x, k, c0, channels, near, sums, plan, few, how, res, w, order, lenses):  # type: ignore[no-untyped-def]
     """Columns of sums (5, W) += g = dy - pivot, d = x - hi, g d, g^2 and d^4; near (2, W) has pivots and his.
 
-    lenses (3, W + 16) has h, a, b by column.
+    lenses (3, W + 16) has what `bent` takes, by column.
     """
     keep_whole()
     r, r1 = _borders(k, x.shape, plan)
@@ -318,43 +324,50 @@ def columns_products(dy, x, k, c0, channels, near, sums, plan, few, how, res, w,
 
 
 @part()
-def _normalized(how, v, j, doubles, singles, mode, r, w):  # type: ignore[no-untyped-def]
-    """Lanes of y for lanes v of x from column j on."""
+def _double(v, j, doubles):  # type: ignore[no-untyped-def]
+    """Lanes of a (x - h) + b in float64."""
     like = spread(0.0)
-    if is_plain(how) and mode != EXACT:
-        d = v - load(singles[0], j, v)
-        single = fma(d, load(singles[1], j, v), load(singles[3], j, v))
-        single = single + fma(d, load(singles[2], j, v), load(singles[4], j, v))
-        if mode == 0:
-            return wide(single)
-    double = fma(wide(v) - load(doubles[0], j, like), load(doubles[1], j, like), load(doubles[2], j, like))
-    if not is_plain(how):
-        return wide(finished(how, double, v, r, w))
+    return fma(wide(v) - load(doubles[0], j, like), load(doubles[1], j, like), load(doubles[2], j, like))
+
+
+@unless_none(4, lambda *args: _normalized_with(*args))
+def _normalized(how, v, j, doubles, fast, mode, r, w):  # type: ignore[no-untyped-def]
+    """Lanes of y for lanes v of x from column j on."""
     if mode == EXACT:
-        return double
-    return where_nonzero(wide(load(singles[5], j, v)), double, wide(single))
+        return _normalized_with(how, v, j, doubles, fast, mode, r, w)
+    d = v - load(fast[0], j, v)
+    z = fma(d, load(fast[1], j, v), load(fast[3], j, v)) + fma(d, load(fast[2], j, v), load(fast[4], j, v))
+    if mode == 0:
+        return wide(bend(how, z))
+    z = where_nonzero(wide(load(fast[5], j, v)), _double(v, j, doubles), wide(z))
+    return wide(finished(how, z, v, r, w))
 
 
 @part()
-def _normalize_run(x, y, n, width, like, doubles, singles, mode, past, ahead, how, r, w):  # type: ignore[no-untyped-def]
+def _normalized_with(how, v, j, doubles, fast, mode, r, w):  # type: ignore[no-untyped-def]
+    return wide(finished(how, _double(v, j, doubles), v, r, w))
+
+
+@part()
+def _normalize_run(x, y, n, width, like, doubles, fast, mode, past, ahead, how, r, w):  # type: ignore[no-untyped-def]
     """n elements from column 0 on, of rows of `width` columns without a gap; w is the same for all of them."""
     i = 0
     if past:
         i = min(n, before_line(y))
     if i > 0:
         v = load_part(x, 0, i, like)
-        save_part(y, 0, i, _normalized(how, v, 0, doubles, singles, mode, loaded_part(r, 0, i, like), w))
+        save_part(y, 0, i, _normalized(how, v, 0, doubles, fast, mode, loaded_part(r, 0, i, like), w))
     j = i % width
     while i + LANES <= n:
         for _ in range(min((width - j + LANES - 1) // LANES, (n - i) // LANES)):
             fetch(ahead, i)
-            v = _normalized(how, load(x, i, like), j, doubles, singles, mode, loaded(r, i, like), w)
+            v = _normalized(how, load(x, i, like), j, doubles, fast, mode, loaded(r, i, like), w)
             write(y, i, v, past)
             i, j = i + LANES, j + LANES
         j %= width
     if i < n:
         v, k = load_part(x, i, n - i, like), n - i
-        save_part(y, i, k, _normalized(how, v, j, doubles, singles, mode, loaded_part(r, i, k, like), w))
+        save_part(y, i, k, _normalized(how, v, j, doubles, fast, mode, loaded_part(r, i, k, like), w))
 
 
 @part()
@@ -367,7 +380,7 @@ def columns_normalize(x, y, k, c0, channels, doubles, singles, rare, plan, how, 
     mode = EXACT if plan[7] & EXACT else 1 if rare else 0
     u = doubles.strides[0]
     d = pointer(doubles, 0), pointer(doubles, u), pointer(doubles, 2 * u)
-    f = (*_five(singles), pointer(singles, 5 * singles.strides[0]))
+    f = _six(fast_numbers(how, res, w, singles))
     width = channels * plan[5] * plan[6]
     reach = 1 + 1024 // width  # rows that are fetched ahead
     while r0 < r1:
@@ -391,13 +404,16 @@ def _five(numbers):  # type: ignore[no-untyped-def]
     return first, shifted(first, s), shifted(first, 2 * s), shifted(first, 3 * s), shifted(first, 4 * s)
 
 
+@unless_none()
+def _six(numbers):  # type: ignore[no-untyped-def]
+    return (*_five(numbers), pointer(numbers, 5 * numbers.strides[0]))
+
+
 @part()
 def _slope(how, g, v, j, doubles, used, rare, lenses, r, w):  # type: ignore[no-untyped-def]
     """Lanes of dx for lanes g of dy and v of x from column j on, and of dy f'(z)."""
-    z = lenses
     like = spread(0.0)
-    h, a, b = load(z[0], j, like), load(z[1], j, like), load(z[2], j, like)
-    bowed, d = bent(how, g, v, h, a, b, r)
+    bowed, d = bent(how, g, v, load_own(lenses[0], j), load_own(lenses[1], j), load_own(lenses[2], j), r)
     bowed = counted(how, bowed, w)
     e, f = bowed - load(used[0], j, g), counted(how, d - load(used[1], j, v), w)
     s = wide(sloped(how, g, e, f, load(used[2], j, g), load(used[3], j, g), load(used[4], j, g), w))
@@ -455,9 +471,8 @@ def columns_gradient(
     keep_whole()
     r0, r1 = _borders(k, x.shape, plan)
     like = spread(used[0, 0])
-    d, f = _five(doubles), (*_five(used), pointer(used, (used.shape[0] - 1) * used.strides[0]))
-    first, u = pointer(lenses, 0), lenses.strides[0]
-    z = first, shifted(first, u), shifted(first, 2 * u)
+    d, f = _five(doubles), _six(used)
+    z = _three(lenses)
     # Rows with weights are walked one by one: parts of lines at both ends of each cost more than caches save.
     past, width = plan[7] & PAST != 0 and absent(w), channels * plan[5] * plan[6]
     reach = 1 + 1024 // width

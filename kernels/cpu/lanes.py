@@ -118,9 +118,9 @@ def fma(_typing: Any, a: Any, b: Any, c: Any) -> Any:
     """a b + c, rounded once where the processor can; of numbers too."""
 
     def codegen(_context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind, name = ir.DoubleType(), "llvm.fmuladd.f64"
-        if a != types.float64:
-            kind, name = _numbers(a), f"llvm.fmuladd.v{LANES}f{a.dtype.bitwidth}"
+        kind, name = args[0].type, f"llvm.fmuladd.f{a.bitwidth}" if isinstance(a, types.Float) else (
+            f"llvm.fmuladd.v{LANES}f{a.dtype.bitwidth}"
+        )
         function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
         return builder.call(function, args)
 
@@ -303,6 +303,16 @@ def load(_typing: Any, pointer: Any, i: Any, like: Any) -> Any:
         return _decode(context, builder, bits, pointer.dtype, like)
 
     return like(pointer, types.intp, like), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def load_own(_typing: Any, pointer: Any, i: Any) -> Any:
+    """Sixteen float32 or float64 from `pointer[i]` on, as they are."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.load(_place(builder, *args), align=_bytes(pointer.dtype))
+
+    return Lanes(pointer.dtype)(pointer, types.intp), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]

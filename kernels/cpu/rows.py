@@ -8,11 +8,14 @@ scratch run, and results are scattered from one.
 """
 
 import numpy as np
+from numba import types
 
 from .activations import (
     absent,
+    bend,
     bent,
     counted,
+    fast_numbers,
     finished,
     is_plain,
     loaded,
@@ -212,26 +215,24 @@ def _joined_five(n, p, q):  # type: ignore[no-untyped-def]
     )
 
 
-# A plain map computes in the elements' type, with five numbers: y = (a d + b) + (al d + bl), d = x - h, off by 1 eps at
-# most. One with an activation computes z in float64, by its lens, as backward will: they agree where f has a kink.
+# A map computes in the elements' type where it may (`fast_numbers`), with five numbers: z = (a d + b) + (al d + bl),
+# d = x - h, off by 1 eps at most. Else in float64, by its lens. Backward looks at the same z: f may have a kink.
 
 
-@by_type
-def _numbers(how, singles, doubles, c):  # type: ignore[no-untyped-def]
-    if how.simple:
-        return lambda how, singles, doubles, c: _five(singles, c)
-    return lambda how, singles, doubles, c: lens(doubles, c)
+@unless_none(0, lambda *args: lens(args[1], args[2]))
+def _numbers(fast, doubles, c):  # type: ignore[no-untyped-def]
+    return _five(fast, c)
 
 
 @by_type
 def _normalized(how, v, p, r, w):  # type: ignore[no-untyped-def]
-    return _normalized_plainly if how.simple else _normalized_with
+    return _normalized_fast if len(p) == 5 else _normalized_with
 
 
-def _normalized_plainly(how, v, p, r, w):  # type: ignore[no-untyped-def]
+def _normalized_fast(how, v, p, r, w):  # type: ignore[no-untyped-def]
     h, a, al, b, bl = p
     d = v - h
-    return fma(d, a, b) + fma(d, al, bl)
+    return bend(how, fma(d, a, b) + fma(d, al, bl))
 
 
 def _normalized_with(how, v, p, r, w):  # type: ignore[no-untyped-def]
@@ -239,13 +240,13 @@ def _normalized_with(how, v, p, r, w):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _normalize_runs(x, y, n, c, count, singles, past, ahead, how, r, w, doubles):  # type: ignore[no-untyped-def]
+def _normalize_runs(x, y, n, c, count, fast, past, ahead, how, r, w, doubles, like):  # type: ignore[no-untyped-def]
     """Runs of n elements of `count` channels from c on, one behind the other without a gap; n >= 16 if they are many.
 
     Vectors go over the borders of runs, so that lines are stored whole; `ahead` is what will be read next.
     """
     m, i, end = count * n, 0, n
-    p, like = _numbers(how, singles, doubles, c), spread(singles[0, c])
+    p = _numbers(fast, doubles, c)
     if past:
         i = min(m, before_line(y))
     if i > 0:  # a masked store of nothing still held up the stores behind it: 0.22 against 0.09 ns an element
@@ -258,7 +259,7 @@ def _normalize_runs(x, y, n, c, count, singles, past, ahead, how, r, w, doubles)
             i += LANES
         if i + LANES <= m:
             c += 1
-            q = _numbers(how, singles, doubles, c)
+            q = _numbers(fast, doubles, c)
             if i < end:
                 fetch(ahead, i)
                 pq = _joined(end - i, p, q)
@@ -284,7 +285,8 @@ def rows_normalize(x, y, k, c0, ca, doubles, singles, rare, plan, scratch, how, 
     o0, o1, i0, n = _borders(k, x.shape, plan)
     oa, _, ia, _ = _borders(plan[2] - 1 - k, x.shape, plan)
     past, g = plan[7] & PAST != 0, singles.shape[1]
-    whole = n >= LANES and (not rare or not is_plain(how)) and absent(w)
+    fast, like = fast_numbers(how, r, w, singles), spread(singles[0, 0])
+    whole = n >= LANES and (not rare or absent(fast)) and absent(w)
     whole = whole and _adjacent(x, n) and _adjacent(y, n) and _adjacent(r, n)
     if plan[7] & GATHER:
         for c in range(g):
@@ -292,7 +294,7 @@ def rows_normalize(x, y, k, c0, ca, doubles, singles, rare, plan, scratch, how, 
             run_r = gathered(r, c0 + c, o0, o1, i0, n, order, scratch[1][2])
             run_w = gathered(w, 0, o0, o1, i0, n, order, scratch[2][0])
             result = pointer(scratch[1][1], 0)
-            _normalize_run(run, result, m, c, doubles, singles, plan[7] < 0, run, how, run_r, run_w)
+            _normalize_run(fast, run, result, m, c, doubles, singles, plan[7] < 0, run, how, run_r, run_w)
             scatter(scratch[1][1], y, c0 + c, o0, o1, i0, n, order)
         return
     for o in range(o1 - 1, o0 - 1, -1):  # what was read last is in cache
@@ -304,18 +306,31 @@ def rows_normalize(x, y, k, c0, ca, doubles, singles, rare, plan, scratch, how, 
                 ahead = _at(x, there, min(ca + c, x.shape[1] - 1), ia)
             target, run_r = _at(y, p, c0 + c, i0), _at(r, p, c0 + c, i0)
             if whole:
-                _normalize_runs(run, target, n, np.int64(0), g, singles, past, ahead, how, run_r, None, doubles)
+                _normalize_runs(run, target, n, np.int64(0), g, fast, past, ahead, how, run_r, None, doubles, like)
             else:
                 run_w = _at(w, p, 0, i0)
-                _normalize_run(run, target, n, c, doubles, singles, past, ahead, how, run_r, run_w)
+                _normalize_run(fast, run, target, n, c, doubles, singles, past, ahead, how, run_r, run_w)
 
 
-@part()
-def _normalize_run(x, y, n, c, doubles, singles, past, ahead, how, r, w):  # type: ignore[no-untyped-def]
-    if is_plain(how) and (n < LANES or singles[5, c] != 0):
-        run_normalize(x, y, n, doubles[0, c], doubles[1, c], doubles[2, c], past, ahead)
+@unless_none(0, lambda *args: _normalize_exactly(*args[1:]))
+def _normalize_run(fast, x, y, n, c, doubles, singles, past, ahead, how, r, w):  # type: ignore[no-untyped-def]
+    if singles[5, c] != 0 or (is_plain(how) and n < LANES):
+        _normalize_exactly(x, y, n, c, doubles, singles, past, ahead, how, r, w)
     else:
-        _normalize_runs(x, y, n, c, np.int64(1), singles, past, ahead, how, r, w, doubles)
+        _normalize_runs(x, y, n, c, np.int64(1), fast, past, ahead, how, r, w, doubles, spread(singles[0, c]))
+
+
+@by_type
+def _normalize_exactly(x, y, n, c, doubles, singles, past, ahead, how, r, w):  # type: ignore[no-untyped-def]
+    return _normalize_plainly if how.simple and isinstance(w, types.NoneType) else _normalize_with
+
+
+def _normalize_plainly(x, y, n, c, doubles, singles, past, ahead, how, r, w):  # type: ignore[no-untyped-def]
+    run_normalize(x, y, n, doubles[0, c], doubles[1, c], doubles[2, c], past, ahead)
+
+
+def _normalize_with(x, y, n, c, doubles, singles, past, ahead, how, r, w):  # type: ignore[no-untyped-def]
+    _normalize_runs(x, y, n, c, np.int64(1), None, past, ahead, how, r, w, doubles, spread(singles[0, c]))
 
 
 @part()

@@ -303,26 +303,40 @@ def _lenses(s0, c0, stats, affine, numbers):  # type: ignore[no-untyped-def]
 
 
 @by_type
-def _lenses_of(how, r, s0, c0, stats, affine, numbers, slot):  # type: ignore[no-untyped-def]
+def _lenses_of(how, r, s0, c0, stats, affine, numbers, singles, exact):  # type: ignore[no-untyped-def]
     """The lenses that `bent` takes: h, a, b of z = a (x - h) + b, or for an edge s and t in place of h and a."""
     if has_edge(how, r):
         return _edges
     return _plain_lenses if looks(how) else nothing_of
 
 
-def _plain_lenses(how, r, s0, c0, stats, affine, numbers, slot):  # type: ignore[no-untyped-def]
+@by_type
+def _columns_of(how, r, wide, narrow):  # type: ignore[no-untyped-def]
+    """Where lenses are by column: an edge is in x's type, and as wide columns would be pushed out of L1."""
+    return (lambda how, r, wide, narrow: narrow) if has_edge(how, r) else (lambda how, r, wide, narrow: wide)
+
+
+def _plain_lenses(how, r, s0, c0, stats, affine, numbers, singles, exact):  # type: ignore[no-untyped-def]
     _lenses(s0, c0, stats, affine, numbers)
 
 
-def _edges(how, r, s0, c0, stats, affine, numbers, slot):  # type: ignore[no-untyped-def]
-    _lenses(s0, c0, stats, affine, numbers)
+def _edges(how, r, s0, c0, stats, affine, numbers, singles, exact):  # type: ignore[no-untyped-def]
+    """singles (8, G): two rows to work in, and six as the forward map's."""
+    slot, own = singles[0, :1], singles[2:, : numbers.shape[1]]
+    _forward_coefficients(s0, c0, stats, affine, numbers, own, exact, slot.itemsize == 8)
     for c in range(numbers.shape[1]):
-        numbers[0, c], numbers[1, c] = _edge(numbers[0, c], numbers[1, c], numbers[2, c], slot)
+        lens = numbers[0, c], numbers[1, c], numbers[2, c]
+        numbers[0, c], numbers[1, c] = _edge(lens, own, c, exact or own[5, c] != 0, slot)
 
 
 @part()
-def _below(u, s, h, a, b):  # type: ignore[no-untyped-def]
-    return fma(s * u - h, a, b) <= 0.0
+def _below(u, s, lens, singles, c, exactly, slot):  # type: ignore[no-untyped-def]
+    """Whether the forward map finds z <= 0 for x = s u."""
+    if exactly:
+        return fma(s * u - lens[0], lens[1], lens[2]) <= 0.0
+    slot[0] = s * u
+    d = slot[0] - singles[0, c]
+    return fma(d, singles[1, c], singles[3, c]) + fma(d, singles[2, c], singles[4, c]) <= 0.0
 
 
 @part()
@@ -332,13 +346,14 @@ def _rounded(slot, value):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _edge(h, a, b, slot):  # type: ignore[no-untyped-def]
-    """s and t for which s x <= t exactly where a (x - h) + b <= 0 in float64, of x in the type of slot (1,).
+def _edge(lens, singles, c, exactly, slot):  # type: ignore[no-untyped-def]
+    """s and t for which s x <= t exactly where z = a (x - h) + b <= 0 as forward finds it, of x in the type of slot (1,).
 
     t is the root, rounded to that type, or a neighbour of it; further off where rounding has made steps of z wide.
     """
+    h, a, b = lens
     if a == 0.0:  # NaN stays NaN
-        return 0.0, 1.0 if b <= 0.0 else -1.0
+        return 0.0, 1.0 if _below(0.0, 1.0, lens, singles, c, exactly, slot) else -1.0
     s = 1.0 if a > 0.0 else -1.0
     if math.isnan(h) or math.isnan(a) or math.isnan(b):
         return s, math.nan
@@ -349,11 +364,11 @@ def _edge(h, a, b, slot):  # type: ignore[no-untyped-def]
         low = -top
     high = low
     step = max(abs(low) * (2.0**-24 if top < 1e39 else 2.0**-53), 1e-300)
-    while _below(high, s, h, a, b):
+    while _below(high, s, lens, singles, c, exactly, slot):
         if high == top:
             return s, top
         low, high, step = high, min(_rounded(slot, high + step), top), 2.0 * step
-    while not _below(low, s, h, a, b):
+    while not _below(low, s, lens, singles, c, exactly, slot):
         if low == -top:
             return s, -math.inf
         high, low, step = low, max(_rounded(slot, low - step), -top), 2.0 * step
@@ -361,7 +376,7 @@ def _edge(h, a, b, slot):  # type: ignore[no-untyped-def]
         middle = _rounded(slot, 0.5 * low + 0.5 * high)
         if not low < middle < high:
             return s, low
-        if _below(middle, s, h, a, b):
+        if _below(middle, s, lens, singles, c, exactly, slot):
             low = middle
         else:
             high = middle
@@ -491,7 +506,7 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order)
     g = min(plan[1], x.shape[1] - c0)
     numbers, all_sums, near64, singles, near, scratch = memory
     totals, sums, pivot, hi = numbers[5:10, :g], all_sums[:, : _width(g, plan)], singles[0, :g], singles[1, :g]
-    lenses, spread_lenses = numbers[10:, :g], near64[5:]
+    lenses, spread_lenses = numbers[10:, :g], _columns_of(how, r, near64[5:], near[6:])
     part[p, 0] = 0.0
     if k0 >= k1:
         part[p] = 0.0
@@ -674,7 +689,7 @@ def _backward_map(
         all_numbers[:5, :g],
         all_singles[2:, :g],
         all_numbers[10:, :g],
-        spread_numbers[5:],
+        _columns_of(how, r, spread_numbers[5:], spread_singles[6:]),
     )
     n = float(x.shape[0] * x.shape[2])
     rare = _backward_coefficients(
@@ -707,7 +722,7 @@ def backward_item(
     dy, x, dx, part, claims = borrowed(dy), borrowed(x), borrowed(dx), borrowed(part), borrowed(claims)
     stats, affine, grads, starts = borrowed(stats), borrowed(affine), borrowed(grads), borrowed(starts)
     order, r, w, dr, mass = borrowed(order), borrowed(r), borrowed(w), borrowed(dr), borrowed(mass)
-    owned = _memory(x, dx, plan, stage, narrowest(x), 5, 8, 6)
+    owned = _memory(x, dx, plan, stage, narrowest(x), 5, 8, 9)
     memory = _lent(owned)
     pieces, tiles = part_sizes(x.shape, plan)
     u, seen = _claimed(k, items, claims), -1
@@ -725,9 +740,9 @@ def backward_item(
             sums = place(part, k if stage & SUM and stage & FINISH else cell)
             if not is_plain(how) and cell != seen:
                 seen, lenses = cell, memory[0][10:, :channels]
-                _lenses_of(how, r, s0, c0, stats, affine, lenses, memory[3][7])
+                _lenses_of(how, r, s0, c0, stats, affine, lenses, memory[3], not absent(w) or plan[7] & EXACT != 0)
                 if plan[0]:
-                    spread_columns(lenses, memory[2][5:], plan)
+                    spread_columns(lenses, _columns_of(how, r, memory[2][5:], memory[4][6:]), plan)
             if stage & SUM:
                 for p in range(p0, p1):
                     _backward_sum(p, s0, c0, dys, xs, stats, sums, own, memory, how, rs, ws, order_of)
