@@ -604,10 +604,7 @@ def trees() -> np.ndarray:
             out[k, 1, t] = block_comoments(1.0, float(t - 10 * k), 0.0, 0.0, 0.0, 1 << k % 4)[1]
 
     out = numba_cuda.put(np.zeros((12, 2, 8)))
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # a thread may be overtaken between any two steps
     rounds[1, 8](out)
-    sys.setswitchinterval(interval)
     return numba_cuda.host(out)
 
 
@@ -706,7 +703,12 @@ def all_of(cases: list[Any]) -> dict[str, Any]:
 
 
 def main(path: str, kind: str) -> None:
-    sys.setswitchinterval(1e-4)  # the simulator's threads wait for each other by polling: a third of the time
+    from numba import config
+
+    if config.ENABLE_CUDASIM:
+        from simulator import without_threads
+
+        without_threads()
     warnings.simplefilter("ignore")  # NumPy's, of NaN and overflow in a simulated kernel
     results = all_of({"": CASES, "more": MORE_CASES, "weights": WEIGHTED_CASES}[kind])
     if kind == "more":

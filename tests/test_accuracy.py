@@ -81,6 +81,23 @@ def test_gradient_with_an_offset(shape, axis, dtype, rng):
     assert (np.abs(dx - exact) / np.maximum(1, np.abs(exact))).max() <= TOLERANCE[dtype.name] * eps(dtype)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.3, 0.03])
+@layouts
+def test_gradient_that_follows_x(shape, axis, share, rng):
+    """Its two terms cancel, and float32 would leave their rounding, 7 eps; channels beside it stay as they are."""
+    x, dy = rng.normal(size=(2, *shape)).astype(np.float32)
+    gamma, c = rng.normal(size=shape[axis]), shape[axis] - 2
+    before = fastbn.backward(dy, fastbn.forward(x, gamma, axis=axis)[1])[0]
+    at = tuple(c if a == axis else slice(None) for a in range(len(shape)))
+    gamma[c] = 2.0
+    dy[at] = x[at] + np.float32(share) * dy[at]
+    dx = fastbn.backward(dy, fastbn.forward(x, gamma, axis=axis)[1])[0]
+    exact = reference.backward(dy, reference.forward(x, gamma, axis=axis)[1])[0]
+    assert (np.abs(dx - exact) / np.maximum(1, np.abs(exact))).max() <= TOLERANCE["float32"] * eps(x.dtype)
+    others = np.delete(np.arange(shape[axis]), c)
+    np.testing.assert_array_equal(dx.take(others, axis), before.take(others, axis))
+
+
 @pytest.mark.parametrize("value", [0.0, 0.1, -1 / 3, 1e10, -3e38, 1e-42, 65504.0])
 @layouts
 def test_constant_channel_gives_beta(shape, axis, value, rng):

@@ -19,6 +19,7 @@ SHAPES = {
     "nc": ((37, 20), 1),
     "cn": ((5, 200), 0),
     "short runs": ((40, 6, 7), 1),
+    "across channels": ((8, 40, 7, 7), 1),
     "instance": ((6, 5, 30), (0, 1)),
 }
 WEIGHTS = "none", "mask", "samples", "positions"
@@ -173,7 +174,7 @@ def test_activation_functions(activation, dtype, rng, backend):
             save(pointer(out, out.strides[0]), i, a_slope(how, v))
             save(pointer(out, 2 * out.strides[0]), i, a_straighten(how, f))
 
-    a_bend, a_slope, a_straighten = a._bend, a._slope, straighten
+    a_bend, a_slope, a_straighten = a.bend, a._slope, straighten
     real = numba.from_dtype(np.dtype(dtype))
     signature = (a.How(activation, False, False), numba.types.Array(real, 1, "C"), numba.types.Array(real, 2, "C"))
     dispatcher = numba.njit(error_model="numpy")(run)

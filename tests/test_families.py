@@ -559,6 +559,8 @@ def test_numba_kernels_take_views_of_other_arrays(library, state, monkeypatch, r
 
 SIMULATED = """
 import sys, types
+from simulator import without_threads
+without_threads()
 import numpy as np, fastbn
 sys.modules["cupy"] = types.ModuleType("cupy")  # which can't see the simulator's arrays
 from numba import cuda
@@ -639,7 +641,7 @@ print("all asserted")
 
 
 def test_numba_device_arrays_in_the_simulator():
-    env = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1"}
+    env = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": os.path.dirname(__file__)}
     env.pop("FASTBN_BACKEND", None)
     done = subprocess.run([sys.executable, "-c", SIMULATED], env=env, capture_output=True, text=True, timeout=200)
     assert done.stdout.strip() == "all asserted", done.stderr

@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 
 from fastbn.bench.torch_training import compare  # noqa: E402
 
+import fastbn  # noqa: E402
 from fastbn.extras import check_activation  # noqa: E402
 
 ours = pytest.importorskip("fastbn.torch")
@@ -297,7 +298,8 @@ ACTIVATIONS = {
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_fused_activations(name, training, mode, monkeypatch):
-    """As the two modules one behind the other, in both layouts; gradients too."""
+    """As the two modules one behind the other, in both layouts; gradients too. Kernels are compiled for two of them."""
+    kernels = "auto" if name in ("relu", "leaky_relu") else "reference"
     theirs = nn.Sequential(nn.BatchNorm2d(5, dtype=torch.float64), copy.deepcopy(ACTIVATIONS[name]))
     nn.init.normal_(theirs[0].weight), nn.init.normal_(theirs[0].bias)
     mine = ours.convert(copy.deepcopy(theirs), fuse=True)
@@ -309,7 +311,7 @@ def test_fused_activations(name, training, mode, monkeypatch):
         monkeypatch.setattr(ours, "_is_plain", lambda *_: False)
     torch._dynamo.reset()
     run = torch.compile(mine, fullgraph=True, backend="aot_eager") if mode == "compiled" else mine
-    with warnings.catch_warnings():
+    with fastbn.set_backend(kernels), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # PyTorch's own
         for form in (torch.contiguous_format, torch.channels_last):
             x = tensors()[0].contiguous(memory_format=form)

@@ -22,6 +22,7 @@ from .lanes import (
     fma,
     load,
     load_part,
+    negative,
     nothing,
     save,
     save_part,
@@ -556,8 +557,8 @@ def bent(how, g, v, h, a, b, r):  # type: ignore[no-untyped-def]
 
 
 def _bent_at_edge(how, g, v, h, a, b, r):  # type: ignore[no-untyped-def]
-    z = where_at_most(v * alike(h, v), alike(a, v), nothing(v), constant(v, 1.0))  # on the same line as z itself
-    return g * alike(_slope(how, z), g), v
+    # Above its kink the slope is 1. A product there too, with one of two slopes, was an instruction more.
+    return where_at_most(v * alike(h, v), alike(a, v), g * _slope(how, nothing(g)), g), v
 
 
 def _bent_from_y(how, g, v, h, a, b, r):  # type: ignore[no-untyped-def]
@@ -578,24 +579,80 @@ def counted(how, lanes, w):  # type: ignore[no-untyped-def]
 
 
 @by_type
+def trained(how, d):  # type: ignore[no-untyped-def]
+    """x - mean, or 0 where statistics are constants: it may be NaN, and dx has nothing of it."""
+    return (lambda how, d: d) if how.simple else _trained
+
+
+def _trained(how, d):  # type: ignore[no-untyped-def]
+    return where_nonzero(constant(d, is_frozen(how)), nothing(d), d)
+
+
+@unless_none(7, lambda *args: fma(args[2], args[4], fma(args[3], args[5], args[6])))
 def sloped(how, raw, g, d, a, b, c, w):  # type: ignore[no-untyped-def]
     """Lanes of dx: a g + (b d + c), its second term by weight; constants are all that is left of frozen statistics."""
-    if how.simple and isinstance(w, types.NoneType):
-        return lambda how, raw, g, d, a, b, c, w: fma(g, a, fma(d, b, c))
-    return _sloped_none if isinstance(w, types.NoneType) else _sloped_by_weight
-
-
-def _sloped_none(how, raw, g, d, a, b, c, w):  # type: ignore[no-untyped-def]
-    second = where_nonzero(b, fma(d, b, c), c)  # b is 0 of constants, and x may be NaN
-    return fma(g, a, second)
-
-
-def _sloped_by_weight(how, raw, g, d, a, b, c, w):  # type: ignore[no-untyped-def]
     zero = nothing(g)
-    second = where_nonzero(w, w * where_nonzero(b, fma(d, b, c), c), zero)
-    dx = fma(g, a, second)
+    dx = fma(g, a, where_nonzero(w, w * fma(d, b, c), zero))
     instead = where_nonzero(constant(g, kept(how)), raw, zero)
     return where_nonzero(constant(g, all_normalized(how)), dx, where_nonzero(w, dx, instead))
+
+
+@by_type
+def line(how, raw, bowed, v, p, w):  # type: ignore[no-untyped-def]
+    """Lanes of dx by the numbers p of a channel, for lanes of dy, of dy f'(z) and of x."""
+    return _line_in_singles if len(p) == 7 else _line_with
+
+
+def _line_with(how, raw, bowed, v, p, w):  # type: ignore[no-untyped-def]
+    ghi, hi, a, b, c = p
+    d = counted(how, trained(how, alike(v, hi) - hi), w)
+    return sloped(how, alike(raw, a), alike(bowed, ghi) - ghi, d, a, b, c, weight_like(w, a))
+
+
+def _line_in_singles(how, raw, bowed, v, p, w):  # type: ignore[no-untyped-def]
+    ghi, hi, a, b, c, al, bl = p
+    g, d = bowed - ghi, trained(how, v - hi)
+    second = d * b
+    lost = fma(d, b, negative(second))  # where the terms cancel, their rounding would be all that is left
+    return fma(g, a, second) + (lost + fma(g, al, fma(d, bl, c)))
+
+
+def in_singles(how: Any, r: Any, w: Any, singles: Any) -> bool:
+    """Whether backward's map of float32 data is computed in float32, by seven numbers."""
+    plainly = how.simple or has_edge(how, r)
+    return bool(plainly and _is_none(w) and singles.dtype == types.float32)
+
+
+@by_type
+def used_of(how, r, w, x, doubles, singles):  # type: ignore[no-untyped-def]
+    """The coefficients of backward's map: float32 ones (8, G) where it may be computed by them, else float64 ones.
+
+    Half types, whose own rounding is 2^13 times float32's, always take float32.
+    """
+    half = isinstance(x.dtype, types.Integer)
+    if half or in_singles(how, r, w, singles):
+        return lambda how, r, w, x, doubles, singles: singles
+    return lambda how, r, w, x, doubles, singles: doubles
+
+
+@by_type
+def has_rare(how, r, w, x, singles):  # type: ignore[no-untyped-def]
+    """1 if there may be channels that float32 coefficients don't do for, else 0."""
+    some = isinstance(x.dtype, types.Integer) or in_singles(how, r, w, singles)
+    return (lambda how, r, w, x, singles: 1) if some else (lambda how, r, w, x, singles: 0)
+
+
+@unless_none()
+def weight_like(w, like):  # type: ignore[no-untyped-def]
+    return alike(w, like)
+
+
+@by_type
+def read_as(how, r, narrow, used):  # type: ignore[no-untyped-def]
+    """Lanes as which backward's map reads: its own (`used`) where f' is computed, else those that x comes in."""
+    if looks(how) and not has_edge(how, r):
+        return lambda how, r, narrow, used: used
+    return lambda how, r, narrow, used: narrow
 
 
 @intrinsic  # type: ignore[untyped-decorator]

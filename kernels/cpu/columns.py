@@ -8,7 +8,21 @@ columns before a block, and columns are added up to channels after it.
 A tile is some neighbouring channels, a block some rows of it.
 """
 
-from .activations import absent, bend, bent, counted, fast_numbers, finished, loaded, loaded_part, put, put_part, sloped
+from .activations import (
+    absent,
+    bend,
+    bent,
+    counted,
+    fast_numbers,
+    finished,
+    in_singles,
+    line,
+    loaded,
+    loaded_part,
+    put,
+    put_part,
+    read_as,
+)
 from .blocks import write
 from .lanes import (
     LANES,
@@ -20,6 +34,7 @@ from .lanes import (
     load,
     load_own,
     load_part,
+    narrowest,
     nothing,
     pointer,
     save,
@@ -30,7 +45,7 @@ from .lanes import (
     where_nonzero,
     wide,
 )
-from .parts import part, unless_none
+from .parts import by_type, part, unless_none
 from .rows import EXACT, PAST, index
 
 ROWS = 16  # whose sums stay in registers; no more are added in float32 (see `blocks.CHAIN`)
@@ -201,10 +216,15 @@ def _add_weighted(w, step_w, x, step, rows, n, near, sums):  # type: ignore[no-u
     like, line = spread(near[0]), sums.strides[0]
     near, zero = pointer(near, 0), nothing(like)
     s, q, m = pointer(sums, 0), pointer(sums, line), pointer(sums, 2 * line)
+    ahead, i = shifted(x, rows * step), 0
     for j in range(0, n, LANES):
         h = load(near, j, like)
         a = b = c = zero
         for r in range(rows):
+            fetch(ahead, i)
+            i += LANES
+            if i >= n:
+                ahead, i = shifted(ahead, step), 0
             f = _weight_at(w, step_w, r, like)
             row = shifted(x, r * step)
             if j + LANES <= n:
@@ -348,26 +368,34 @@ def _normalized_with(how, v, j, doubles, fast, mode, r, w):  # type: ignore[no-u
     return wide(finished(how, _double(v, j, doubles), v, r, w))
 
 
+@unless_none()
+def _weights_from(w, step, row, last, left, like):  # type: ignore[no-untyped-def]
+    """The weight of a row in the first `left` lanes, that of the next row, if there is one, in those behind them."""
+    return joined(left, _weight_at(w, step, row, like), _weight_at(w, step, min(row + 1, last), like))
+
+
 @part()
-def _normalize_run(x, y, n, width, like, doubles, fast, mode, past, ahead, how, r, w):  # type: ignore[no-untyped-def]
-    """n elements from column 0 on, of rows of `width` columns without a gap; w is the same for all of them."""
-    i = 0
+def _normalize_run(x, y, n, width, like, doubles, fast, mode, past, ahead, how, r, w, step_w):  # type: ignore[no-untyped-def]
+    """n elements from column 0 on, of rows of `width` columns without a gap; with weights, of a vector at least."""
+    i, row, last = 0, 0, (n - 1) // width
     if past:
         i = min(n, before_line(y))
     if i > 0:
-        v = load_part(x, 0, i, like)
-        save_part(y, 0, i, _normalized(how, v, 0, doubles, fast, mode, loaded_part(r, 0, i, like), w))
+        v, f = load_part(x, 0, i, like), _weight_at(w, step_w, 0, like)
+        save_part(y, 0, i, _normalized(how, v, 0, doubles, fast, mode, loaded_part(r, 0, i, like), f))
     j = i % width
     while i + LANES <= n:
         for _ in range(min((width - j + LANES - 1) // LANES, (n - i) // LANES)):
             fetch(ahead, i)
-            v = _normalized(how, load(x, i, like), j, doubles, fast, mode, loaded(r, i, like), w)
+            f = _weights_from(w, step_w, row, last, width - j, like)
+            v = _normalized(how, load(x, i, like), j, doubles, fast, mode, loaded(r, i, like), f)
             write(y, i, v, past)
             i, j = i + LANES, j + LANES
-        j %= width
+        if j >= width:
+            j, row = j % width, row + 1
     if i < n:
-        v, k = load_part(x, i, n - i, like), n - i
-        save_part(y, i, k, _normalized(how, v, j, doubles, fast, mode, loaded_part(r, i, k, like), w))
+        v, k, f = load_part(x, i, n - i, like), n - i, _weights_from(w, step_w, row, last, width - j, like)
+        save_part(y, i, k, _normalized(how, v, j, doubles, fast, mode, loaded_part(r, i, k, like), f))
 
 
 @part()
@@ -387,12 +415,11 @@ def columns_normalize(x, y, k, c0, channels, doubles, singles, rare, plan, how, 
         run, sx, left = _row(x, r0, c0, plan, order)
         target, sy, _ = _row(y, r0, c0, plan, order)
         run_r, sr, _ = _part_of(res, r0, c0, plan, order)
-        weight, _ = _weight(w, r0, plan, order)
+        weight, sw = _weight(w, r0, plan, order)
         gapless = sx == width * x.itemsize and sy == width * y.itemsize and (sr == sy or sr == 0)
-        rows = min(left, r1 - r0) if gapless and absent(w) else 1
+        rows = min(left, r1 - r0) if gapless and (absent(w) or width >= LANES) else 1
         n = (rows - 1) * width + _width(r0 + rows - 1, x.shape, channels, plan)
-        f0 = _weight_at(weight, 0, 0, like)
-        _normalize_run(run, target, n, width, like, d, f, mode, past, shifted(run, reach * sx), how, run_r, f0)
+        _normalize_run(run, target, n, width, like, d, f, mode, past, shifted(run, reach * sx), how, run_r, weight, sw)
         r0 += rows
 
 
@@ -410,38 +437,50 @@ def _six(numbers):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _slope(how, g, v, j, doubles, used, rare, lenses, r, w):  # type: ignore[no-untyped-def]
+def _eight(numbers):  # type: ignore[no-untyped-def]
+    return (*_six(numbers), pointer(numbers, 6 * numbers.strides[0]), pointer(numbers, 7 * numbers.strides[0]))
+
+
+@part()
+def _slope(how, g, v, j, doubles, used, mode, lenses, r, w):  # type: ignore[no-untyped-def]
     """Lanes of dx for lanes g of dy and v of x from column j on, and of dy f'(z)."""
-    like = spread(0.0)
     bowed, d = bent(how, g, v, load_own(lenses[0], j), load_own(lenses[1], j), load_own(lenses[2], j), r)
     bowed = counted(how, bowed, w)
-    e, f = bowed - load(used[0], j, g), counted(how, d - load(used[1], j, v), w)
-    s = wide(sloped(how, g, e, f, load(used[2], j, g), load(used[3], j, g), load(used[4], j, g), w))
-    if not rare:
-        return s, bowed
-    p, q = wide(bowed) - load(doubles[0], j, like), wide(counted(how, d, w)) - load(doubles[1], j, like)
-    q = counted(how, q, w)
-    c = load(doubles[2], j, like), load(doubles[3], j, like), load(doubles[4], j, like)
-    t = sloped(how, wide(g), p, q, c[0], c[1], c[2], _widened(w))
-    return where_nonzero(wide(load(used[5], j, g)), t, s), bowed
+    if mode == EXACT:
+        return wide(line(how, g, bowed, d, _from(doubles, j), w)), bowed
+    s = wide(line(how, g, bowed, d, _coefficients(how, r, w, used, j), w))
+    if mode != 0:
+        s = where_nonzero(wide(load_own(used[5], j)), wide(line(how, g, bowed, d, _from(doubles, j), w)), s)
+    return s, bowed
 
 
-@unless_none()
-def _widened(w):  # type: ignore[no-untyped-def]
-    return wide(w)
+@part()
+def _from(numbers, j):  # type: ignore[no-untyped-def]
+    """Five coefficients of the columns from j on."""
+    a, b, c = load_own(numbers[2], j), load_own(numbers[3], j), load_own(numbers[4], j)
+    return load_own(numbers[0], j), load_own(numbers[1], j), a, b, c
+
+
+@by_type
+def _coefficients(how, r, w, numbers, j):  # type: ignore[no-untyped-def]
+    return _seven if in_singles(how, r, w, numbers[0]) else lambda how, r, w, numbers, j: _from(numbers, j)
+
+
+def _seven(how, r, w, numbers, j):  # type: ignore[no-untyped-def]
+    return (*_from(numbers, j), load_own(numbers[6], j), load_own(numbers[7], j))
 
 
 @part()
 def _gradient_run(
-    dy, x, dx, n, width, like, doubles, used, rare, past, ahead_dy, ahead_x, how, r, w, dr, lenses
+    dy, x, dx, n, width, like, doubles, used, mode, past, ahead_dy, ahead_x, how, r, w, step_w, dr, lenses
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    """n elements from column 0 on, of rows of `width` columns without a gap; w is the same for all of them."""
-    i = 0
+    """n elements from column 0 on, of rows of `width` columns without a gap; with weights, of a vector at least."""
+    i, row, last = 0, 0, (n - 1) // width
     if past:
         i = min(n, before_line(dx))
     if i > 0:
-        g, v = load_part(dy, 0, i, like), load_part(x, 0, i, like)
-        s, b = _slope(how, g, v, 0, doubles, used, rare, lenses, loaded_part(r, 0, i, like), w)
+        g, v, f = load_part(dy, 0, i, like), load_part(x, 0, i, like), _weight_at(w, step_w, 0, like)
+        s, b = _slope(how, g, v, 0, doubles, used, mode, lenses, loaded_part(r, 0, i, like), f)
         save_part(dx, 0, i, s)
         put_part(dr, 0, i, b)
     j = i % width
@@ -449,16 +488,17 @@ def _gradient_run(
         for _ in range(min((width - j + LANES - 1) // LANES, (n - i) // LANES)):
             fetch(ahead_dy, i)
             fetch(ahead_x, i)
-            g, v = load(dy, i, like), load(x, i, like)
-            s, b = _slope(how, g, v, j, doubles, used, rare, lenses, loaded(r, i, like), w)
+            g, v, f = load(dy, i, like), load(x, i, like), _weights_from(w, step_w, row, last, width - j, like)
+            s, b = _slope(how, g, v, j, doubles, used, mode, lenses, loaded(r, i, like), f)
             write(dx, i, s, past)
             put(dr, i, b)
             i, j = i + LANES, j + LANES
-        j %= width
+        if j >= width:
+            j, row = j % width, row + 1
     if i < n:
-        k = n - i
+        k, f = n - i, _weights_from(w, step_w, row, last, width - j, like)
         g, v = load_part(dy, i, k, like), load_part(x, i, k, like)
-        s, b = _slope(how, g, v, j, doubles, used, rare, lenses, loaded_part(r, i, k, like), w)
+        s, b = _slope(how, g, v, j, doubles, used, mode, lenses, loaded_part(r, i, k, like), f)
         save_part(dx, i, k, s)
         put_part(dr, i, k, b)
 
@@ -467,14 +507,14 @@ def _gradient_run(
 def columns_gradient(
     dy, x, dx, k, c0, channels, doubles, used, rare, plan, how, res, w, dr, order, lenses
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    """dx of block k of the channels from c0 on; doubles (5, W + 16) and used (5 or 6, W + 16) by column."""
+    """dx of block k of the channels from c0 on; doubles (5, W + 16) and used (8, W + 16) by column."""
     keep_whole()
     r0, r1 = _borders(k, x.shape, plan)
-    like = spread(used[0, 0])
-    d, f = _five(doubles), _six(used)
+    like = read_as(how, res, spread(narrowest(x)), spread(used[0, 0]))
+    d, f, mode = _five(doubles), _eight(used), 0 if rare == 0 else 1 if rare < channels else EXACT
     z = _three(lenses)
-    # Rows with weights are walked one by one: parts of lines at both ends of each cost more than caches save.
-    past, width = plan[7] & PAST != 0 and absent(w), channels * plan[5] * plan[6]
+    past, width = plan[7] & PAST != 0, channels * plan[5] * plan[6]
+    together = absent(w) or width >= LANES
     reach = 1 + 1024 // width
     while r0 < r1:
         run_dy, step_dy, left = _row(dy, r0, c0, plan, order)
@@ -482,14 +522,14 @@ def columns_gradient(
         target, step_dx, _ = _row(dx, r0, c0, plan, order)
         run_r, step_r, _ = _part_of(res, r0, c0, plan, order)
         run_dr, step_dr, _ = _part_of(dr, r0, c0, plan, order)
-        weight, _ = _weight(w, r0, plan, order)
+        weight, step_w = _weight(w, r0, plan, order)
         step = width * x.itemsize
         gapless = step_dy == step_x == step_dx == step and step_r in (0, step) and step_dr in (0, step)
-        rows = min(left, r1 - r0) if gapless and absent(w) else 1
+        rows = min(left, r1 - r0) if gapless and together else 1
         n = (rows - 1) * width + _width(r0 + rows - 1, x.shape, channels, plan)
         ahead_dy, ahead_x = shifted(run_dy, reach * step_dy), shifted(run_x, reach * step_x)
-        f0 = _weight_at(weight, 0, 0, like)
         _gradient_run(
-            run_dy, run_x, target, n, width, like, d, f, rare, past, ahead_dy, ahead_x, how, run_r, f0, run_dr, z
-        )
+            run_dy, run_x, target, n, width, like, d, f, mode, past and (absent(w) or rows > 1), ahead_dy, ahead_x, how,
+            run_r, weight, step_w, run_dr, z,
+        )  # fmt: skip
         r0 += rows

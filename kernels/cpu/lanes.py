@@ -17,7 +17,6 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.core.imputils import impl_ret_borrowed
 from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
@@ -118,13 +117,21 @@ def fma(_typing: Any, a: Any, b: Any, c: Any) -> Any:
     """a b + c, rounded once where the processor can; of numbers too."""
 
     def codegen(_context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind, name = args[0].type, f"llvm.fmuladd.f{a.bitwidth}" if isinstance(a, types.Float) else (
-            f"llvm.fmuladd.v{LANES}f{a.dtype.bitwidth}"
+        kind, name = (
+            args[0].type,
+            f"llvm.fmuladd.f{a.bitwidth}"
+            if isinstance(a, types.Float)
+            else (f"llvm.fmuladd.v{LANES}f{a.dtype.bitwidth}"),
         )
         function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
         return builder.call(function, args)
 
     return a(a, a, a), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def negative(_typing: Any, lanes: Any) -> Any:
+    return lanes(lanes), lambda _context, builder, _signature, args: builder.fneg(args[0])
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -451,19 +458,6 @@ def narrowest(_typing: Any, array: Any) -> Any:
     """0 in the type that an array's elements can be computed in: float32 for the half types, else their own."""
     result = types.float64 if array.dtype == types.float64 else types.float32
     return result(array), lambda context, _builder, signature, _args: context.get_constant(signature.return_type, 0)
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def finest(_typing: Any, array: Any, double: Any, single: Any) -> Any:
-    """`single` for an array of a half type, whose own rounding is 2^13 times float32's; else `double`."""
-    half = isinstance(array.dtype, types.Integer)  # images have no gradient
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        # returned as it came, so its count of references goes up
-        chosen = 2 if half else 1
-        return impl_ret_borrowed(context, builder, signature.return_type, args[chosen])
-
-    return (single if half else double)(array, double, single), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]

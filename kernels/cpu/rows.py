@@ -17,14 +17,16 @@ from .activations import (
     counted,
     fast_numbers,
     finished,
+    in_singles,
     is_plain,
+    line,
     loaded,
     loaded_part,
     put,
     put_part,
-    sloped,
+    read_as,
 )
-from .blocks import run_deviations, run_gradient, run_normalize, run_products, run_weighted, write
+from .blocks import run_deviations, run_normalize, run_products, run_weighted, write
 from .lanes import (
     LANES,
     before_line,
@@ -34,6 +36,7 @@ from .lanes import (
     keep_whole,
     load,
     load_part,
+    narrowest,
     nothing,
     pointer,
     save,
@@ -96,6 +99,14 @@ def scatter(scratch, a, c, o0, o1, i0, n, order):  # type: ignore[no-untyped-def
         for i in range(i0, i0 + n):
             a[p, c, i] = scratch[k]
             k += 1
+
+
+@unless_none()
+def _repeated(w, o, i0, n, scratch):  # type: ignore[no-untyped-def]
+    """The weights of a run, and behind them those of its start, as the run of the next channel has the same."""
+    for i in range(n + LANES):
+        scratch[i] = w[o, 0, i0 + i % n]
+    return pointer(scratch, 0)
 
 
 @unless_none()
@@ -198,7 +209,7 @@ def _five(numbers, c):  # type: ignore[no-untyped-def]
 
 @by_type
 def _joined(n, p, q):  # type: ignore[no-untyped-def]
-    return _joined_five if len(p) == 5 else _joined_three
+    return {3: _joined_three, 5: _joined_five, 7: _joined_seven}[len(p)]
 
 
 def _joined_three(n, p, q):  # type: ignore[no-untyped-def]
@@ -206,13 +217,11 @@ def _joined_three(n, p, q):  # type: ignore[no-untyped-def]
 
 
 def _joined_five(n, p, q):  # type: ignore[no-untyped-def]
-    return (
-        joined(n, p[0], q[0]),
-        joined(n, p[1], q[1]),
-        joined(n, p[2], q[2]),
-        joined(n, p[3], q[3]),
-        joined(n, p[4], q[4]),
-    )
+    return (*_joined(n, p[:3], q[:3]), joined(n, p[3], q[3]), joined(n, p[4], q[4]))
+
+
+def _joined_seven(n, p, q):  # type: ignore[no-untyped-def]
+    return (*_joined(n, p[:5], q[:5]), joined(n, p[5], q[5]), joined(n, p[6], q[6]))
 
 
 # A map computes in the elements' type where it may (`fast_numbers`), with five numbers: z = (a d + b) + (al d + bl),
@@ -255,22 +264,22 @@ def _normalize_runs(x, y, n, c, count, fast, past, ahead, how, r, w, doubles, li
     while i + LANES <= m:
         while i + LANES <= end:
             fetch(ahead, i)
-            write(y, i, _normalized(how, load(x, i, like), p, loaded(r, i, like), loaded(w, i, like)), past)
+            write(y, i, _normalized(how, load(x, i, like), p, loaded(r, i, like), loaded(w, i - end + n, like)), past)
             i += LANES
         if i + LANES <= m:
             c += 1
             q = _numbers(fast, doubles, c)
             if i < end:
                 fetch(ahead, i)
-                pq = _joined(end - i, p, q)
-                write(y, i, _normalized(how, load(x, i, like), pq, loaded(r, i, like), loaded(w, i, like)), past)
+                pq, f = _joined(end - i, p, q), loaded(w, i - end + n, like)
+                write(y, i, _normalized(how, load(x, i, like), pq, loaded(r, i, like), f), past)
                 i += LANES
             p = q
             end += n
     if i < m:
         fetch(ahead, i)
         v, k = load_part(x, i, m - i, like), m - i
-        save_part(y, i, k, _normalized(how, v, p, loaded_part(r, i, k, like), loaded_part(w, i, k, like)))
+        save_part(y, i, k, _normalized(how, v, p, loaded_part(r, i, k, like), loaded_part(w, i - end + n, k, like)))
 
 
 @unless_none(0, lambda *args: True)
@@ -286,7 +295,7 @@ def rows_normalize(x, y, k, c0, ca, doubles, singles, rare, plan, scratch, how, 
     oa, _, ia, _ = _borders(plan[2] - 1 - k, x.shape, plan)
     past, g = plan[7] & PAST != 0, singles.shape[1]
     fast, like = fast_numbers(how, r, w, singles), spread(singles[0, 0])
-    whole = n >= LANES and (not rare or absent(fast)) and absent(w)
+    whole = n >= LANES and (not rare or absent(fast)) and (absent(w) or g > 1)
     whole = whole and _adjacent(x, n) and _adjacent(y, n) and _adjacent(r, n)
     if plan[7] & GATHER:
         for c in range(g):
@@ -299,6 +308,7 @@ def rows_normalize(x, y, k, c0, ca, doubles, singles, rare, plan, scratch, how, 
         return
     for o in range(o1 - 1, o0 - 1, -1):  # what was read last is in cache
         p = index(order, o)
+        run_w = _repeated(w, p, i0, n, scratch[2][0]) if whole else _at(w, p, 0, i0)
         for c in range(0, g, g if whole else 1):
             ahead = run = _at(x, p, c0 + c, i0)
             if ca >= 0:
@@ -306,9 +316,8 @@ def rows_normalize(x, y, k, c0, ca, doubles, singles, rare, plan, scratch, how, 
                 ahead = _at(x, there, min(ca + c, x.shape[1] - 1), ia)
             target, run_r = _at(y, p, c0 + c, i0), _at(r, p, c0 + c, i0)
             if whole:
-                _normalize_runs(run, target, n, np.int64(0), g, fast, past, ahead, how, run_r, None, doubles, like)
+                _normalize_runs(run, target, n, np.int64(0), g, fast, past, ahead, how, run_r, run_w, doubles, like)
             else:
-                run_w = _at(w, p, 0, i0)
                 _normalize_run(fast, run, target, n, c, doubles, singles, past, ahead, how, run_r, run_w)
 
 
@@ -335,19 +344,27 @@ def _normalize_with(x, y, n, c, doubles, singles, past, ahead, how, r, w):  # ty
 
 @part()
 def _slope(how, g, v, p, z, r, w):  # type: ignore[no-untyped-def]
-    """dx = a (dy - ghi) + (b (x - hi) + c) by the five numbers p; and dy f'(z), by the lens z."""
-    ghi, hi, a, b, c = p
+    """dx by the numbers p, and dy f'(z), by the lens z."""
     bowed, d = bent(how, g, v, z[0], z[1], z[2], r)
-    bowed, d = counted(how, bowed, w), counted(how, d - hi, w)
-    return sloped(how, g, bowed - ghi, d, a, b, c, w), bowed
+    bowed = counted(how, bowed, w)
+    return line(how, g, bowed, d, p, w), bowed
+
+
+@by_type
+def _coefficients(how, r, w, numbers, c):  # type: ignore[no-untyped-def]
+    return _seven if in_singles(how, r, w, numbers) else lambda how, r, w, numbers, c: _five(numbers, c)
+
+
+def _seven(how, r, w, numbers, c):  # type: ignore[no-untyped-def]
+    return (*_five(numbers, c), spread(numbers[6, c]), spread(numbers[7, c]))
 
 
 @part()
-def _gradient_runs(dy, x, dx, n, c, count, used, past, ahead_dy, ahead_x, how, r, w, dr, lenses):  # type: ignore[no-untyped-def]
+def _gradient_runs(dy, x, dx, n, c, count, used, past, ahead_dy, ahead_x, how, r, w, dr, lenses, narrow):  # type: ignore[no-untyped-def]
     """As `_normalize_runs`, for gradients; dr is where dy f'(z) goes, or None."""
     m, i, end = count * n, 0, n
-    p, z = _five(used, c), lens(lenses, c)
-    like = p[0]
+    p, z = _coefficients(how, r, w, used, c), lens(lenses, c)
+    like = read_as(how, r, narrow, p[0])
     if past:
         i = min(m, before_line(dx))
     if i > 0:
@@ -360,19 +377,19 @@ def _gradient_runs(dy, x, dx, n, c, count, used, past, ahead_dy, ahead_x, how, r
             fetch(ahead_dy, i)
             fetch(ahead_x, i)
             g, v = load(dy, i, like), load(x, i, like)
-            s, b = _slope(how, g, v, p, z, loaded(r, i, like), loaded(w, i, like))
+            s, b = _slope(how, g, v, p, z, loaded(r, i, like), loaded(w, i - end + n, like))
             write(dx, i, s, past)
             put(dr, i, b)
             i += LANES
         if i + LANES <= m:
             c += 1
-            q, zq = _five(used, c), lens(lenses, c)
+            q, zq = _coefficients(how, r, w, used, c), lens(lenses, c)
             if i < end:
                 fetch(ahead_dy, i)
                 fetch(ahead_x, i)
                 g, v = load(dy, i, like), load(x, i, like)
                 pq, zz = _joined(end - i, p, q), _joined(end - i, z, zq)
-                s, b = _slope(how, g, v, pq, zz, loaded(r, i, like), loaded(w, i, like))
+                s, b = _slope(how, g, v, pq, zz, loaded(r, i, like), loaded(w, i - end + n, like))
                 write(dx, i, s, past)
                 put(dr, i, b)
                 i += LANES
@@ -383,20 +400,19 @@ def _gradient_runs(dy, x, dx, n, c, count, used, past, ahead_dy, ahead_x, how, r
         fetch(ahead_x, i)
         k = m - i
         g, v = load_part(dy, i, k, like), load_part(x, i, k, like)
-        s, b = _slope(how, g, v, p, z, loaded_part(r, i, k, like), loaded_part(w, i, k, like))
+        s, b = _slope(how, g, v, p, z, loaded_part(r, i, k, like), loaded_part(w, i - end + n, k, like))
         save_part(dx, i, k, s)
         put_part(dr, i, k, b)
 
 
 @part()
-def _gradient_run(dy, x, dx, n, c, doubles, used, rare, past, ahead_dy, ahead_x, how, r, w, dr, lenses):  # type: ignore[no-untyped-def]
-    if is_plain(how) and absent(w) and absent(dr) and (n < LANES or (rare and used[5, c] != 0)):
-        ghi, hi, a, b, rest = doubles[0, c], doubles[1, c], doubles[2, c], doubles[3, c], doubles[4, c]
-        run_gradient(dy, x, dx, n, ghi, hi, a, b, rest, past, ahead_dy, ahead_x)
-    elif not is_plain(how) and rare and used[5, c] != 0:
-        _gradient_runs(dy, x, dx, n, c, np.int64(1), doubles, past, ahead_dy, ahead_x, how, r, w, dr, lenses)
+def _gradient_run(
+    dy, x, dx, n, c, doubles, used, rare, past, ahead_dy, ahead_x, how, r, w, dr, lenses, narrow
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    if rare > 0 and used[5, c] != 0:
+        _gradient_runs(dy, x, dx, n, c, np.int64(1), doubles, past, ahead_dy, ahead_x, how, r, w, dr, lenses, narrow)
     else:
-        _gradient_runs(dy, x, dx, n, c, np.int64(1), used, past, ahead_dy, ahead_x, how, r, w, dr, lenses)
+        _gradient_runs(dy, x, dx, n, c, np.int64(1), used, past, ahead_dy, ahead_x, how, r, w, dr, lenses, narrow)
 
 
 @part()
@@ -407,8 +423,11 @@ def rows_gradient(
     keep_whole()
     o0, o1, i0, n = _borders(k, x.shape, plan)
     oa, _, ia, _ = _borders(plan[2] - 1 - k, x.shape, plan)
-    past, g = plan[7] & PAST != 0, used.shape[1]
-    whole = n >= LANES and not rare and absent(w) and _adjacent(dy, n) and _adjacent(x, n) and _adjacent(dx, n)
+    past, g, narrow = plan[7] & PAST != 0, used.shape[1], spread(narrowest(x))
+    exact = rare == g
+    whole = (
+        n >= LANES and (exact or rare == 0) and absent(w) and _adjacent(dy, n) and _adjacent(x, n) and _adjacent(dx, n)
+    )
     whole = whole and _adjacent(r, n) and _adjacent(dr, n)
     if plan[7] & GATHER:
         for c in range(g):
@@ -419,28 +438,15 @@ def rows_gradient(
             result, m = pointer(scratch[1][1], 0), (o1 - o0) * n
             to_dr = _room(dr, scratch[1][3])
             _gradient_run(
-                run_dy,
-                run_x,
-                result,
-                m,
-                c,
-                doubles,
-                used,
-                rare,
-                plan[7] < 0,
-                run_dy,
-                run_x,
-                how,
-                run_r,
-                run_w,
-                to_dr,
-                lenses,
-            )
+                run_dy, run_x, result, m, c, doubles, used, rare, plan[7] < 0, run_dy, run_x, how, run_r, run_w, to_dr,
+                lenses, narrow,
+            )  # fmt: skip
             scatter(scratch[1][1], dx, c0 + c, o0, o1, i0, n, order)
             scatter(scratch[1][3], dr, c0 + c, o0, o1, i0, n, order)
         return
     for o in range(o1 - 1, o0 - 1, -1):
         p = index(order, o)
+        run_w = _repeated(w, p, i0, n, scratch[2][0]) if whole else _at(w, p, 0, i0)
         for c in range(0, g, g if whole else 1):
             ahead_dy = run_dy = _at(dy, p, c0 + c, i0)
             ahead_x = run_x = _at(x, p, c0 + c, i0)
@@ -449,27 +455,18 @@ def rows_gradient(
                 there = index(order, there)
                 ahead_dy, ahead_x = _at(dy, there, next_c, ia), _at(x, there, next_c, ia)
             target, run_r, run_dr = _at(dx, p, c0 + c, i0), _at(r, p, c0 + c, i0), _at(dr, p, c0 + c, i0)
-            if whole:
+            if whole and exact:
                 _gradient_runs(
-                    run_dy,
-                    run_x,
-                    target,
-                    n,
-                    np.int64(0),
-                    g,
-                    used,
-                    past,
-                    ahead_dy,
-                    ahead_x,
-                    how,
-                    run_r,
-                    None,
-                    run_dr,
-                    lenses,
-                )
+                    run_dy, run_x, target, n, np.int64(0), g, doubles, past, ahead_dy, ahead_x, how, run_r, run_w,
+                    run_dr, lenses, narrow,
+                )  # fmt: skip
+            elif whole:
+                _gradient_runs(
+                    run_dy, run_x, target, n, np.int64(0), g, used, past, ahead_dy, ahead_x, how, run_r, run_w,
+                    run_dr, lenses, narrow,
+                )  # fmt: skip
             else:
-                run_w = _at(w, p, 0, i0)
                 _gradient_run(
                     run_dy, run_x, target, n, c, doubles, used, rare, past, ahead_dy, ahead_x, how, run_r, run_w,
-                    run_dr, lenses,
+                    run_dr, lenses, narrow,
                 )  # fmt: skip

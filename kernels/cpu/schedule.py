@@ -19,7 +19,7 @@ import math
 import numpy as np
 from numba import prange
 
-from .activations import absent, has_edge, is_frozen, is_plain, looks
+from .activations import absent, has_edge, has_rare, is_frozen, is_plain, looks, used_of
 from .blocks import merge_comoments, merge_moments, not_negative, settle
 from .columns import (
     columns_count,
@@ -38,7 +38,6 @@ from .lanes import (
     call,
     claim,
     fence,
-    finest,
     fma,
     hold,
     keep_whole,
@@ -79,19 +78,21 @@ def _width(channels, plan):  # type: ignore[no-untyped-def]
 
 
 @part(_nrt=True)
-def _memory(x, y, plan, stage, like, depth, wide, narrow):  # type: ignore[no-untyped-def]
+def _memory(x, y, plan, stage, like, depth, wide, narrow, weighted):  # type: ignore[no-untyped-def]
     """All that a work item needs: `borrowed` says why nothing below it may own an array. It hands on views of rows.
 
-    By channel of a tile: (13, G) float64, 5 coefficients or merged sums, 5 totals and a lens; (8, G) in the elements'
-    type, 2 pivots and 6 coefficients. By column or lane: `depth` sums; by column: `wide` coefficients or pivots in
-    float64 and `narrow` ones in the elements' type. Then what is gathered: of x, of all of y's type, of weights.
+    By channel of a tile: (13, G) float64, 5 coefficients or merged sums, 5 totals and a lens; (10, G) in the elements'
+    type, 2 pivots and 8 coefficients. By column or lane: `depth` sums; by column: `wide` coefficients or pivots in
+    float64 and `narrow` ones in the elements' type. Then what is gathered: of x, of all of y's type, of weights, of
+    which a run and its start again has room too.
     """
     g = min(plan[1], x.shape[1])
     w = _width(g, plan)
     scratch = plan[4] * plan[6] if plan[7] & GATHER else 0
     numbers, sums, columns = np.empty((13, g)), np.zeros((depth, w if stage & SUM else 0)), w if plan[0] else 0
-    singles, like_columns = np.full((8, g), like), np.full((narrow, columns), like)
-    gathered = np.empty((1, scratch), x.dtype), np.empty((4, scratch), y.dtype), np.full((1, scratch), like)
+    singles, like_columns = np.full((10, g), like), np.full((narrow, columns), like)
+    weights = scratch if scratch > 0 else plan[6] + LANES if weighted and not plan[0] else 0
+    gathered = np.empty((1, scratch), x.dtype), np.empty((4, scratch), y.dtype), np.full((1, weights), like)
     return numbers, sums, np.zeros((wide, columns)), singles, like_columns, gathered[0], gathered[1], gathered[2]
 
 
@@ -195,9 +196,13 @@ def _few(shape, plan):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _near_enough(s, q, n):  # type: ignore[no-untyped-def]
-    """That the pivot of s and q is at most a standard deviation off, and that no square was too small or large."""
-    return (q - s * s / n >= 0.5 * q and 1e-30 * n < q < 1e30 * n) or (q == 0.0 and s == 0.0)
+def _near_enough(s, q, n, share):  # type: ignore[no-untyped-def]
+    """That the variance is `share` of the squares around the pivot at least, and no square was too small or large.
+
+    By a half the pivot is one standard deviation off at most, by a tenth three: enough where the squares serve for
+    nothing else. Slopes of 0 and 1 let the mean of 16 values be more than one off in one of 512 channels, often.
+    """
+    return (q - s * s / n >= share * q and 1e-30 * n < q < 1e30 * n) or (q == 0.0 and s == 0.0)
 
 
 @part(inline="always")
@@ -222,7 +227,7 @@ def _forward_sum(p, c0, x, part, plan, memory, w, order):  # type: ignore[no-unt
         _by_channel(sums, totals, plan)
         for c in range(g):
             s, q, n = totals[0, c], totals[1, c], _counted(totals, c, count, w)
-            if _near_enough(s, q, n) and n > 0.0:
+            if _near_enough(s, q, n, 0.5) and n > 0.0:
                 part[p, 0, c], part[p, 1, c] = n, pivot[c]
                 part[p, 2, c], part[p, 3, c] = s / n, q - s * s / n
             again |= part[p, 0, c] == 0.0
@@ -266,7 +271,6 @@ def _forward_coefficients(s0, c0, stats, affine, numbers, singles, exact, double
     data (`double`) has its own numbers there; other data in which all is `exact` has none that will do.
 
     A mean within 1000 standard deviations goes to b: d = x is exact then, and so is x - h with h near x otherwise.
-    a is rounded towards 0: an infinite x then makes two infinite terms of one sign.
     """
     rare = False
     _lenses(s0, c0, stats, affine, numbers)
@@ -280,18 +284,24 @@ def _forward_coefficients(s0, c0, stats, affine, numbers, singles, exact, double
             continue
         singles[0, c] = 0.0 if abs(hi * invstd) <= 1024.0 else hi
         b = beta - a * ((hi - singles[0, c]) + lo)
-        singles[1, c] = a
-        if abs(singles[1, c]) > abs(a):
-            singles[1, c] = singles[1, c] * (1.0 - 2.0**-24)
-        singles[2, c] = a - singles[1, c]
-        if singles[2, c] == 0.0:
-            singles[2, c] = a * 2.0**-44
+        _split(a, singles, 1, 2, c)
         singles[3, c] = b
         singles[4, c] = b - singles[3, c]
         fits = (1e-30 < abs(a) < 1e30 or a == 0.0) and abs(b) < 1e30
         singles[5, c] = not fits
         rare |= not fits
     return rare
+
+
+@part()
+def _split(value, singles, i, k, c):  # type: ignore[no-untyped-def]
+    """value as float32 and what that leaves, of one sign: an infinite factor then makes two infinities of one sign."""
+    singles[i, c] = value
+    if abs(singles[i, c]) > abs(value):
+        singles[i, c] = singles[i, c] * (1.0 - 2.0**-24)
+    singles[k, c] = value - singles[i, c]
+    if singles[k, c] == 0.0:
+        singles[k, c] = value * 2.0**-44
 
 
 @part()
@@ -321,8 +331,8 @@ def _plain_lenses(how, r, s0, c0, stats, affine, numbers, singles, exact):  # ty
 
 
 def _edges(how, r, s0, c0, stats, affine, numbers, singles, exact):  # type: ignore[no-untyped-def]
-    """singles (8, G): two rows to work in, and six as the forward map's."""
-    slot, own = singles[0, :1], singles[2:, : numbers.shape[1]]
+    """singles (10, G): two rows to work in, and six as the forward map's."""
+    slot, own = singles[0, :1], singles[2:8, : numbers.shape[1]]
     _forward_coefficients(s0, c0, stats, affine, numbers, own, exact, slot.itemsize == 8)
     for c in range(numbers.shape[1]):
         lens = numbers[0, c], numbers[1, c], numbers[2, c]
@@ -347,7 +357,7 @@ def _rounded(slot, value):  # type: ignore[no-untyped-def]
 
 @part()
 def _edge(lens, singles, c, exactly, slot):  # type: ignore[no-untyped-def]
-    """s and t for which s x <= t exactly where z = a (x - h) + b <= 0 as forward finds it, of x in the type of slot (1,).
+    """s and t for which s x <= t exactly where forward finds z = a (x - h) + b <= 0, of x in the type of slot (1,).
 
     t is the root, rounded to that type, or a neighbour of it; further off where rounding has made steps of z wide.
     """
@@ -396,7 +406,7 @@ def _forward_map(p0, p1, s0, c0, ca, x, y, stats, affine, summed, plan, memory, 
     """
     g = min(plan[1], x.shape[1] - c0)
     all_numbers, _, spread_numbers, all_singles, spread_singles, scratch = memory
-    numbers, singles = all_numbers[:3, :g], all_singles[2:, :g]
+    numbers, singles = all_numbers[:3, :g], all_singles[2:8, :g]
     exact = plan[7] & EXACT != 0
     rare = _forward_coefficients(s0, c0, stats, affine, numbers, singles, exact, x.itemsize == 8)
     if plan[0]:
@@ -423,7 +433,7 @@ def forward_item(
     keep_whole()
     x, y, stats, affine, part = borrowed(x), borrowed(y), borrowed(stats), borrowed(affine), borrowed(part)
     claims, starts, order, r, w = borrowed(claims), borrowed(starts), borrowed(order), borrowed(r), borrowed(w)
-    owned = _memory(x, y, plan, stage, narrowest(x), 2 if absent(w) else 3, 3, 6)
+    owned = _memory(x, y, plan, stage, narrowest(x), 2 if absent(w) else 3, 3, 6, not absent(w))
     memory = _lent(owned)
     pieces, tiles = part_sizes(x.shape, plan)
     u = _claimed(k, items, claims)
@@ -501,12 +511,15 @@ def forward_kernel(
 
 @part(inline="always")
 def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order):  # type: ignore[no-untyped-def]
-    """part (P, 5, G) of piece p of a tile: count, mean of dy as hi and lo, mean of x - hi, co-moment."""
+    """part (P, 7, G) of piece p of a tile: count, mean of dy as hi and lo, mean of x - hi, co-moment.
+
+    And for the choice of the map's type, at most the M2 of dy, and at least the sum of (x - mean)^4.
+    """
     k0, k1 = p * plan[3], min((p + 1) * plan[3], plan[2])
     g = min(plan[1], x.shape[1] - c0)
     numbers, all_sums, near64, singles, near, scratch = memory
     totals, sums, pivot, hi = numbers[5:10, :g], all_sums[:, : _width(g, plan)], singles[0, :g], singles[1, :g]
-    lenses, spread_lenses = numbers[10:, :g], _columns_of(how, r, near64[5:], near[6:])
+    lenses, spread_lenses = numbers[10:, :g], _columns_of(how, r, near64[5:], near[8:])
     part[p, 0] = 0.0
     if k0 >= k1:
         part[p] = 0.0
@@ -548,10 +561,11 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order)
             var, off = stats[2, s0 + c], totals[1, c] / n
             # A value with all of the variance has a gradient near 0, the difference of two terms: v must be exact then.
             spread_out = totals[4, c] <= (x.shape[0] * x.shape[2] * var) ** 2 / 64.0 and 1e-15 < var < 1e15
-            if _near_enough(totals[0, c], totals[3, c], n) and spread_out and off * off <= var:
+            if _near_enough(totals[0, c], totals[3, c], n, 0.1) and spread_out and off * off <= var:
                 part[p, 0, c], part[p, 1, c], part[p, 2, c] = n, pivot[c], totals[0, c] / n
                 part[p, 3, c] = off - (stats[0, s0 + c] - hi[c])
                 part[p, 4, c] = totals[2, c] - totals[0, c] * off
+                part[p, 5, c], part[p, 6, c] = totals[3, c] - totals[0, c] * totals[0, c] / n, totals[4, c]
             again |= part[p, 0, c] == 0.0
     if again:
         mean, merged, hi64 = numbers[0, :g], numbers[1:5, :g], stats[0, s0 : s0 + g]
@@ -595,6 +609,7 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order)
             if plan[7] & EXACT or part[p, 0, c] == 0.0:
                 part[p, 0, c], part[p, 1, c], part[p, 2, c] = n, merged[0, c], merged[1, c]
                 part[p, 3, c], part[p, 4, c] = merged[2, c], merged[3, c]
+                part[p, 5, c], part[p, 6, c] = 0.0, math.inf  # it may well be that float32 won't do for the map either
 
 
 @by_type
@@ -631,9 +646,12 @@ def _mean_of_dy_bent(
 
 @part(inline="always")
 def _backward_finish(c, s, stats, grads, part):  # type: ignore[no-untyped-def]
-    """grads (6, G C): mean of dy as hi and lo, covariance, mean of x - mean; in training dgamma, and dbeta."""
+    """grads (8, G C): mean of dy as hi and lo, covariance, mean of x - mean; in training dgamma; dbeta; two of part."""
     n = hi = lo = t = m = 0.0
+    grads[6, s] = grads[7, s] = 0.0
     for p in range(part.shape[0]):
+        grads[6, s] += part[p, 5, c]
+        grads[7, s] += part[p, 6, c]
         n, hi, lo, t, m = merge_comoments(
             n, hi, lo, t, m, part[p, 0, c], part[p, 1, c], part[p, 2, c], part[p, 3, c], part[p, 4, c]
         )
@@ -645,14 +663,20 @@ def _backward_finish(c, s, stats, grads, part):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _backward_coefficients(s0, c0, stats, affine, grads, numbers, singles, n, mass, frozen):  # type: ignore[no-untyped-def]
-    """By channel, numbers (5, G) and singles (6, G): ghi, hi, a, b, c for dx = a (dy - ghi) + (b (x - hi) + c).
+def _backward_coefficients(s0, c0, stats, affine, grads, numbers, singles, n, mass, frozen, exact, half):  # type: ignore[no-untyped-def]
+    """By channel. numbers (5, G): ghi, hi, a, b, c for dx = a (dy - ghi) + (b (x - hi) + c).
 
-    In singles c has what the rounding of ghi and hi takes away, and the sixth is 1 where they won't do. Returns
-    whether there is such a channel. With weights, whose sum is `mass` (of n values; 0 without), their factor of the
-    second term has the mean of dy too: dx = a dy + w (b (x - hi) + c). Of frozen statistics a alone is left.
+    singles (8, G): the same in float32, where c has what the rounding of ghi and hi takes away; 1 where they won't do,
+    as of all if `exact`; and what the rounding of a and b takes away. Returns for how many channels they won't do.
+
+    With weights, whose sum is `mass` (of n values; 0 without), their factor of the second term has the mean of dy too:
+    dx = a dy + w (b (x - hi) + c). Of frozen statistics a alone is left.
+
+    Float32 won't do where the terms cancel, as the rounding of dy - ghi and x - hi is left then: up to 7 eps where dy
+    follows x. So the second term of the farthest x, which the fourth root of sum (x - hi)^4 bounds, must be at most two
+    standard deviations of the first (in truth less: of normal data the root is 5 to 25 deviations).
     """
-    rare = False
+    rare = 0
     for c in range(numbers.shape[1]):
         ghi, glo, hi, lo = grads[0, s0 + c], grads[1, s0 + c], stats[0, s0 + c], stats[1, s0 + c]
         invstd, covariance = stats[3, s0 + c], grads[2, s0 + c]
@@ -666,12 +690,18 @@ def _backward_coefficients(s0, c0, stats, affine, grads, numbers, singles, n, ma
             ghi = glo = lo = covariance = 0.0
         b = -a * (covariance * invstd) * invstd
         numbers[0, c], numbers[1, c], numbers[2, c], numbers[3, c], numbers[4, c] = ghi, hi, a, b, -(a * glo + b * lo)
-        singles[0, c], singles[1, c], singles[2, c], singles[3, c] = ghi, hi, a, b
+        singles[0, c], singles[1, c] = ghi, hi
+        _split(a, singles, 2, 6, c)
+        _split(b, singles, 3, 7, c)
         rest = numbers[4, c] + a * (singles[0, c] - ghi) + b * (singles[1, c] - hi)
         singles[4, c] = rest
         fits = (1e-30 < abs(a) < 1e30 or a == 0.0) and (1e-30 < abs(b) < 1e30 or b == 0.0) and abs(rest) < 1e30
-        singles[5, c] = not fits
-        rare |= not fits
+        if not half and not frozen:
+            varied, farthest = grads[6, s0 + c] * stats[2, s0 + c], math.sqrt(grads[7, s0 + c])
+            fits &= n * (covariance * invstd) ** 2 * farthest <= 4.0 * varied
+        if exact or not fits:
+            rare += 1
+        singles[5, c] = exact or not fits
     return rare
 
 
@@ -679,23 +709,22 @@ def _backward_coefficients(s0, c0, stats, affine, grads, numbers, singles, n, ma
 def _backward_map(
     p0, p1, s0, c0, ca, dy, x, dx, stats, affine, grads, plan, memory, how, r, w, dr, order, mass
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Pieces p0 to p1 of a tile, backwards; the channels from ca on are fetched meanwhile, if it is >= 0.
-
-    In float64, but for half types, where float32 costs 2^-13 of an ulp and takes half the time.
-    """
+    """Pieces p0 to p1 of a tile, backwards; the channels from ca on are fetched meanwhile, if it is >= 0."""
     g = min(plan[1], x.shape[1] - c0)
     all_numbers, _, spread_numbers, all_singles, spread_singles, scratch = memory
     numbers, singles, lenses, spread_lenses = (
         all_numbers[:5, :g],
         all_singles[2:, :g],
         all_numbers[10:, :g],
-        _columns_of(how, r, spread_numbers[5:], spread_singles[6:]),
+        _columns_of(how, r, spread_numbers[5:], spread_singles[8:]),
     )
-    n = float(x.shape[0] * x.shape[2])
+    n, exact = float(x.shape[0] * x.shape[2]), plan[7] & EXACT != 0
     rare = _backward_coefficients(
-        s0, c0, stats, affine, grads, numbers, singles, n, mass, is_frozen(how) != 0.0
-    ) and finest(x, False, True)
-    used, spread_used = finest(x, numbers, singles), finest(x, spread_numbers, spread_singles)
+        s0, c0, stats, affine, grads, numbers, singles, n, mass, is_frozen(how) != 0.0, exact, x.itemsize == 2
+    )
+    rare *= has_rare(how, r, w, x, singles)
+    used = used_of(how, r, w, x, numbers, singles)
+    spread_used = used_of(how, r, w, x, spread_numbers, spread_singles)
     if plan[0]:
         spread_columns(used, spread_used, plan)
         if rare:
@@ -714,7 +743,7 @@ def _backward_map(
 def backward_item(
     k, items, dy, x, dx, stats, affine, grads, part, claims, plan, stage, starts, order, how, r, w, dr, mass
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    """dy, x, dx (O, C, I), stats (4, G C), affine (2, C), grads (6, G C), part (cells or items, P, 5, channels).
+    """dy, x, dx (O, C, I), stats (4, G C), affine (2, C), grads (8, G C), part (cells or items, P, 7, channels).
 
     starts (G + 1,), order (O,) or (0,), r and dr (O, C, I) or None, w (O, 1, I) or None, mass (G,) or None.
     """
@@ -722,7 +751,7 @@ def backward_item(
     dy, x, dx, part, claims = borrowed(dy), borrowed(x), borrowed(dx), borrowed(part), borrowed(claims)
     stats, affine, grads, starts = borrowed(stats), borrowed(affine), borrowed(grads), borrowed(starts)
     order, r, w, dr, mass = borrowed(order), borrowed(r), borrowed(w), borrowed(dr), borrowed(mass)
-    owned = _memory(x, dx, plan, stage, narrowest(x), 5, 8, 9)
+    owned = _memory(x, dx, plan, stage, narrowest(x), 5, 8, 11, not absent(w))
     memory = _lent(owned)
     pieces, tiles = part_sizes(x.shape, plan)
     u, seen = _claimed(k, items, claims), -1
@@ -742,7 +771,7 @@ def backward_item(
                 seen, lenses = cell, memory[0][10:, :channels]
                 _lenses_of(how, r, s0, c0, stats, affine, lenses, memory[3], not absent(w) or plan[7] & EXACT != 0)
                 if plan[0]:
-                    spread_columns(lenses, _columns_of(how, r, memory[2][5:], memory[4][6:]), plan)
+                    spread_columns(lenses, _columns_of(how, r, memory[2][5:], memory[4][8:]), plan)
             if stage & SUM:
                 for p in range(p0, p1):
                     _backward_sum(p, s0, c0, dys, xs, stats, sums, own, memory, how, rs, ws, order_of)
