@@ -588,63 +588,81 @@ def _trained(how, d):  # type: ignore[no-untyped-def]
     return where_nonzero(constant(d, is_frozen(how)), nothing(d), d)
 
 
-@unless_none(7, lambda *args: fma(args[2], args[4], fma(args[3], args[5], args[6])))
-def sloped(how, raw, g, d, a, b, c, w):  # type: ignore[no-untyped-def]
-    """Lanes of dx: a g + (b d + c), its second term by weight; constants are all that is left of frozen statistics."""
-    zero = nothing(g)
-    dx = fma(g, a, where_nonzero(w, w * fma(d, b, c), zero))
-    instead = where_nonzero(constant(g, kept(how)), raw, zero)
-    return where_nonzero(constant(g, all_normalized(how)), dx, where_nonzero(w, dx, instead))
-
-
 @by_type
 def line(how, raw, bowed, v, p, w):  # type: ignore[no-untyped-def]
-    """Lanes of dx by the numbers p of a channel, for lanes of dy, of dy f'(z) and of x."""
-    return _line_in_singles if len(p) == 7 else _line_with
+    """dx = a g + (b d + c), its second term by weight, for lanes of dy, of dy f'(z) and of x; p: a channel's numbers.
+
+    In float32 (seven numbers), the rounding of b d is added, which would be all that is left where the terms cancel.
+    """
+    if len(p) == 7:
+        return _line_in_singles if _is_none(w) else _weighted_in_singles
+    return _line_in_doubles if _is_none(w) else _weighted_in_doubles
 
 
-def _line_with(how, raw, bowed, v, p, w):  # type: ignore[no-untyped-def]
-    ghi, hi, a, b, c = p
-    d = counted(how, trained(how, alike(v, hi) - hi), w)
-    return sloped(how, alike(raw, a), alike(bowed, ghi) - ghi, d, a, b, c, weight_like(w, a))
+@part()
+def _centred(how, bowed, v, p, w):  # type: ignore[no-untyped-def]
+    """g and d."""
+    d = alike(v, p[1]) - p[1]
+    return alike(bowed, p[0]) - p[0], counted(how, trained(how, d), w)
+
+
+def _line_in_doubles(how, raw, bowed, v, p, w):  # type: ignore[no-untyped-def]
+    g, d = _centred(how, bowed, v, p, w)
+    return fma(g, p[2], fma(d, p[3], p[4]))
+
+
+def _weighted_in_doubles(how, raw, bowed, v, p, w):  # type: ignore[no-untyped-def]
+    g, d = _centred(how, bowed, v, p, w)
+    second = where_nonzero(w, alike(w, g) * fma(d, p[3], p[4]), nothing(g))
+    return _unless_masked(how, alike(raw, g), fma(g, p[2], second), w)
 
 
 def _line_in_singles(how, raw, bowed, v, p, w):  # type: ignore[no-untyped-def]
-    ghi, hi, a, b, c, al, bl = p
-    g, d = bowed - ghi, trained(how, v - hi)
+    _, _, a, b, c, al, bl = p
+    g, d = _centred(how, bowed, v, p, w)
     second = d * b
-    lost = fma(d, b, negative(second))  # where the terms cancel, their rounding would be all that is left
+    lost = fma(d, b, negative(second))
     return fma(g, a, second) + (lost + fma(g, al, fma(d, bl, c)))
 
 
-def in_singles(how: Any, r: Any, w: Any, singles: Any) -> bool:
-    """Whether backward's map of float32 data is computed in float32, by seven numbers."""
-    plainly = how.simple or has_edge(how, r)
-    return bool(plainly and _is_none(w) and singles.dtype == types.float32)
+def _weighted_in_singles(how, raw, bowed, v, p, w):  # type: ignore[no-untyped-def]
+    _, _, a, b, c, al, bl = p
+    g, d = _centred(how, bowed, v, p, w)
+    second, zero = d * b, nothing(g)
+    lost = fma(d, b, negative(second)) + fma(d, bl, c)
+    second, lost = where_nonzero(w, w * second, zero), where_nonzero(w, w * lost, zero)
+    return _unless_masked(how, raw, fma(g, a, second) + fma(g, al, lost), w)
+
+
+@part()
+def _unless_masked(how, raw, dx, w):  # type: ignore[no-untyped-def]
+    """dx, but what is wanted at masked positions: dy itself where they keep x."""
+    instead = where_nonzero(constant(dx, kept(how)), raw, nothing(dx))
+    return where_nonzero(constant(dx, all_normalized(how)), dx, where_nonzero(w, dx, instead))
+
+
+def in_singles(how: Any, r: Any, singles: Any) -> bool:
+    """Whether backward's map of float32 data is computed in float32, by seven numbers: where f' needs no z."""
+    return bool((not looks(how) or has_edge(how, r)) and singles.dtype == types.float32)
 
 
 @by_type
-def used_of(how, r, w, x, doubles, singles):  # type: ignore[no-untyped-def]
+def used_of(how, r, x, doubles, singles):  # type: ignore[no-untyped-def]
     """The coefficients of backward's map: float32 ones (8, G) where it may be computed by them, else float64 ones.
 
     Half types, whose own rounding is 2^13 times float32's, always take float32.
     """
     half = isinstance(x.dtype, types.Integer)
-    if half or in_singles(how, r, w, singles):
-        return lambda how, r, w, x, doubles, singles: singles
-    return lambda how, r, w, x, doubles, singles: doubles
+    if half or in_singles(how, r, singles):
+        return lambda how, r, x, doubles, singles: singles
+    return lambda how, r, x, doubles, singles: doubles
 
 
 @by_type
-def has_rare(how, r, w, x, singles):  # type: ignore[no-untyped-def]
+def has_rare(how, r, x, singles):  # type: ignore[no-untyped-def]
     """1 if there may be channels that float32 coefficients don't do for, else 0."""
-    some = isinstance(x.dtype, types.Integer) or in_singles(how, r, w, singles)
-    return (lambda how, r, w, x, singles: 1) if some else (lambda how, r, w, x, singles: 0)
-
-
-@unless_none()
-def weight_like(w, like):  # type: ignore[no-untyped-def]
-    return alike(w, like)
+    some = isinstance(x.dtype, types.Integer) or in_singles(how, r, singles)
+    return (lambda how, r, x, singles: 1) if some else (lambda how, r, x, singles: 0)
 
 
 @by_type

@@ -104,9 +104,11 @@ def scatter(scratch, a, c, o0, o1, i0, n, order):  # type: ignore[no-untyped-def
 @unless_none()
 def _repeated(w, o, i0, n, scratch):  # type: ignore[no-untyped-def]
     """The weights of a run, and behind them those of its start, as the run of the next channel has the same."""
-    for i in range(n + LANES):
-        scratch[i] = w[o, 0, i0 + i % n]
-    return pointer(scratch, 0)
+    source, target, zero = _at(w, o, 0, i0), pointer(scratch, 0), nothing(spread(scratch[0]))
+    for i in range(0, n, LANES):
+        save(target, i, load_part(source, i, min(LANES, n - i), zero))
+    save(target, n, load(source, 0, zero))
+    return target
 
 
 @unless_none()
@@ -351,11 +353,11 @@ def _slope(how, g, v, p, z, r, w):  # type: ignore[no-untyped-def]
 
 
 @by_type
-def _coefficients(how, r, w, numbers, c):  # type: ignore[no-untyped-def]
-    return _seven if in_singles(how, r, w, numbers) else lambda how, r, w, numbers, c: _five(numbers, c)
+def _coefficients(how, r, numbers, c):  # type: ignore[no-untyped-def]
+    return _seven if in_singles(how, r, numbers) else lambda how, r, numbers, c: _five(numbers, c)
 
 
-def _seven(how, r, w, numbers, c):  # type: ignore[no-untyped-def]
+def _seven(how, r, numbers, c):  # type: ignore[no-untyped-def]
     return (*_five(numbers, c), spread(numbers[6, c]), spread(numbers[7, c]))
 
 
@@ -363,7 +365,7 @@ def _seven(how, r, w, numbers, c):  # type: ignore[no-untyped-def]
 def _gradient_runs(dy, x, dx, n, c, count, used, past, ahead_dy, ahead_x, how, r, w, dr, lenses, narrow):  # type: ignore[no-untyped-def]
     """As `_normalize_runs`, for gradients; dr is where dy f'(z) goes, or None."""
     m, i, end = count * n, 0, n
-    p, z = _coefficients(how, r, w, used, c), lens(lenses, c)
+    p, z = _coefficients(how, r, used, c), lens(lenses, c)
     like = read_as(how, r, narrow, p[0])
     if past:
         i = min(m, before_line(dx))
@@ -383,7 +385,7 @@ def _gradient_runs(dy, x, dx, n, c, count, used, past, ahead_dy, ahead_x, how, r
             i += LANES
         if i + LANES <= m:
             c += 1
-            q, zq = _coefficients(how, r, w, used, c), lens(lenses, c)
+            q, zq = _coefficients(how, r, used, c), lens(lenses, c)
             if i < end:
                 fetch(ahead_dy, i)
                 fetch(ahead_x, i)
@@ -425,10 +427,8 @@ def rows_gradient(
     oa, _, ia, _ = _borders(plan[2] - 1 - k, x.shape, plan)
     past, g, narrow = plan[7] & PAST != 0, used.shape[1], spread(narrowest(x))
     exact = rare == g
-    whole = (
-        n >= LANES and (exact or rare == 0) and absent(w) and _adjacent(dy, n) and _adjacent(x, n) and _adjacent(dx, n)
-    )
-    whole = whole and _adjacent(r, n) and _adjacent(dr, n)
+    whole = n >= LANES and (exact or rare == 0) and (absent(w) or g > 1)
+    whole = whole and _adjacent(dy, n) and _adjacent(x, n) and _adjacent(dx, n) and _adjacent(r, n) and _adjacent(dr, n)
     if plan[7] & GATHER:
         for c in range(g):
             run_dy = gathered(dy, c0 + c, o0, o1, i0, n, order, scratch[1][0])

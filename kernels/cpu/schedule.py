@@ -674,7 +674,8 @@ def _backward_coefficients(s0, c0, stats, affine, grads, numbers, singles, n, ma
 
     Float32 won't do where the terms cancel, as the rounding of dy - ghi and x - hi is left then: up to 7 eps where dy
     follows x. So the second term of the farthest x, which the fourth root of sum (x - hi)^4 bounds, must be at most two
-    standard deviations of the first (in truth less: of normal data the root is 5 to 25 deviations).
+    standard deviations of the first (in truth less: of normal data the root is 5 to 25 deviations); and with weights,
+    where nothing is taken from dy, so must the mean of dy.
     """
     rare = 0
     for c in range(numbers.shape[1]):
@@ -699,6 +700,7 @@ def _backward_coefficients(s0, c0, stats, affine, grads, numbers, singles, n, ma
         if not half and not frozen:
             varied, farthest = grads[6, s0 + c] * stats[2, s0 + c], math.sqrt(grads[7, s0 + c])
             fits &= n * (covariance * invstd) ** 2 * farthest <= 4.0 * varied
+            fits &= mass == 0.0 or n * glo * glo <= 4.0 * grads[6, s0 + c]
         if exact or not fits:
             rare += 1
         singles[5, c] = exact or not fits
@@ -722,9 +724,9 @@ def _backward_map(
     rare = _backward_coefficients(
         s0, c0, stats, affine, grads, numbers, singles, n, mass, is_frozen(how) != 0.0, exact, x.itemsize == 2
     )
-    rare *= has_rare(how, r, w, x, singles)
-    used = used_of(how, r, w, x, numbers, singles)
-    spread_used = used_of(how, r, w, x, spread_numbers, spread_singles)
+    rare *= has_rare(how, r, x, singles)
+    used = used_of(how, r, x, numbers, singles)
+    spread_used = used_of(how, r, x, spread_numbers, spread_singles)
     if plan[0]:
         spread_columns(used, spread_used, plan)
         if rare:
