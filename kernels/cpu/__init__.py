@@ -151,11 +151,11 @@ def backward(
         _backward_with(dy, x, dx, table, dgamma, dbeta, frozen, more)
         return
     if not frozen or dgamma is not None or dbeta is not None:
-        grads = np.empty((8, x.shape[1]))
+        grads = np.empty((6, x.shape[1]))
         mapped = dx is not None and not frozen
         target = dx if mapped else np.empty((0, 0, 0), dy.dtype)
         stages = SUM | FINISH | (MAP if mapped else 0)
-        _carry_out(backward_kernel, (dy, x, target), (table, table[4:], grads), 7, stages, None, None, _NO_EXTRAS)
+        _carry_out(backward_kernel, (dy, x, target), (table, table[4:], grads), 5, stages, None, None, _NO_EXTRAS)
     with np.errstate(all="ignore"):
         if dgamma is not None and frozen:
             dgamma[...] = _products(x, grads, None) * table[3]
@@ -175,14 +175,14 @@ def _backward_with(
     mapped = dx is not None or more.dresidual is not None
     summed = dgamma is not None or dbeta is not None or (dx is not None and not frozen)
     sets, channels = _sets(more), x.shape[1]
-    grads = np.zeros((8, sets * channels))
+    grads = np.zeros((6, sets * channels))
     affine = table[4:] if sets == 1 else np.ascontiguousarray(table[4:, :channels])
     target: np.ndarray = np.empty((0, 0, 0), dy.dtype)
     if mapped:
         target = np.empty(dy.shape, dy.dtype) if dx is None else dx  # dresidual alone is rare: it costs a buffer
     how, extras = _gradient_extras(more, frozen)
     stages = (SUM | FINISH if summed else 0) | (MAP if mapped else 0)
-    _carry_out(backward_kernel, (dy, x, target), (table, affine, grads), 7, stages, how, more, extras)
+    _carry_out(backward_kernel, (dy, x, target), (table, affine, grads), 5, stages, how, more, extras)
     with np.errstate(all="ignore"):
         if dgamma is not None:
             dgamma[...] = _products(x, grads, more) * table[3]
@@ -207,9 +207,9 @@ def _products(x: np.ndarray, grads: np.ndarray, more: Any) -> Any:
 
 
 def gradient_sums(dy: np.ndarray, x: np.ndarray, table: np.ndarray, more: Any = None) -> np.ndarray:
-    grads, target = np.empty((8, x.shape[1])), np.empty((0, 0, 0), dy.dtype)
+    grads, target = np.empty((6, x.shape[1])), np.empty((0, 0, 0), dy.dtype)
     how, extras = _gradient_extras(more, False)
-    _carry_out(backward_kernel, (dy, x, target), (table, table[4:], grads), 7, SUM | FINISH, how, more, extras)
+    _carry_out(backward_kernel, (dy, x, target), (table, table[4:], grads), 5, SUM | FINISH, how, more, extras)
     with np.errstate(all="ignore"):
         return np.stack([grads[5], _products(x, grads, more)])
 
@@ -220,10 +220,10 @@ def gradient_map(
     how, extras = _gradient_extras(more, False)
     if extras[-1] is not None:  # the kernel divides by the mass then, and multiplies by the number of values here
         count = x.shape[0] * x.shape[2]
-    grads = np.zeros((8, x.shape[1]))
+    grads = np.zeros((6, x.shape[1]))
     with np.errstate(all="ignore"):
         grads[0], grads[2] = sums / count
-    _carry_out(backward_kernel, (dy, x, dx), (table, table[4:], grads), 7, MAP, how, more, extras)
+    _carry_out(backward_kernel, (dy, x, dx), (table, table[4:], grads), 5, MAP, how, more, extras)
 
 
 class _Plan(NamedTuple):

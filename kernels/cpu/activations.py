@@ -590,13 +590,10 @@ def _trained(how, d):  # type: ignore[no-untyped-def]
 
 @by_type
 def line(how, raw, bowed, v, p, w):  # type: ignore[no-untyped-def]
-    """dx = a g + (b d + c), its second term by weight, for lanes of dy, of dy f'(z) and of x; p: a channel's numbers.
-
-    In float32 (seven numbers), the rounding of b d is added, which would be all that is left where the terms cancel.
-    """
+    """dx = a g + (b d + c), its second term by weight, for lanes of dy, of dy f'(z) and of x; p: the numbers."""
     if len(p) == 7:
-        return _line_in_singles if _is_none(w) else _weighted_in_singles
-    return _line_in_doubles if _is_none(w) else _weighted_in_doubles
+        return _line_in_singles
+    return _line_itself if _is_none(w) else _line_by_weight
 
 
 @part()
@@ -606,32 +603,25 @@ def _centred(how, bowed, v, p, w):  # type: ignore[no-untyped-def]
     return alike(bowed, p[0]) - p[0], counted(how, trained(how, d), w)
 
 
-def _line_in_doubles(how, raw, bowed, v, p, w):  # type: ignore[no-untyped-def]
+def _line_itself(how, raw, bowed, v, p, w):  # type: ignore[no-untyped-def]
     g, d = _centred(how, bowed, v, p, w)
     return fma(g, p[2], fma(d, p[3], p[4]))
 
 
-def _weighted_in_doubles(how, raw, bowed, v, p, w):  # type: ignore[no-untyped-def]
+def _line_by_weight(how, raw, bowed, v, p, w):  # type: ignore[no-untyped-def]
     g, d = _centred(how, bowed, v, p, w)
     second = where_nonzero(w, alike(w, g) * fma(d, p[3], p[4]), nothing(g))
     return _unless_masked(how, alike(raw, g), fma(g, p[2], second), w)
 
 
 def _line_in_singles(how, raw, bowed, v, p, w):  # type: ignore[no-untyped-def]
-    _, _, a, b, c, al, bl = p
-    g, d = _centred(how, bowed, v, p, w)
+    # Where the terms cancel, the rounding of g, d and b d is all that is left: 7 eps if dy follows x. It is added.
+    ghi, hi, a, b, c, al, bl = p
+    g, d = bowed - ghi, trained(how, v - hi)
+    more_g, more_d = trained(how, (bowed - g) - ghi), trained(how, (v - d) - hi)
     second = d * b
-    lost = fma(d, b, negative(second))
-    return fma(g, a, second) + (lost + fma(g, al, fma(d, bl, c)))
-
-
-def _weighted_in_singles(how, raw, bowed, v, p, w):  # type: ignore[no-untyped-def]
-    _, _, a, b, c, al, bl = p
-    g, d = _centred(how, bowed, v, p, w)
-    second, zero = d * b, nothing(g)
-    lost = fma(d, b, negative(second)) + fma(d, bl, c)
-    second, lost = where_nonzero(w, w * second, zero), where_nonzero(w, w * lost, zero)
-    return _unless_masked(how, raw, fma(g, a, second) + fma(g, al, lost), w)
+    lost = fma(d, b, negative(second)) + fma(more_d, b, fma(more_g, a, fma(g, al, fma(d, bl, c))))
+    return fma(g, a, second) + lost
 
 
 @part()
@@ -641,28 +631,28 @@ def _unless_masked(how, raw, dx, w):  # type: ignore[no-untyped-def]
     return where_nonzero(constant(dx, all_normalized(how)), dx, where_nonzero(w, dx, instead))
 
 
-def in_singles(how: Any, r: Any, singles: Any) -> bool:
+def in_singles(how: Any, r: Any, w: Any, singles: Any) -> bool:
     """Whether backward's map of float32 data is computed in float32, by seven numbers: where f' needs no z."""
-    return bool((not looks(how) or has_edge(how, r)) and singles.dtype == types.float32)
+    return bool((not looks(how) or has_edge(how, r)) and _is_none(w) and singles.dtype == types.float32)
 
 
 @by_type
-def used_of(how, r, x, doubles, singles):  # type: ignore[no-untyped-def]
+def used_of(how, r, w, x, doubles, singles):  # type: ignore[no-untyped-def]
     """The coefficients of backward's map: float32 ones (8, G) where it may be computed by them, else float64 ones.
 
     Half types, whose own rounding is 2^13 times float32's, always take float32.
     """
     half = isinstance(x.dtype, types.Integer)
-    if half or in_singles(how, r, singles):
-        return lambda how, r, x, doubles, singles: singles
-    return lambda how, r, x, doubles, singles: doubles
+    if half or in_singles(how, r, w, singles):
+        return lambda how, r, w, x, doubles, singles: singles
+    return lambda how, r, w, x, doubles, singles: doubles
 
 
 @by_type
-def has_rare(how, r, x, singles):  # type: ignore[no-untyped-def]
+def has_rare(how, r, w, x, singles):  # type: ignore[no-untyped-def]
     """1 if there may be channels that float32 coefficients don't do for, else 0."""
-    some = isinstance(x.dtype, types.Integer) or in_singles(how, r, singles)
-    return (lambda how, r, x, singles: 1) if some else (lambda how, r, x, singles: 0)
+    some = isinstance(x.dtype, types.Integer) or in_singles(how, r, w, singles)
+    return (lambda how, r, w, x, singles: 1) if some else (lambda how, r, w, x, singles: 0)
 
 
 @by_type

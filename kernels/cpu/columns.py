@@ -448,7 +448,7 @@ def _slope(how, g, v, j, doubles, used, mode, lenses, r, w):  # type: ignore[no-
     bowed = counted(how, bowed, w)
     if mode == EXACT:
         return wide(line(how, g, bowed, d, _from(doubles, j), w)), bowed
-    s = wide(line(how, g, bowed, d, _coefficients(how, r, used, j), w))
+    s = wide(line(how, g, bowed, d, _coefficients(how, r, w, used, j), w))
     if mode != 0:
         s = where_nonzero(wide(load_own(used[5], j)), wide(line(how, g, bowed, d, _from(doubles, j), w)), s)
     return s, bowed
@@ -462,11 +462,11 @@ def _from(numbers, j):  # type: ignore[no-untyped-def]
 
 
 @by_type
-def _coefficients(how, r, numbers, j):  # type: ignore[no-untyped-def]
-    return _seven if in_singles(how, r, numbers[0]) else lambda how, r, numbers, j: _from(numbers, j)
+def _coefficients(how, r, w, numbers, j):  # type: ignore[no-untyped-def]
+    return _seven if in_singles(how, r, w, numbers[0]) else lambda how, r, w, numbers, j: _from(numbers, j)
 
 
-def _seven(how, r, numbers, j):  # type: ignore[no-untyped-def]
+def _seven(how, r, w, numbers, j):  # type: ignore[no-untyped-def]
     return (*_from(numbers, j), load_own(numbers[6], j), load_own(numbers[7], j))
 
 

@@ -353,11 +353,11 @@ def _slope(how, g, v, p, z, r, w):  # type: ignore[no-untyped-def]
 
 
 @by_type
-def _coefficients(how, r, numbers, c):  # type: ignore[no-untyped-def]
-    return _seven if in_singles(how, r, numbers) else lambda how, r, numbers, c: _five(numbers, c)
+def _coefficients(how, r, w, numbers, c):  # type: ignore[no-untyped-def]
+    return _seven if in_singles(how, r, w, numbers) else lambda how, r, w, numbers, c: _five(numbers, c)
 
 
-def _seven(how, r, numbers, c):  # type: ignore[no-untyped-def]
+def _seven(how, r, w, numbers, c):  # type: ignore[no-untyped-def]
     return (*_five(numbers, c), spread(numbers[6, c]), spread(numbers[7, c]))
 
 
@@ -365,7 +365,7 @@ def _seven(how, r, numbers, c):  # type: ignore[no-untyped-def]
 def _gradient_runs(dy, x, dx, n, c, count, used, past, ahead_dy, ahead_x, how, r, w, dr, lenses, narrow):  # type: ignore[no-untyped-def]
     """As `_normalize_runs`, for gradients; dr is where dy f'(z) goes, or None."""
     m, i, end = count * n, 0, n
-    p, z = _coefficients(how, r, used, c), lens(lenses, c)
+    p, z = _coefficients(how, r, w, used, c), lens(lenses, c)
     like = read_as(how, r, narrow, p[0])
     if past:
         i = min(m, before_line(dx))
@@ -385,7 +385,7 @@ def _gradient_runs(dy, x, dx, n, c, count, used, past, ahead_dy, ahead_x, how, r
             i += LANES
         if i + LANES <= m:
             c += 1
-            q, zq = _coefficients(how, r, used, c), lens(lenses, c)
+            q, zq = _coefficients(how, r, w, used, c), lens(lenses, c)
             if i < end:
                 fetch(ahead_dy, i)
                 fetch(ahead_x, i)

@@ -511,10 +511,7 @@ def forward_kernel(
 
 @part(inline="always")
 def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order):  # type: ignore[no-untyped-def]
-    """part (P, 7, G) of piece p of a tile: count, mean of dy as hi and lo, mean of x - hi, co-moment.
-
-    And for the choice of the map's type, at most the M2 of dy, and at least the sum of (x - mean)^4.
-    """
+    """part (P, 5, G) of piece p of a tile: count, mean of dy as hi and lo, mean of x - hi, co-moment."""
     k0, k1 = p * plan[3], min((p + 1) * plan[3], plan[2])
     g = min(plan[1], x.shape[1] - c0)
     numbers, all_sums, near64, singles, near, scratch = memory
@@ -565,7 +562,6 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order)
                 part[p, 0, c], part[p, 1, c], part[p, 2, c] = n, pivot[c], totals[0, c] / n
                 part[p, 3, c] = off - (stats[0, s0 + c] - hi[c])
                 part[p, 4, c] = totals[2, c] - totals[0, c] * off
-                part[p, 5, c], part[p, 6, c] = totals[3, c] - totals[0, c] * totals[0, c] / n, totals[4, c]
             again |= part[p, 0, c] == 0.0
     if again:
         mean, merged, hi64 = numbers[0, :g], numbers[1:5, :g], stats[0, s0 : s0 + g]
@@ -609,7 +605,6 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order)
             if plan[7] & EXACT or part[p, 0, c] == 0.0:
                 part[p, 0, c], part[p, 1, c], part[p, 2, c] = n, merged[0, c], merged[1, c]
                 part[p, 3, c], part[p, 4, c] = merged[2, c], merged[3, c]
-                part[p, 5, c], part[p, 6, c] = 0.0, math.inf  # it may well be that float32 won't do for the map either
 
 
 @by_type
@@ -646,12 +641,9 @@ def _mean_of_dy_bent(
 
 @part(inline="always")
 def _backward_finish(c, s, stats, grads, part):  # type: ignore[no-untyped-def]
-    """grads (8, G C): mean of dy as hi and lo, covariance, mean of x - mean; in training dgamma; dbeta; two of part."""
+    """grads (6, G C): mean of dy as hi and lo, covariance, mean of x - mean; in training dgamma, and dbeta."""
     n = hi = lo = t = m = 0.0
-    grads[6, s] = grads[7, s] = 0.0
     for p in range(part.shape[0]):
-        grads[6, s] += part[p, 5, c]
-        grads[7, s] += part[p, 6, c]
         n, hi, lo, t, m = merge_comoments(
             n, hi, lo, t, m, part[p, 0, c], part[p, 1, c], part[p, 2, c], part[p, 3, c], part[p, 4, c]
         )
@@ -663,7 +655,7 @@ def _backward_finish(c, s, stats, grads, part):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _backward_coefficients(s0, c0, stats, affine, grads, numbers, singles, n, mass, frozen, exact, half):  # type: ignore[no-untyped-def]
+def _backward_coefficients(s0, c0, stats, affine, grads, numbers, singles, n, mass, frozen, exact):  # type: ignore[no-untyped-def]
     """By channel. numbers (5, G): ghi, hi, a, b, c for dx = a (dy - ghi) + (b (x - hi) + c).
 
     singles (8, G): the same in float32, where c has what the rounding of ghi and hi takes away; 1 where they won't do,
@@ -671,11 +663,6 @@ def _backward_coefficients(s0, c0, stats, affine, grads, numbers, singles, n, ma
 
     With weights, whose sum is `mass` (of n values; 0 without), their factor of the second term has the mean of dy too:
     dx = a dy + w (b (x - hi) + c). Of frozen statistics a alone is left.
-
-    Float32 won't do where the terms cancel, as the rounding of dy - ghi and x - hi is left then: up to 7 eps where dy
-    follows x. So the second term of the farthest x, which the fourth root of sum (x - hi)^4 bounds, must be at most two
-    standard deviations of the first (in truth less: of normal data the root is 5 to 25 deviations); and with weights,
-    where nothing is taken from dy, so must the mean of dy.
     """
     rare = 0
     for c in range(numbers.shape[1]):
@@ -697,10 +684,6 @@ def _backward_coefficients(s0, c0, stats, affine, grads, numbers, singles, n, ma
         rest = numbers[4, c] + a * (singles[0, c] - ghi) + b * (singles[1, c] - hi)
         singles[4, c] = rest
         fits = (1e-30 < abs(a) < 1e30 or a == 0.0) and (1e-30 < abs(b) < 1e30 or b == 0.0) and abs(rest) < 1e30
-        if not half and not frozen:
-            varied, farthest = grads[6, s0 + c] * stats[2, s0 + c], math.sqrt(grads[7, s0 + c])
-            fits &= n * (covariance * invstd) ** 2 * farthest <= 4.0 * varied
-            fits &= mass == 0.0 or n * glo * glo <= 4.0 * grads[6, s0 + c]
         if exact or not fits:
             rare += 1
         singles[5, c] = exact or not fits
@@ -721,12 +704,10 @@ def _backward_map(
         _columns_of(how, r, spread_numbers[5:], spread_singles[8:]),
     )
     n, exact = float(x.shape[0] * x.shape[2]), plan[7] & EXACT != 0
-    rare = _backward_coefficients(
-        s0, c0, stats, affine, grads, numbers, singles, n, mass, is_frozen(how) != 0.0, exact, x.itemsize == 2
-    )
-    rare *= has_rare(how, r, x, singles)
-    used = used_of(how, r, x, numbers, singles)
-    spread_used = used_of(how, r, x, spread_numbers, spread_singles)
+    rare = _backward_coefficients(s0, c0, stats, affine, grads, numbers, singles, n, mass, is_frozen(how) != 0.0, exact)
+    rare *= has_rare(how, r, w, x, singles)
+    used = used_of(how, r, w, x, numbers, singles)
+    spread_used = used_of(how, r, w, x, spread_numbers, spread_singles)
     if plan[0]:
         spread_columns(used, spread_used, plan)
         if rare:
@@ -745,7 +726,7 @@ def _backward_map(
 def backward_item(
     k, items, dy, x, dx, stats, affine, grads, part, claims, plan, stage, starts, order, how, r, w, dr, mass
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    """dy, x, dx (O, C, I), stats (4, G C), affine (2, C), grads (8, G C), part (cells or items, P, 7, channels).
+    """dy, x, dx (O, C, I), stats (4, G C), affine (2, C), grads (6, G C), part (cells or items, P, 5, channels).
 
     starts (G + 1,), order (O,) or (0,), r and dr (O, C, I) or None, w (O, 1, I) or None, mass (G,) or None.
     """
