@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 import re
 
@@ -118,14 +119,7 @@ class Exact:
 @pytest.fixture(scope="module")
 def exact():
     """By the index of a case: computed once."""
-    kept: dict[int, Exact] = {}
-
-    def of(index: int) -> Exact:
-        if index not in kept:
-            kept[index] = Exact(WEIGHTED_CASES[index])
-        return kept[index]
-
-    return of
+    return functools.cache(lambda index: Exact(WEIGHTED_CASES[index]))
 
 
 @cases

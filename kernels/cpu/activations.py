@@ -530,8 +530,8 @@ def fast_numbers(how, r, w, singles):  # type: ignore[no-untyped-def]
 
     It must where an activation's kink is sought by backward in another way, and where z isn't the end of the sum.
     """
-    lines = how.activation in _LINES and _is_none(r) and _is_none(w) and singles.dtype == types.float32
-    return (lambda how, r, w, singles: singles) if how.simple or lines else (lambda how, r, w, singles: None)
+    edge = has_edge(how, r) and _is_none(w) and singles.dtype == types.float32
+    return (lambda how, r, w, singles: singles) if how.simple or edge else (lambda how, r, w, singles: None)
 
 
 def looks(how: Any) -> bool:
@@ -542,6 +542,11 @@ def looks(how: Any) -> bool:
 def has_edge(how: Any, r: Any) -> bool:
     """Whether the lens that `bent` takes is an edge: s and t in the places of h and a."""
     return looks(how) and how.activation in _LINES and _is_none(r)
+
+
+def needs_z(how: Any, r: Any) -> bool:
+    """Whether `bent` computes z, for its slope."""
+    return looks(how) and not has_edge(how, r)
 
 
 @by_type
@@ -633,7 +638,7 @@ def _unless_masked(how, raw, dx, w):  # type: ignore[no-untyped-def]
 
 def in_singles(how: Any, r: Any, w: Any, singles: Any) -> bool:
     """Whether backward's map of float32 data is computed in float32, by seven numbers: where f' needs no z."""
-    return bool((not looks(how) or has_edge(how, r)) and _is_none(w) and singles.dtype == types.float32)
+    return not needs_z(how, r) and _is_none(w) and bool(singles.dtype == types.float32)
 
 
 @by_type
@@ -642,23 +647,15 @@ def used_of(how, r, w, x, doubles, singles):  # type: ignore[no-untyped-def]
 
     Half types, whose own rounding is 2^13 times float32's, always take float32.
     """
-    half = isinstance(x.dtype, types.Integer)
-    if half or in_singles(how, r, w, singles):
+    if isinstance(x.dtype, types.Integer) or in_singles(how, r, w, singles):
         return lambda how, r, w, x, doubles, singles: singles
     return lambda how, r, w, x, doubles, singles: doubles
 
 
 @by_type
-def has_rare(how, r, w, x, singles):  # type: ignore[no-untyped-def]
-    """1 if there may be channels that float32 coefficients don't do for, else 0."""
-    some = isinstance(x.dtype, types.Integer) or in_singles(how, r, w, singles)
-    return (lambda how, r, w, x, singles: 1) if some else (lambda how, r, w, x, singles: 0)
-
-
-@by_type
 def read_as(how, r, narrow, used):  # type: ignore[no-untyped-def]
     """Lanes as which backward's map reads: its own (`used`) where f' is computed, else those that x comes in."""
-    if looks(how) and not has_edge(how, r):
+    if needs_z(how, r):
         return lambda how, r, narrow, used: used
     return lambda how, r, narrow, used: narrow
 

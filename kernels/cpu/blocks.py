@@ -140,6 +140,16 @@ def write(y, i, lanes, past):  # type: ignore[no-untyped-def]
 
 
 @part()
+def paired(x, h, a, al, b, bl):  # type: ignore[no-untyped-def]
+    """(a d + b) + (al d + bl), d = x - h, of lanes or of numbers: a and b as pairs, off by 1 eps at most.
+
+    Forward's map, and where backward seeks the kink of what forward has made: they must agree to the bit.
+    """
+    d = x - h
+    return fma(d, a, b) + fma(d, al, bl)
+
+
+@part()
 def run_normalize(x, y, n, hi, a, b, past, ahead):  # type: ignore[no-untyped-def]
     """n elements of y = a (x - hi) + b in float64; stored past the caches if `past`. y may be x.
 

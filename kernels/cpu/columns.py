@@ -23,7 +23,7 @@ from .activations import (
     put_part,
     read_as,
 )
-from .blocks import write
+from .blocks import paired, write
 from .lanes import (
     LANES,
     before_line,
@@ -355,8 +355,8 @@ def _normalized(how, v, j, doubles, fast, mode, r, w):  # type: ignore[no-untype
     """Lanes of y for lanes v of x from column j on."""
     if mode == EXACT:
         return _normalized_with(how, v, j, doubles, fast, mode, r, w)
-    d = v - load(fast[0], j, v)
-    z = fma(d, load(fast[1], j, v), load(fast[3], j, v)) + fma(d, load(fast[2], j, v), load(fast[4], j, v))
+    h, a, al, b, bl = _from(fast, j)
+    z = paired(v, h, a, al, b, bl)
     if mode == 0:
         return wide(bend(how, z))
     z = where_nonzero(wide(load(fast[5], j, v)), _double(v, j, doubles), wide(z))
@@ -456,9 +456,9 @@ def _slope(how, g, v, j, doubles, used, mode, lenses, r, w):  # type: ignore[no-
 
 @part()
 def _from(numbers, j):  # type: ignore[no-untyped-def]
-    """Five coefficients of the columns from j on."""
-    a, b, c = load_own(numbers[2], j), load_own(numbers[3], j), load_own(numbers[4], j)
-    return load_own(numbers[0], j), load_own(numbers[1], j), a, b, c
+    """The first five coefficients of the columns from j on."""
+    first, second, third = load_own(numbers[0], j), load_own(numbers[1], j), load_own(numbers[2], j)
+    return first, second, third, load_own(numbers[3], j), load_own(numbers[4], j)
 
 
 @by_type

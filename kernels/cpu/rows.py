@@ -26,7 +26,7 @@ from .activations import (
     put_part,
     read_as,
 )
-from .blocks import run_deviations, run_normalize, run_products, run_weighted, write
+from .blocks import paired, run_deviations, run_normalize, run_products, run_weighted, write
 from .lanes import (
     LANES,
     before_line,
@@ -226,8 +226,8 @@ def _joined_seven(n, p, q):  # type: ignore[no-untyped-def]
     return (*_joined(n, p[:5], q[:5]), joined(n, p[5], q[5]), joined(n, p[6], q[6]))
 
 
-# A map computes in the elements' type where it may (`fast_numbers`), with five numbers: z = (a d + b) + (al d + bl),
-# d = x - h, off by 1 eps at most. Else in float64, by its lens. Backward looks at the same z: f may have a kink.
+# A map computes in the elements' type where it may (`fast_numbers`), `paired`. Else in float64, by its lens. Backward
+# looks at the same z: f may have a kink.
 
 
 @unless_none(0, lambda *args: lens(args[1], args[2]))
@@ -241,9 +241,7 @@ def _normalized(how, v, p, r, w):  # type: ignore[no-untyped-def]
 
 
 def _normalized_fast(how, v, p, r, w):  # type: ignore[no-untyped-def]
-    h, a, al, b, bl = p
-    d = v - h
-    return bend(how, fma(d, a, b) + fma(d, al, bl))
+    return bend(how, paired(v, p[0], p[1], p[2], p[3], p[4]))
 
 
 def _normalized_with(how, v, p, r, w):  # type: ignore[no-untyped-def]

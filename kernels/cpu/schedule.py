@@ -19,8 +19,8 @@ import math
 import numpy as np
 from numba import prange
 
-from .activations import absent, has_edge, has_rare, is_frozen, is_plain, looks, used_of
-from .blocks import merge_comoments, merge_moments, not_negative, settle
+from .activations import absent, has_edge, is_frozen, is_plain, looks, used_of
+from .blocks import merge_comoments, merge_moments, not_negative, paired, settle
 from .columns import (
     columns_count,
     columns_deviations,
@@ -345,8 +345,7 @@ def _below(u, s, lens, singles, c, exactly, slot):  # type: ignore[no-untyped-de
     if exactly:
         return fma(s * u - lens[0], lens[1], lens[2]) <= 0.0
     slot[0] = s * u
-    d = slot[0] - singles[0, c]
-    return fma(d, singles[1, c], singles[3, c]) + fma(d, singles[2, c], singles[4, c]) <= 0.0
+    return paired(slot[0], singles[0, c], singles[1, c], singles[2, c], singles[3, c], singles[4, c]) <= 0.0
 
 
 @part()
@@ -705,8 +704,9 @@ def _backward_map(
     )
     n, exact = float(x.shape[0] * x.shape[2]), plan[7] & EXACT != 0
     rare = _backward_coefficients(s0, c0, stats, affine, grads, numbers, singles, n, mass, is_frozen(how) != 0.0, exact)
-    rare *= has_rare(how, r, w, x, singles)
     used = used_of(how, r, w, x, numbers, singles)
+    if used.itemsize == 8:
+        rare = 0
     spread_used = used_of(how, r, w, x, spread_numbers, spread_singles)
     if plan[0]:
         spread_columns(used, spread_used, plan)
