@@ -401,8 +401,7 @@ class _Numba(OnDevice):
         target.copy_to_device(host.sum(axis=0, dtype=np.float64).astype(host.dtype))
 
     def stream(self, arrays: list[Span]) -> int:
-        stream = next((a.value.stream for a in arrays if a.value.stream), 0)
-        return int(stream.handle.value if hasattr(stream, "handle") else stream) if stream else 0
+        return int(next((a.value.stream for a in arrays if a.value.stream), 0))  # `handle`'s type varies
 
 
 NUMPY, CUPY, TORCH, NUMBA = Family(), _CuPy(), _Torch(), _Numba()

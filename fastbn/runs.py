@@ -172,7 +172,8 @@ def run_backward_with(where: str, dy: Any, x: Any, dx: Any, dr: Any, saved: Save
     table = inverse_table(saved._table) if asked.save == "y" else saved._table
     sums = [dgamma, dbeta]
     if asked.groups is not None:
-        sums = [None if a is None else new((table.shape[1],), a.dtype, dy) for a in sums]
+        kind = number_type(dy.dtype.itemsize)  # that of the sums: a dtype of theirs is their library's
+        sums = [None if a is None else new((table.shape[1],), kind, dy) for a in sums]
     backend.backward(*seen, table, sums[0], sums[1], saved.frozen, more)
     views.finish()
     if asked.groups is not None:

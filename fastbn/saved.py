@@ -39,7 +39,7 @@ class Saved:
         self._caller = caller  # the library that x came from, if x is NumPy's view of another's array
         self._x = walked  # x, or the copy of it that the kernels could walk; None if overwritten; y if asked to
         self._like = None  # the Span of x, without its memory unless that is kept anyway
-        self.dtype = x.dtype
+        self.dtype = x.dtype  # in words of x's library
         if isinstance(x, Span):
             self._like, self.dtype = x if x is walked else x.without_memory(), x.type
         self._shape = x.shape
@@ -64,9 +64,8 @@ class Saved:
         if self.frozen:
             return None
         total = None if self._shared is None else self._shared.values
-        return moments_of(
-            self._shape, self._axes, self._table, self.dtype, self._asked, self._masses, self._units, total
-        )
+        dtype = self.dtype if self._like is None else self._like.dtype
+        return moments_of(self._shape, self._axes, self._table, dtype, self._asked, self._masses, self._units, total)
 
     @classmethod
     def of(cls, x: Any, table: Any, frozen: bool, axis: Axis = 1, activation: Any = None) -> Saved:
@@ -91,7 +90,7 @@ class Saved:
 
 
 def moments_of(
-    shape: tuple[int, ...], axes: tuple[int, ...], table: Any, dtype: Any, asked: Asked | None,
+    shape: tuple[int, ...], axes: tuple[int, ...], table: Any, dtype: np.dtype[Any], asked: Asked | None,
     masses: Any, units: tuple[float, float] | None, total: float | None = None,
 ) -> Any:  # fmt: skip
     """Moments, or with groups a list of them."""

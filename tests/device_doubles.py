@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import sys
 import types
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from fastbn.kernels import reference
+
+import fastbn
+from fastbn import arrays, dispatch
 
 
 class State:
@@ -96,7 +101,7 @@ class Array:
         return self._made(self.on_host.reshape(*shape))
 
     def sum(self, axis: int, dtype: Any) -> Any:
-        return self._made(self.on_host.sum(axis, np.dtype(getattr(dtype, "numpy", dtype))))
+        return self._made(self.on_host.sum(axis, np.dtype(getattr(dtype, "_numpy", dtype))))
 
 
 def _operation(name: str) -> Any:
@@ -181,26 +186,20 @@ def fake_cupy(state: State) -> Any:
     )
 
 
-class TorchDtype(NamedTuple):
-    name: str
-    numpy: Any
+class TorchDtype:
+    """It has no name, no kind and no char, and before PyTorch 2.1 no itemsize."""
+
+    def __init__(self, name: str) -> None:
+        self._numpy = np.dtype(getattr(ml_dtypes, name, name))
+        self.is_complex = self._numpy.kind == "c"
 
     def __str__(self) -> str:
-        return f"torch.{self.name}"
-
-    @property
-    def itemsize(self) -> int:
-        return np.dtype(self.numpy).itemsize
-
-    @property
-    def is_complex(self) -> bool:
-        return np.dtype(self.numpy).kind == "c"
+        return f"torch.{self._numpy.name}"
 
 
 def fake_torch(state: State) -> Any:
-    names = "float16", "float32", "float64", "int32", "bool", "complex64"
-    kinds = {name: TorchDtype(name, np.dtype(name)) for name in names}
-    kinds["bfloat16"] = TorchDtype("bfloat16", np.dtype(ml_dtypes.bfloat16))
+    names = "float16", "float32", "float64", "int32", "bool", "complex64", "bfloat16"
+    kinds = {name: TorchDtype(name) for name in names}
 
     class Tensor(Array):
         requires_grad, layout, negative, is_cuda = False, "strided", False, True
@@ -227,7 +226,7 @@ def fake_torch(state: State) -> Any:
 
         def to(self, kind: Any, copy: bool) -> Any:
             with np.errstate(over="ignore"):
-                return self._made(self.on_host.astype(kind.numpy, copy=copy))
+                return self._made(self.on_host.astype(kind._numpy, copy=copy))
 
         def cpu(self) -> Any:
             state.transfers.append("from")
@@ -236,10 +235,10 @@ def fake_torch(state: State) -> Any:
     def empty_strided(shape: Any, strides: Any, dtype: Any, device: Any) -> Any:
         state.allocated.append((tuple(shape), device[1]))
         size = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if 0 not in shape else 0
-        memory = np.full(size, 77, dtype.numpy)
+        memory = np.full(size, 77, dtype._numpy)
         strides = tuple(s * memory.itemsize for s in strides)
         pointer = Pointer(memory.ctypes.data, device[1], memory)
-        return Tensor(at(pointer, shape, dtype.numpy, strides), device[1])
+        return Tensor(at(pointer, shape, dtype._numpy, strides), device[1])
 
     def tensor(values: np.ndarray, device: Any) -> Any:
         state.transfers.append("to")
@@ -250,6 +249,7 @@ def fake_torch(state: State) -> Any:
         strided="strided",
         tensor=tensor,
         empty_strided=empty_strided,
+        from_dlpack=lambda values: Tensor(values.on_host, values.on_device),
         device=lambda kind, number: (kind, number),
         is_grad_enabled=lambda: True,
         cuda=types.SimpleNamespace(current_stream=lambda number: types.SimpleNamespace(cuda_stream=1000 + number)),
@@ -316,3 +316,20 @@ class Kernels:
         assert w.on_host.flags.c_contiguous
         assert (mass.shape, mass.dtype) == ((sets,), np.float64)
         return more._replace(weights=w.on_host, mass=mass.on_host)
+
+
+def in_their_places(monkeypatch: Any, state: State) -> Iterator[tuple[Any, Any]]:
+    """CuPy's double and PyTorch's, imported as they are, with the kernels'."""
+    cupy, torch = fake_cupy(state), fake_torch(state)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.delitem(vars(arrays.TORCH), "_elements", raising=False)
+    real = dispatch._load
+    monkeypatch.setattr(dispatch, "_load", lambda name: Kernels(state, cupy) if name == "cuda" else real(name))
+    dispatch._load_for_device.cache_clear()
+    dispatch._installed.cache_clear()
+    with fastbn.set_backend("auto"):
+        yield cupy, torch
+    dispatch._load_for_device.cache_clear()
+    dispatch._installed.cache_clear()
+    vars(arrays.TORCH).pop("_elements", None)

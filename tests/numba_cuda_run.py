@@ -677,17 +677,18 @@ def activations() -> dict[str, np.ndarray]:
 
     from fastbn.extras import ACTIVATIONS
 
-    found = {}
-    for name in ACTIVATIONS:
-        f, slope = functions_of(name, np.float32)
-
+    def kernel(f: Any, slope: Any) -> Any:
         @cuda.jit
-        def both(z, out, f=f, slope=slope):
+        def both(z, out):
             i = cuda.grid(1)
             out[0, i], out[1, i] = f(z[i], np.float32(0.3)), slope(z[i], np.float32(0.3))
 
+        return both
+
+    found = {}
+    for name in ACTIVATIONS:
         out = numba_cuda.put(np.zeros((2, Z.size), np.float32))
-        both[Z.size // 4, 4](numba_cuda.put(Z), out)
+        kernel(*functions_of(name, np.float32))[Z.size // 4, 4](numba_cuda.put(Z), out)
         found[name] = numba_cuda.host(out)
     return found
 

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cases import BFLOAT16, CASES, TOLERANCE, eps
-from device_doubles import Array, Kernels, State, fake_cupy, fake_torch
+from device_doubles import Array, Kernels, State, in_their_places
 
 import fastbn
 from fastbn import arrays, dispatch
@@ -37,21 +37,14 @@ def state():
     return State()
 
 
+@pytest.fixture
+def doubles(state, monkeypatch):
+    yield from in_their_places(monkeypatch, state)
+
+
 @pytest.fixture(params=["cupy", "torch"])
-def library(request, state, monkeypatch):
-    cupy, torch = fake_cupy(state), fake_torch(state)
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setitem(sys.modules, "torch", torch)
-    monkeypatch.delitem(vars(arrays.TORCH), "_elements", raising=False)
-    real = dispatch._load
-    monkeypatch.setattr(dispatch, "_load", lambda name: Kernels(state, cupy) if name == "cuda" else real(name))
-    dispatch._load_for_device.cache_clear()
-    dispatch._installed.cache_clear()
-    with fastbn.set_backend("auto"):
-        yield Library(request.param, state, cupy, torch)
-    dispatch._load_for_device.cache_clear()
-    dispatch._installed.cache_clear()
-    vars(arrays.TORCH).pop("_elements", None)
+def library(request, state, doubles):
+    return Library(request.param, state, *doubles)
 
 
 def data(rng, shape, axes, dtype=np.float32):
@@ -647,6 +640,24 @@ def test_numba_device_arrays_in_the_simulator():
     assert done.stdout.strip() == "all asserted", done.stderr
 
 
+@pytest.mark.parametrize("handle", [types.SimpleNamespace(value=7), types.SimpleNamespace(), 7], ids=str)
+def test_the_stream_of_a_numba_array(handle):
+    """Its handle is ctypes' in Numba, the CUDA bindings' in numba-cuda; both streams are numbers."""
+
+    class Stream:
+        def __init__(self):
+            self.handle = handle
+
+        def __int__(self):
+            return 7
+
+    values = [types.SimpleNamespace(stream=stream) for stream in (0, Stream(), 9)]
+    spans = [types.SimpleNamespace(value=value) for value in values]
+    assert arrays.NUMBA.stream(spans) == 7
+    assert arrays.NUMBA.stream(spans[:1]) == 0
+    assert arrays.NUMBA.stream(spans[2:]) == 9
+
+
 def test_numpy_calls_import_no_array_library():
     code = (
         "import sys, numpy, fastbn\n"
@@ -792,3 +803,119 @@ def test_weights_across_ranks_are_refused(library, rng):
 
     with pytest.raises(TypeError, match=r"groups and weights with comm are for NumPy arrays so far"):
         fastbn.forward(library.put(x), weights=library.put(np.ones(6)), comm=Alone())
+
+
+GROUPS = {"equal": 4, "of sizes": [3, 0, 5], "by id": np.array([2, 0, 0, 3, 1, 1, 2, 0])}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
+def test_groups(groups, dtype, library, rng):
+    """dgamma and dbeta are summed over groups in arrays that are made where x is."""
+    x, dy, gamma, beta, _, _ = data(rng, (8, 3, 5), (1,), dtype)
+    want, kept = fastbn.reference.forward(x, gamma, beta, groups=groups)
+    y, saved = fastbn.forward(library.put(x, 1), library.put(gamma, 1), library.put(beta, 1), groups=groups)
+    got = y, *fastbn.backward(library.put(dy, 1), saved)
+    for one, right in zip(got, (want, *fastbn.reference.backward(dy, kept)), strict=True):
+        assert (type(one), one.on_device, one.on_host.dtype) == (library.type, 1, dtype)
+        np.testing.assert_allclose(one.on_host, right, rtol=40 * np.finfo(dtype).eps, atol=400 * np.finfo(dtype).eps)
+    for found, right in zip(saved.moments, kept.moments, strict=True):
+        assert (found.count, found.mean.on_host.dtype) == (right.count, dtype)
+        np.testing.assert_allclose(found.mean.on_host, right.mean, rtol=2 * np.finfo(dtype).eps)
+
+
+@pytest.fixture
+def real_torch():
+    """Asked for before the doubles, which stand in its place."""
+    return pytest.importorskip("torch", reason="PyTorch isn't installed")
+
+
+@pytest.fixture
+def tensors(real_torch, doubles, monkeypatch):
+    """Makes real tensors, in main memory, which say that they are on a GPU: the double may do what they don't."""
+    names = {
+        **vars(real_torch),
+        "device": lambda *_: "cpu",
+        "cuda": types.SimpleNamespace(current_stream=lambda _: types.SimpleNamespace(cuda_stream=7)),
+    }
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(**names))
+    monkeypatch.setattr(real_torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(real_torch.Tensor, "get_device", lambda _: 0)
+    return real_torch.tensor
+
+
+ASKED = {
+    "nothing": lambda _: {},
+    "equal groups": lambda _: {"groups": 4},
+    "groups by id": lambda _: {"groups": GROUPS["by id"]},
+    "a residual": lambda rng: {"activation": "relu", "residual": rng.normal(size=(8, 3, 5))},
+    "weights": lambda rng: {"weights": rng.gamma(1.0, 1.0, (8, 1, 5)).astype(np.float32), "masked": "zero"},
+    "a mask in groups": lambda rng: {"weights": rng.random((8, 5)) < 0.7, "groups": [3, 5]},
+}
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("make", ASKED.values(), ids=ASKED)
+def test_real_tensors(make, kind, tensors, real_torch, state, rng):
+    dtype, kind = BFLOAT16 if kind == "bfloat16" else np.dtype(kind), getattr(real_torch, kind)
+    x, dy, gamma, beta, mean, var = data(rng, (8, 3, 5), (1,), dtype)
+    asked = make(rng)
+    if "residual" in asked:
+        asked["residual"] = asked["residual"].astype(dtype)
+    given = {k: tensors(v.tolist(), dtype=kind) if k == "residual" else v for k, v in asked.items()}
+    given |= {k: tensors(v) for k, v in asked.items() if k == "weights"}
+    there_x, there_dy = (tensors(a.tolist(), dtype=kind) for a in (x, dy))
+    numbers = [tensors(a) for a in (gamma, beta, mean, var)]
+    sets = {k: v for k, v in asked.items() if k != "groups"}, {k: v for k, v in given.items() if k != "groups"}
+    for frozen in (False, True):  # given statistics of groups would be others
+        on_host, there = (sets[0], sets[1]) if frozen else (asked, given)
+        exact, kept = fastbn.reference.forward(x, gamma, beta, frozen=(mean, var) if frozen else None, **on_host)
+        y, saved = fastbn.forward(there_x, *numbers[:2], frozen=numbers[2:] if frozen else None, **there)
+        got = y, *fastbn.backward(there_dy, saved)
+        small = real_torch.float64 if kind is real_torch.float64 else real_torch.float32
+        assert [a.dtype for a in got] == [kind, kind, small, small, kind][: len(got)]
+        for one, right in zip(got, (exact, *fastbn.reference.backward(dy, kept)), strict=True):
+            assert_near(one.double().numpy(), right, dtype if one.dtype is kind else np.dtype(np.float32), size=10)
+        assert repr(there_x.dtype) in repr(saved)
+        if not frozen:
+            found, right = saved.moments, kept.moments
+            for a, b in zip(*((found, right) if "groups" in asked else ([found], [right])), strict=True):
+                np.testing.assert_allclose(a.count, b.count, rtol=1e-6)
+                assert a.mean.dtype is small
+                np.testing.assert_allclose(a.mean.numpy(), b.mean, rtol=1e-6, atol=1e-6)
+    assert {call.stream for call in state.calls} == {7}
+
+
+def test_real_tensors_of_layers_and_ranks(tensors, real_torch, rng):
+    """Running statistics, merged moments, state, gradients where they are told, and sums of ranks."""
+
+    class Twice:
+        def allgather(self, frame):
+            return frame, frame
+
+    x, dy, gamma, beta, _, _ = data(rng, (8, 3, 5), (1,))
+    like = tensors(x)
+    options = {"on_nonfinite": "skip", "debias": True}
+    layer, twin = fastbn.BatchNorm(3, like=like, **options), fastbn.BatchNorm(3, **options)
+    results = []
+    for bn, put in ((layer, tensors), (twin, np.array)):
+        bn.gamma[...], bn.beta[...] = put(gamma), put(beta)
+        found = [bn(put(x)), bn.backward(put(dy)), bn.eval()(put(x)), bn.dgamma, bn.dbeta]
+        bn.load_state_dict(bn.state_dict())
+        halves = [fastbn.moments(put(half)) for half in (x[:3], x[3:])]
+        both = halves[0] + halves[1]
+        y, saved = fastbn.forward(put(x), put(gamma), put(beta), comm=Twice())
+        sums = put(np.zeros(6, np.float32))[::2]
+        dx, dgamma, _ = fastbn.backward(put(dy), saved, out=(None, sums, None))
+        assert dgamma is sums
+        results.append([*found, bn.running.mean, bn.running.var, both.mean, (both - halves[1]).var(1), y, dx, sums])
+    for got, right in zip(*results, strict=True):
+        assert isinstance(got, real_torch.Tensor)
+        np.testing.assert_allclose(got.numpy(), right, rtol=1e-5, atol=2e-5)
+    assert repr(layer.running) == repr(twin.running)
+    with pytest.raises(
+        ValueError, match=r"out is a float64 .* of shape \(8, 3, 5\) .*; expected torch.float32 of shape"
+    ):
+        fastbn.forward(like, out=tensors(x.astype(float)))
+    with pytest.raises(TypeError, match="weights is a complex64 PyTorch CUDA tensor"):
+        fastbn.forward(like, weights=tensors(np.ones(8, np.complex64)))

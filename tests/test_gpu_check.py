@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import stat
 import subprocess
 import sys
@@ -14,9 +15,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from device_doubles import State, in_their_places
 from fastbn.bench import gpu_check
 from fastbn.bench.gpu import build, correct, run, speed, tables, tools
 from fastbn.bench.gpu.run import Rows, Run
+
+import fastbn
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -328,6 +332,113 @@ def test_beyond_batch_norm(device, monkeypatch, name, kind):
     row = correct.beyond(device, name, kind, None)
     assert (row["wrong"], row["same_bits"]) == ([], True), row["eps"]
     assert set(row["eps"]) == {"y", "dx", "sums"} | ({"dr"} if correct.BEYOND[name][2] else set())
+
+
+FAR = correct.SMALL[1]._replace(name="far", offset=1e4)  # six channels, 10^4 deviations from 0
+
+
+@pytest.mark.parametrize("way", [None, "SPLIT"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_mean_far_from_0_is_right(device, dtype, way):
+    """float64 keeps hi + lo to more digits than hi has."""
+    row = correct.check(device, correct.Truth(FAR, dtype), way, 1)
+    assert (row["wrong"], row["ok"]) == ([], True), row["eps"]
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_mean_far_from_0_that_is_off_by_little_is_found(device, part):
+    """By 10^-12 of a deviation, half an ulp of hi there, in lo; by an ulp, in hi."""
+    emulate, truth = device.double.emulate, correct.Truth(FAR, "float64")
+
+    def faulty(launch, arrays):
+        emulate(launch, arrays)
+        if launch.pointers.table and launch.pointers.dy == 0:
+            table = device.double.host(device.cupy.ndarray((6, 6), np.float64, _at(device, launch.pointers.table)))
+            table[part, 4] += 1e-12 * np.sqrt(truth.table[2, 4]) if part else np.spacing(table[0, 4])
+
+    device.double.emulate = faulty
+    row = correct.check(device, truth, "BLOCK", 1)
+    assert row["wrong"] == ["mean"]
+
+
+@pytest.fixture
+def doubles(monkeypatch):
+    """Of CuPy and PyTorch, whose arrays can be computed with; kernels are the reference's."""
+    state = State()
+    for cupy, _ in in_their_places(monkeypatch, state):
+        yield SimpleNamespace(put=cupy.array, get=cupy.asnumpy, state=state)
+
+
+@pytest.mark.parametrize("kind", ["CuPy", "PyTorch"])
+def test_public_functions(doubles, kind):
+    row = correct.public(doubles, kind)
+    assert row["ok"], row
+    # y, dx and two sums, twice; infer's, two statistics; of a layer y, dx, dgamma, y in evaluation
+    assert len(row["errors"]) == 15
+    assert {call.stream for call in doubles.state.calls} == {0 if kind == "CuPy" else 1000}
+
+
+@pytest.mark.parametrize("kind", ["CuPy", "PyTorch"])
+def test_public_functions_that_are_wrong(doubles, kind, monkeypatch):
+    infer = fastbn.infer
+    monkeypatch.setattr(fastbn, "infer", lambda x, *a: x if isinstance(x, np.ndarray) else infer(x, *a))
+    row = correct.public(doubles, kind)
+    assert not row["ok"]
+    assert [error > 1e-4 for error in row["errors"]].index(True) == 8
+
+
+SIMULATED = """
+import json
+from simulator import without_threads
+without_threads()
+from fastbn.bench.gpu import correct
+correct.PUBLIC = 5, 3, 3, 2
+print(json.dumps([correct.public(None, kind) for kind in ("Numba", "Numba by numba.cuda")]))
+"""
+
+
+def test_public_functions_on_numba_arrays():
+    """In the simulator, where both kinds go to numba.cuda."""
+    pytest.importorskip("greenlet", reason="the simulator needs it")
+    env = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": os.path.dirname(__file__)}
+    env.pop("FASTBN_BACKEND", None)
+    done = subprocess.run([sys.executable, "-c", SIMULATED], env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [(row["ok"], len(row["errors"])) for row in rows] == [(True, 11)] * 2, rows
+
+
+class Broken:
+    """numba-cuda 0.30.4 beside NumPy 2.5."""
+
+    def find_spec(self, name, *_):
+        if name == "numba.cuda":
+            raise AttributeError("module 'numpy' has no attribute 'row_stack'")
+
+
+@pytest.mark.parametrize("kind", ["Numba", "Numba by numba.cuda", "PyTorch"])
+def test_a_library_that_cannot_be_imported_is_a_note(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "numba.cuda", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    monkeypatch.setitem(sys.modules, "torch", None)
+    one = Run(Rows(tmp_path / "rows.jsonl"), quiet())
+    one.each("correct", [(f"public {kind}", lambda: correct.public(None, kind))])
+    (row,) = one.rows.all
+    assert set(row) == {"stage", "case", "note"}
+    assert row["note"].startswith("ModuleNotFoundError: " if kind == "PyTorch" else "AttributeError: module 'numpy'")
+    assert tables.tables(one.rows) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_every_kind_of_array_is_a_case(tmp_path, monkeypatch):
+    monkeypatch.setattr(correct, "SHAPES", [])
+    for name in ("graph", "in_place", "stray", "beyond", "giant"):
+        monkeypatch.setattr(correct, name, lambda *_: {"ok": True})
+    monkeypatch.setattr(correct, "public", lambda _, kind: {"ok": True, "kind": kind})
+    one = Run(Rows(tmp_path / "rows.jsonl"), quiet())
+    correct.correct(one)
+    kinds = [row["kind"] for row in one.rows.all if "kind" in row]
+    assert kinds == ["CuPy", "PyTorch", "Numba", "Numba by numba.cuda"]
 
 
 def test_build(device, tmp_path, monkeypatch):

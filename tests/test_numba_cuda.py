@@ -8,6 +8,7 @@ import pickle
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import ml_dtypes
@@ -380,3 +381,27 @@ def test_the_import_needs_no_driver_and_the_cpu_no_import():
     code = "import fastbn, sys; assert 'numba.cuda' not in sys.modules; import fastbn.kernels.numba_cuda; print('ok')"
     process = child("-c", code)
     assert process.stdout.strip() == "ok", process.stderr
+
+
+def test_small_grids_are_no_cause_for_warnings(monkeypatch):
+    """Nothing is filtered, so that other threads' warnings stay what they are; users' own launches warn as ever."""
+    dispatcher = pytest.importorskip("numba.cuda.dispatcher", reason="a real target has it, not the simulator")
+    from fastbn.kernels.numba_cuda import arrays
+
+    warned, grids = [], []
+    monkeypatch.setattr(dispatcher, "warn", lambda warning, *_: warned.append(str(warning)))
+    monkeypatch.setattr(
+        dispatcher.CUDADispatcher,
+        "call",  # the configuration, or in older ones its parts
+        lambda _self, args, config, *_: grids.append((getattr(config, "griddim", config), args)),
+    )
+    kernel, users = (arrays.cuda.jit(lambda: None) for _ in range(2))
+    filters = warnings.filters[:]
+    for grid in (1, 64, 127, 128, 1000):
+        arrays.launch(kernel, grid, 32, 0, (grid,))
+    assert warned == []
+    assert grids == [((grid, 1, 1), (grid,)) for grid in (1, 64, 127, 128, 1000)]
+    assert warnings.filters == filters
+    users[64, 32]()
+    assert len(warned) == 1
+    assert "Grid size 64 " in warned[0]

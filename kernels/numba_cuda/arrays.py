@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -107,11 +106,19 @@ def stream_of(*arrays: Any) -> Any:
     return next((a.stream for a in arrays if a is not None and a.stream), 0)
 
 
+class _Grid(int):
+    """A number of blocks that Numba doesn't warn of.
+
+    It warns of every launch configuration whose three numbers of blocks have a product under 128, as a small array's
+    has. A filter of warnings is the whole process's, other threads' too, and can miss the message, which has escape
+    codes in front where colorama is installed. Of this number the product is never less.
+    """
+
+    def __mul__(self, other: int) -> int:
+        return max(128, int(self) * other)
+
+
 def launch(kernel: Any, grid: int, threads: int, stream: Any, arguments: tuple[Any, ...]) -> None:
-    if grid >= 128 or SIMULATED:
-        kernel[grid, threads, stream](*arguments)
-        return
-    with warnings.catch_warnings():  # Numba warns of every grid under 128 blocks, which a small array has
-        warnings.filterwarnings("ignore", "Grid size")
-        launcher = kernel[grid, threads, stream]
-    launcher(*arguments)
+    if not SIMULATED:  # simulated kernels compute with it
+        grid = _Grid(grid)
+    kernel[grid, threads, stream](*arguments)
