@@ -92,7 +92,7 @@ class Double:
         self.devices = [dict(HOPPER), dict(HOPPER)]
         self.stream = 0
         self.capturing: set[int] = set()
-        self.resident = 2  # blocks on a multiprocessor, whatever they ask for
+        self.resident = 32  # blocks on a multiprocessor, where registers don't allow less
         self.refuse_clusters = False
         self.emulate = emulate
         self.started: list[Started] = []
@@ -243,7 +243,9 @@ class Double:
     def occupancyMaxActiveBlocksPerMultiprocessor(self, kernel: int, threads: int, shared: int) -> int:
         assert self._kernels[kernel].device == self.current
         assert threads % 32 == 0
-        return min(self.resident, self.devices[self.current]["sharedMemPerMultiprocessor"] // (shared + 1024))
+        registers = planner.RESIDENT["d"] if "double" in self._kernels[kernel].expression else planner.resident("f")
+        by_shared = self.devices[self.current]["sharedMemPerMultiprocessor"] // (shared + 1024)
+        return min(self.resident, registers // threads, by_shared)
 
     def launchKernel(
         self, kernel: int, gx: int, gy: int, gz: int, bx: int, by: int, bz: int, shared: int, stream: int,

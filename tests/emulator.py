@@ -40,8 +40,9 @@ CODES = {"f": 0, "e": 1, "E": 2, "d": 3}  # of instances.cpp
 LAYOUTS = [planner.RUNS, planner.WINDOWS, planner.COLUMNS]
 WAYS = ["BLOCK", "CLUSTER", "GRID", "STATS", "APPLY"]
 ALL = """
-WIDEST(0, float, 4) NARROWER(0, float, 2) NARROWER(0, float, 1) WIDEST(1, f16, 8) NARROWER(1, f16, 1)
-WIDEST(2, bf16, 8) WIDEST(3, double, 2) NARROWER(3, double, 1)
+WIDEST(0, float, 4) NARROWER(0, float, 2) NARROWER(0, float, 1)
+WIDEST(1, f16, 8) NARROWER(1, f16, 4) NARROWER(1, f16, 1)
+WIDEST(2, bf16, 8) NARROWER(2, bf16, 4) WIDEST(3, double, 2) NARROWER(3, double, 1)
 """
 WALL = 0xA5  # fills what nobody may write
 

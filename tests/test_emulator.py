@@ -163,12 +163,12 @@ def test_ways_agree_to_the_bit(lib, rng, name, backward):
 def test_grid_meets_again_without_a_reset(lib, rng):
     """Several rounds of groups in a launch, and launches on the words that the last one left."""
     problem = Problem(rng, (5, 7, 200), "f")
-    plan = problem.plan(False, GRID, 3)
-    few = planner.Device(sms=3)  # 6 blocks at once: 2 groups of 3 ranks, 4 rounds
-    plan = planner.build(plan.walk, "f", False, few, GRID, 3, threads=64)
-    assert plan.grid == 6
+    plan = problem.plan(False, GRID, 4)
+    few = planner.Device(sms=2)  # 8 blocks at once: 2 groups of 4 ranks, 4 rounds
+    plan = planner.build(plan.walk, "f", False, few, GRID, 4, threads=64)
+    assert plan.grid == 8
     words = np.zeros(plan.barriers, np.uint32)
-    expected = problem.forward(lib, problem.plan(False, SPLIT, 3)).bits
+    expected = problem.forward(lib, problem.plan(False, SPLIT, 4)).bits
     for policy in range(10):
         result = problem.forward(lib, plan, policy=policy, barriers=words, rounds=1 + policy % 2)
         assert result.error == ""

@@ -29,7 +29,14 @@ CASES = {  # shape, order of axes in memory, gaps, offset; float32's layout
     "channels first of all": ((6, 5, 96), "COI", NO_GAPS, 0, "RUNS"),
 }
 LAYOUTS = ("RUNS", "WINDOWS", "COLUMNS")
-WIDTHS = {"f": ("0, float, 4", 4), "d": ("3, double, 2", 2), "e": ("1, f16, 8", 8), "E": ("2, bf16, 8", 8)}
+TYPES = {"f": ("0, float", 4), "d": ("3, double", 2), "e": ("1, f16", 8), "E": ("2, bf16", 8)}
+
+
+def width(letter, layout):
+    """Elements of a vector of whole 16 bytes; of columns at most four."""
+    return min(TYPES[letter][1], planner.WIDEST if layout == "COLUMNS" else 8)
+
+
 # As in test_emulator.py. A transcendental function and its slope cost two ulps more than the float32 result.
 Y_TOLERANCE = {"f": 4, "d": 4, "e": 0.51, "E": 0.51}
 DX_TOLERANCE = {"f": 8, "d": 8, "e": 0.52, "E": 0.52}
@@ -215,7 +222,7 @@ def built(
     found = {}
     for backward in (False, True):
         arrays = (["r"] if not backward or activation else []) + ["dr"] * backward if residual else []
-        each = [f"{WIDTHS[letter][0]}, {str(backward).lower()}, {one}" for one in layouts]
+        each = [f"{TYPES[letter][0]}, {width(letter, one)}, {str(backward).lower()}, {one}" for one in layouts]
         instances = " ".join(f"ONE({one}, {way})" for one in each for way in ways)
         found[backward] = library(instances, options=more.options(arrays))
     return found
@@ -223,7 +230,7 @@ def built(
 
 def fits(p, plan):
     """Whether the widest vectors are used: all that is built."""
-    return WIDTHS[p.letter][1] == plan.walk.V
+    return width(p.letter, plan.walk.layout) == plan.walk.V
 
 
 ACTIVATIONS = ["relu", "leaky_relu", "relu6", "elu", "silu", "gelu", "sigmoid", "tanh", "hardswish"]
@@ -369,6 +376,8 @@ def test_backward_sees_the_sign_that_forward_saw(rng, letter, name):
     p.r.view[...] = -z.astype(np.float32).astype(p.r.view.dtype)
     p.dy.view[...] = np.where(p.dy.values == 0, 1, p.dy.values)
     p.more = p.more._replace(activation="relu")
+    clear = np.abs(z + p.r.values) > 1e-6 if letter == "e" else np.full(z.shape, True)
+    assert clear.mean() > 0.98
     for way, K in ((BLOCK, 1), (CLUSTER, 4), (SPLIT, 3)):
         for keep in (None, 1):
             forward = p.forward(libs[False], p.build(False, way, K, keep=keep))
@@ -377,7 +386,8 @@ def test_backward_sees_the_sign_that_forward_saw(rng, letter, name):
             assert forward.error == result.error == ""
             zero = forward.y == 0
             assert 0.2 < zero.mean() < 0.9
-            assert ((result.dr == 0) == zero).all()
+            # float16 has 0 for what lies below 2^-25 and isn't 0 in float32: none is tried here
+            assert ((result.dr == 0) == zero)[clear].all()
 
 
 def test_numbers_that_are_not_finite(rng):

@@ -1,4 +1,4 @@
-"""bn.cu for real targets, without a GPU: NVRTC compiles it, PTX has whole vectors, ptxas reports no spills.
+"""bn.cu for real targets, without a GPU: NVRTC compiles it, PTX has whole vectors, ptxas as many registers as planned.
 
 Needs the wheels cuda-bindings, nvidia-cuda-nvrtc and nvidia-cuda-nvcc. sm_70 is tried where NVRTC still knows it (12).
 """
@@ -30,9 +30,10 @@ class Build(NamedTuple):
     options: tuple[str, ...] = ()
 
     def names(self):
-        kind, V = TYPES[self.letter]
+        kind, widest = TYPES[self.letter]
         ways = [way for way in self.ways if way != "CLUSTER" or self.capability >= 90]
         for backward, layout, way in itertools.product(self.directions, self.layouts, ways):
+            V = min(widest, planner.WIDEST if layout == "COLUMNS" else widest)
             yield f"fastbn::bn<{kind}, {V}, {backward}, fastbn::{layout}, fastbn::{way}>"
 
 
@@ -58,10 +59,10 @@ BUILDS = [
     Build(90, "e", ("COLUMNS",), ("BLOCK", "STATS"), ("true",), planner.More("relu", weights="keep").options("r")),
 ]
 
-# Columns of half types are eight channels a thread, backward 56 coefficients of 128 registers. Off Hopper up to 16
-# bytes go out, and with an activation, whose z needs 32 more, up to 60; 96 where dy is kept where a weight is 0, too.
-SPILLS = {(80, "E", "COLUMNS", ()): 16, (90, "e", "COLUMNS", BUILDS[9].options): 60}
-SPILLS[90, "e", "COLUMNS", BUILDS[-1].options] = 96
+# Bytes of a thread's registers that are put away, at most. Between the phases of a fused kernel lie an item's addresses
+# and counts, which are put away where the phases' own loops need the 64 registers: 1024 threads a multiprocessor with
+# that are faster than 512 without (an H100's sums: 80 us for 113). The split path's kernels have one loop each.
+SPILLS = {"BLOCK": 400, "CLUSTER": 400, "GRID": 400, "STATS": 100, "APPLY": 100}
 
 
 class Compiled(NamedTuple):
@@ -141,33 +142,36 @@ each_build = pytest.mark.parametrize("build", BUILDS, ids=lambda b: "-".join((f"
 
 
 @each_build
-def test_no_register_is_spilled(compiled, build):
-    """Two blocks of 256 threads a multiprocessor: 128 registers a thread."""
+def test_registers_are_as_many_as_planned(compiled, build):
+    """1024 threads a multiprocessor, of float64 512; and none is spilled in the split path's walk of plain runs."""
     found = result(compiled, build)
     for name, size in found.spills.items():
-        layout = re.search("RUNS|WINDOWS|COLUMNS", name)[0]
-        allowed = SPILLS.get((build.capability, build.letter, layout, build.options), 0)
-        assert size <= allowed, name
-        assert found.registers[name] <= 128
+        way, plain = name.split("::")[-1].rstrip(">"), not build.options and "RUNS" in name
+        assert size <= (0 if build.letter == "d" or (plain and way in ("STATS", "APPLY")) else SPILLS[way]), name
+        assert found.registers[name] <= (64 << 10) // planner.resident(build.letter)
 
 
 @each_build
 def test_elements_move_in_whole_vectors(compiled, build):
-    """x, dy and y: 16 bytes an access. Only what is left of windows at the ends of runs is stored by elements."""
+    """x, dy and y: 16 bytes an access, columns of half types 8.
+
+    Only what is left of windows at the ends of runs is stored by elements.
+    """
     for name, text in result(compiled, build).ptx.items():
         loads = re.findall(r"\bld\.global\S*", text)
         stores = re.findall(r"\bst\.global\S*", text)
         # Single elements move as u32 or u16 (bn.cu's `load`), a compiler that took vectors apart would move b16 or u8;
         # gamma, sums and the like are f32, f64 or b32.
         narrow = [op for op in loads + stores if re.search(r"\.(u32|[ubs]16|[ubs]8)$", op) and ".v" not in op]
-        assert "ld.global.L1::no_allocate.v4.u32" in loads, name
-        assert "STATS" in name or "st.global.v4.u32" in stores, name
+        access = "v2.u32" if "COLUMNS" in name and build.letter in "eE" else "v4.u32"
+        assert f"ld.global.L1::no_allocate.{access}" in loads, name
+        assert "STATS" in name or f"st.global.cs.{access}" in stores, name
         if "WINDOWS" not in name or "STATS" in name:
             assert narrow == [], name
         else:
             assert {op for op in narrow if op.startswith("ld")} == set(), name
         kept = {"BLOCK", "CLUSTER", "GRID"} & set(re.findall("[A-Z]+", name))
-        assert not kept or ("ld.shared.v4.u32" in text and "st.shared.v4.u32" in text), name
+        assert not kept or access != "v4.u32" or ("ld.shared.v4.u32" in text and "st.shared.v4.u32" in text), name
 
 
 @each_build

@@ -40,6 +40,7 @@ struct Block {
   std::unique_ptr<unsigned char[]> memory;
   unsigned char *shared;
   size_t bytes;
+  int votes[3];  // of __syncthreads_or, in turns
   Block *leader;  // rank 0 of its cluster
 };
 struct Thread {
@@ -48,7 +49,7 @@ struct Thread {
   dim3 index;
   ucontext_t context;
   jmp_buf here;
-  int shuffles, round, cluster_round;
+  int shuffles, votes, round, cluster_round;
   Meeting *at;
   bool started, done;
 };
@@ -97,6 +98,14 @@ inline void wait(Meeting &m, int round) {
   current->at = nullptr;
 }
 inline void sync(int line) { Meeting &m = current->block->meeting; wait(m, arrive(m, line, "__syncthreads")); }
+inline int sync_or(int vote, int line) {
+  Block &b = *current->block;
+  const int turn = current->votes++ % 3;
+  b.votes[(turn + 1) % 3] = 0;  // nobody reads the last but one any more, and nobody writes the next one yet
+  b.votes[turn] |= vote != 0;
+  sync(line);
+  return b.votes[turn];
+}
 inline void cluster_arrive() { current->cluster_round = arrive(*current->block->cluster, 0, "cluster barrier"); }
 inline void cluster_wait() { wait(*current->block->cluster, current->cluster_round); }
 template <class T> inline T shuffle_down(T v, int step, int line) {
@@ -105,6 +114,15 @@ template <class T> inline T shuffle_down(T v, int step, int line) {
   memcpy(&w.value[turn][lane], &v, sizeof v);
   wait(w.meeting, arrive(w.meeting, line, "shuffle"));
   if (lane + step < 32) memcpy(&v, &w.value[turn][lane + step], sizeof v);
+  return v;
+}
+
+template <class T> inline T shuffle_xor(T v, int step, int line) {
+  Warp &w = *current->warp;
+  const int lane = current->index.x & 31, turn = current->shuffles++ & 1;
+  memcpy(&w.value[turn][lane], &v, sizeof v);
+  wait(w.meeting, arrive(w.meeting, line, "shuffle"));
+  memcpy(&v, &w.value[turn][lane ^ step], sizeof v);
   return v;
 }
 
@@ -243,7 +261,7 @@ inline const char *launch(std::function<void()> f, unsigned grid, unsigned block
 #define blockDim (emulator::block_size)
 #define gridDim (emulator::grid_size)
 #define __syncthreads() emulator::sync(__LINE__)
+#define __syncthreads_or(v) emulator::sync_or(v, __LINE__)
 #define __shfl_down_sync(mask, v, step) emulator::shuffle_down(v, step, __LINE__)
-#define __threadfence()
-#define atomicAdd(p, v) emulator::add(p, v)
+#define __shfl_xor_sync(mask, v, step) emulator::shuffle_xor(v, step, __LINE__)
 inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)(((uint64_t)a * b) >> 32); }
