@@ -245,11 +245,11 @@ def backward(
 
 def _backward(where: str, dy: Any, saved: Saved, need: Any, out: Any, reduce_params: bool) -> tuple[Any, ...]:
     way, x = saved._way, saved._x
-    if way is not None and out is None and x is not None and type(dy) is np.ndarray and need is _ALL:
+    if way is not None and x is not None and type(dy) is np.ndarray and need is _ALL:
         alike = dy.shape == saved._shape and dy.dtype is saved.dtype and dy.strides in (saved._strides, way.strides)
-        if alike and dy.flags.aligned:
-            dx = np.empty_like(x)
-            return dx, *backward_plainly(where, way, dy, x, dx, saved._table, saved.frozen)
+        if alike and dy.flags.aligned and (into := way.places(dy, x, out)) is not None:
+            backward_plainly(where, way, dy, x, into, saved._table, saved.frozen)
+            return tuple(into)
     like = saved._like
     given_dy = check_array(where, "dy", dy)
     check_place(where, "dy", dy, like)
@@ -431,11 +431,11 @@ def _forward(
     more: tuple[Any, ...] | None, scale: float, zero_point: float, ranks: Ranks | None = None,
     known: Moments | None = None,
 ) -> tuple[Any, Saved]:  # fmt: skip
-    if type(x) is np.ndarray and more is None and ranks is None and out is None and type(axis) is int:  # nearly always
+    if type(x) is np.ndarray and more is None and ranks is None and type(axis) is int:  # nearly always
         way = way_of(x.shape, x.strides, x.dtype, axis)
         if way is not None and x.flags.aligned and scale == 1.0 and zero_point == 0.0:
-            like_x = np.empty_like(x)
-            if like_x.strides == way.strides:
+            like_x = np.empty_like(x) if out is None else out
+            if like_x.strides == way.strides if out is None else way.takes(out, x):
                 table = forward_plainly(where, way, x, like_x, gamma, beta, eps, frozen)
                 saved = Saved(x, x, way.axes, table, frozen is not None)
                 saved._way = way

@@ -34,6 +34,38 @@ class Way(NamedTuple):
         seen = [*map(self.seen.view, arrays)]
         return elements(seen, backend) if self.bits else seen
 
+    def takes(self, out: Any, x: np.ndarray, *others: np.ndarray) -> bool:
+        """Whether `out` is like what would be made for a result like x, and has nothing in common with these."""
+        if type(out) is not np.ndarray or out.dtype is not x.dtype or out.shape != x.shape:
+            return False
+        return out.strides == self.strides and _apart(out, x, *others)
+
+    def places(self, dy: np.ndarray, x: np.ndarray, out: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Where dx, dgamma and dbeta go; None where `out` needs the other checks, or is something of these itself."""
+        number, sums = self.channels.number, self.sums
+        if out is None:
+            return np.empty_like(x), np.empty(number, sums), np.empty(number, sums)
+        dx, *rest = out if type(out) is tuple and len(out) == 3 else (out, None, None)
+        if dx is None:
+            dx = np.empty_like(x)
+        elif not self.takes(dx, dy, x):
+            return None
+        found = [dx]
+        for given in rest:
+            if given is None:
+                found.append(np.empty(number, sums))
+                continue
+            alike = type(given) is np.ndarray and given.dtype is sums and given.shape == (number,)
+            if not (alike and given.strides == (sums.itemsize,) and _apart(given, dy, x, *found)):
+                return None
+            found.append(given)
+        return found[0], found[1], found[2]
+
+
+def _apart(out: np.ndarray, *others: np.ndarray) -> bool:
+    flags = out.flags
+    return flags.writeable and flags.aligned and not any(np.may_share_memory(out, other) for other in others)
+
 
 @functools.lru_cache(maxsize=4096)
 def way_of(shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any], axis: int) -> Way | None:
@@ -67,12 +99,10 @@ def forward_plainly(
 
 
 def backward_plainly(
-    where: str, way: Way, dy: np.ndarray, x: np.ndarray, dx: np.ndarray, table: np.ndarray, frozen: bool,
-    more: Extras | None = None,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Fills dx, and gives dgamma and dbeta."""
+    where: str, way: Way, dy: np.ndarray, x: np.ndarray, places: tuple[np.ndarray, np.ndarray, np.ndarray],
+    table: np.ndarray, frozen: bool, more: Extras | None = None,
+) -> None:  # fmt: skip
+    """Fills dx, dgamma and dbeta, as of `Way.places`."""
     backend = kernels(where, x)
-    dgamma, dbeta = np.empty(way.channels.number, way.sums), np.empty(way.channels.number, way.sums)
-    read_dy, read_x, written = way.views(backend, dy, x, dx)
-    backend.backward(read_dy, read_x, written, table, dgamma, dbeta, frozen, more)
-    return dgamma, dbeta
+    read_dy, read_x, written = way.views(backend, dy, x, places[0])
+    backend.backward(read_dy, read_x, written, table, places[1], places[2], frozen, more)

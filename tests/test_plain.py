@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import batchnorm
+from fastbn import batchnorm, plain
 from fastbn.plain import way_of
 
 LAYOUTS = {
@@ -77,6 +77,65 @@ def test_every_axis(axis, rng, monkeypatch):
     assert taken
     for a, b in zip(short, long, strict=True):
         same(a, b)
+
+
+@pytest.mark.parametrize("places", ["dx", "all", "dbeta"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize("layout", ["C", "channels last"])
+def test_results_in_given_arrays(layout, dtype, places, backend, rng, monkeypatch):
+    x, dy, gamma, beta, *_ = numbers(rng, dtype)
+    x, dy = LAYOUTS[layout](x), LAYOUTS[layout](dy)
+
+    def call():
+        y, dx = np.full_like(x, np.nan), np.full_like(x, np.nan)
+        dgamma, dbeta = np.full((2, 5), np.nan, gamma.dtype)
+        out, saved = fastbn.forward(x, gamma, beta, out=y)
+        assert out is y
+        given = {"dx": (dx, None, None), "all": (dx, dgamma, dbeta), "dbeta": (None, None, dbeta)}[places]
+        found = fastbn.backward(dy, saved, out=dx if places == "dx" else given)
+        assert all(a is b for a, b in zip(found, given, strict=True) if b is not None)
+        return y, *found
+
+    used = []
+    monkeypatch.setattr(batchnorm, "forward_plainly", lambda *a: used.append("y") or plain.forward_plainly(*a))
+    monkeypatch.setattr(batchnorm, "backward_plainly", lambda *a: used.append("dx") or plain.backward_plainly(*a))
+    short, long, taken = both(monkeypatch, call)
+    assert taken
+    assert used == ["y", "dx"]
+    for a, b in zip(short, long, strict=True):
+        same(a, b)
+
+
+def test_given_arrays_that_overlap_go_the_long_way(rng):
+    """In place results are right, and what would spoil another result or an input is refused as ever."""
+    x, dy, gamma, beta, *_ = numbers(rng)
+    y, saved = fastbn.forward(x, gamma, beta)
+    dx, dgamma, dbeta = fastbn.backward(dy, saved)
+    again = x.copy()
+    same(fastbn.forward(again, gamma, beta, out=again)[0], y)
+    given = dy.copy()
+    found = fastbn.backward(given, saved, out=given)
+    assert found[0] is given
+    for a, b in zip(found, (dx, dgamma, dbeta), strict=True):
+        same(a, b)
+    memory = np.empty(x.size + 60, np.float32)
+    memory[: x.size] = x.ravel()
+    head, behind = memory[: x.size].reshape(x.shape), memory[60:].reshape(x.shape)
+    with pytest.raises(ValueError, match=r"fastbn.forward: out overlaps x"):
+        fastbn.forward(head, gamma, beta, out=behind)
+    both = np.empty(6, np.float32)
+    with pytest.raises(ValueError, match=r"fastbn.backward: out \(dbeta\) (overlaps|shares)"):
+        fastbn.backward(dy, saved, out=(None, both[:5], both[1:]))
+    with pytest.raises(ValueError, match=r"fastbn.backward: out \(dgamma\) (overlaps|shares)"):
+        fastbn.backward(dy, saved, out=(None, dy.reshape(-1)[:5], None))
+    frozen = np.empty_like(x)
+    frozen.flags.writeable = False
+    with pytest.raises(ValueError, match=r"fastbn.forward: out is read-only"):
+        fastbn.forward(x, out=frozen)
+    with pytest.raises(ValueError, match=r"fastbn.forward: out is a float64 array"):
+        fastbn.forward(x, out=np.empty(x.shape))
+    turned = np.empty(x.shape[::-1], x.dtype).transpose()
+    same(np.ascontiguousarray(fastbn.forward(x, gamma, beta, out=turned)[0]), y)
 
 
 def test_what_is_not_plain_goes_the_long_way(rng, monkeypatch):
