@@ -529,6 +529,17 @@ def test_sanitize(tmp_path, monkeypatch, ending, ok):
     assert all(row["cases"] == 1 and "ERROR SUMMARY" in row["tail"] for row in one.rows.all)
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="-P is new in Python 3.11")
+def test_a_folder_named_fastbn_is_not_the_package_where_the_command_is_told_so(tmp_path):
+    """What a tool watches is the same command, in the same folder."""
+    (tmp_path / "fastbn").mkdir()
+    (tmp_path / "fastbn" / "__init__.py").write_text("raise ImportError('not this one')")
+    code = "import subprocess, sys\nfrom fastbn.bench.gpu.tools import _self\nsys.exit(subprocess.call([*_self(), '-h']))"
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "STAGE" in done.stdout
+
+
 CSV = """==PROF== Connected
 "ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
 "0","bn","dram__bytes_read.sum","byte","1,000"

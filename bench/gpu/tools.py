@@ -107,7 +107,8 @@ def once(run: Run) -> None:
 
 
 def _self() -> list[str]:
-    return [sys.executable, "-m", "fastbn.bench.gpu_check"]
+    """This command; with -P, if it was given, or a folder `fastbn` where it runs would be taken for the package."""
+    return [sys.executable, *(["-P"] if getattr(sys.flags, "safe_path", False) else []), "-m", "fastbn.bench.gpu_check"]
 
 
 def _child(command: list[str], seconds: float) -> dict[str, Any]:
