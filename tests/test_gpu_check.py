@@ -534,7 +534,8 @@ def test_a_folder_named_fastbn_is_not_the_package_where_the_command_is_told_so(t
     """What a tool watches is the same command, in the same folder."""
     (tmp_path / "fastbn").mkdir()
     (tmp_path / "fastbn" / "__init__.py").write_text("raise ImportError('not this one')")
-    code = "import subprocess, sys\nfrom fastbn.bench.gpu.tools import _self\nsys.exit(subprocess.call([*_self(), '-h']))"
+    code = "import subprocess, sys\nfrom fastbn.bench.gpu.tools import _self\n"
+    code += "sys.exit(subprocess.call([*_self(), '-h']))"
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "STAGE" in done.stdout

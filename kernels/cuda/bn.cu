@@ -804,7 +804,7 @@ __global__ void FASTBN_DIMS __launch_bounds__(sizeof(T) == 8 ? 512 : 1024, 1) bn
   constexpr bool SLOPED = BACKWARD && ACTIVATION != LINEAR, READS_R = RESIDUAL && (!BACKWARD || SLOPED);
   constexpr bool READS_W = WEIGHTED && (BACKWARD || MASKED);  // in the second pass
   constexpr int W = LAYOUT == COLUMNS ? 1 : V;                // weights of a vector
-  constexpr int FEWER = (TIGHT && BACKWARD ? 2 : 1) * (SLOPED || (WAY == GRID && (READS_R || SETS)) ? 2 : 1);
+  constexpr int FEWER = (BACKWARD && LAYOUT != RUNS ? 2 : 1) * (SLOPED || (WAY == GRID && (READS_R || SETS)) ? 2 : 1);
   constexpr int LIGHTER = !WEIGHTED ? 1 : !TIGHT && sizeof(T) == 2 ? 4 : 2;  // weights take registers, too
   constexpr int FIT = 64 / sizeof(Vec) < 8 ? 64 / sizeof(Vec) : 8, MOST = FIT / (BACKWARD ? 2 : 1);
   constexpr int BATCH = MOST > LIGHTER * FEWER ? MOST / (LIGHTER * FEWER) : 1;
