@@ -35,7 +35,7 @@ from .extras import Asked, ask, poorly_kept
 from .host import caller_of
 from .layout import channels_of, empty
 from .moments import Moments
-from .plain import backward_plainly, forward_plainly, way_of
+from .plain import backward_on_device, backward_plainly, forward_on_device, forward_plainly, way_of
 from .runs import (
     at_channels,
     flat,
@@ -245,7 +245,11 @@ def backward(
 
 def _backward(where: str, dy: Any, saved: Saved, need: Any, out: Any, reduce_params: bool) -> tuple[Any, ...]:
     way, x = saved._way, saved._x
-    if way is not None and x is not None and type(dy) is np.ndarray and need is _ALL:
+    if way is not None and isinstance(x, Span) and need is _ALL and out is None:
+        found_there = backward_on_device(where, way, dy, x, saved._table)
+        if found_there is not None:
+            return found_there
+    elif way is not None and x is not None and type(dy) is np.ndarray and need is _ALL:
         alike = dy.shape == saved._shape and dy.dtype is saved.dtype and dy.strides in (saved._strides, way.strides)
         if alike and dy.flags.aligned and (into := way.places(dy, x, out)) is not None:
             backward_plainly(where, way, dy, x, into, saved._table, saved.frozen)
@@ -431,15 +435,23 @@ def _forward(
     more: tuple[Any, ...] | None, scale: float, zero_point: float, ranks: Ranks | None = None,
     known: Moments | None = None,
 ) -> tuple[Any, Saved]:  # fmt: skip
-    if type(x) is np.ndarray and more is None and ranks is None and type(axis) is int:  # nearly always
+    plain = more is None and ranks is None and scale == 1.0 and zero_point == 0.0
+    if plain and type(x) is np.ndarray and type(axis) is int:  # nearly always
         way = way_of(x.shape, x.strides, x.dtype, axis)
-        if way is not None and x.flags.aligned and scale == 1.0 and zero_point == 0.0:
+        if way is not None and x.flags.aligned:
             like_x = np.empty_like(x) if out is None else out
             if like_x.strides == way.strides if out is None else way.takes(out, x):
                 table = forward_plainly(where, way, x, like_x, gamma, beta, eps, frozen)
                 saved = Saved(x, x, way.axes, table, frozen is not None)
                 saved._way = way
                 return like_x, saved
+    elif plain and type(axis) is int and frozen is None:
+        made = forward_on_device(where, x, gamma, beta, axis, eps, out)
+        if made is not None:
+            way, read, written, there = made
+            saved = Saved(read, read, way.axes, there, False)
+            saved._way = way
+            return written.value, saved
     caller = None if type(x) is np.ndarray else caller_of(x)
     x = check_array(where, "x", x, whole=True)
     axes = check_axis(where, x, axis)

@@ -1,4 +1,4 @@
-"""Plain calls on NumPy arrays, the short way: what one comes to is read off shape, strides and dtype, and kept.
+"""Plain calls, the short way: what one comes to is read off shape, strides and dtype, and kept.
 
 Of a call on a small array, checks and views take longest. What doesn't depend on values is found once, by the same
 functions as in any other call; what is left for each call is the parameters' check, the kernel and new arrays.
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arguments import check_eps, check_frozen, check_real, is_normalized
-from .arrays import FLOAT32, FLOAT64, dense_strides
+from .arguments import check_eps, check_frozen, check_real, is_normalized, overlap
+from .arrays import FLOAT32, FLOAT64, Span, dense_strides, on_device
 from .dispatch import Kernels, kernels
 from .extras import Extras
 from .layout import Channels, Collapse, channels_of, collapse
@@ -106,3 +106,54 @@ def backward_plainly(
     backend = kernels(where, x)
     read_dy, read_x, written = way.views(backend, dy, x, places[0])
     backend.backward(read_dy, read_x, written, table, places[1], places[2], frozen, more)
+
+
+def forward_on_device(
+    where: str, x: Any, gamma: Any, beta: Any, axis: int, eps: Any, out: Any
+) -> tuple[Way, Span, Span, Any] | None:
+    """The way, x, y and the table of a plain training pass on a GPU; None where a call needs more."""
+    family = on_device(x)
+    if family is None or family.refusal(x, "x") is not None:
+        return None
+    read = family.locate(x)
+    if read.dtype is None or (way := way_of(read.shape, read.strides, read.dtype, axis)) is None or not _aligned(read):
+        return None
+    for given in (gamma, beta):
+        if given is not None and not family.fits(given, way.channels.shape, read.device):  # type: ignore[arg-type]
+            return None
+    if out is None:
+        y = family.like(read, way.strides)
+    elif not family.owns(out) or family.refusal(out, "out") is not None:
+        return None
+    else:
+        y = family.locate(out)
+    if not _alike(y, read, way.strides) or (out is not None and overlap(read, y)):
+        return None
+    eps = check_eps(where, eps)
+    backend, seen = kernels(where, read), way.seen.seen
+    table = family.new((6, way.channels.number), FLOAT64, read.device)
+    backend.forward(seen(read), seen(y), table, (gamma, beta, None, None), eps)
+    return way, read, y, table
+
+
+def backward_on_device(where: str, way: Way, dy: Any, x: Span, table: Any) -> tuple[Any, Any, Any] | None:
+    """dx, dgamma and dbeta of such a pass; None where dy needs the other checks."""
+    family, device, number = x.family, x.device, way.channels.number
+    if not family.owns(dy) or family.refusal(dy, "dy") is not None:
+        return None
+    given = family.locate(dy)
+    if not _alike(given, x, x.strides) and not _alike(given, x, way.strides):
+        return None
+    dx, seen = family.like(x, way.strides), way.seen.seen
+    dgamma, dbeta = family.new((number,), way.sums, device), family.new((number,), way.sums, device)
+    kernels(where, given).backward(seen(given), seen(x), seen(dx), table, dgamma, dbeta, False)
+    return dx.value, dgamma, dbeta
+
+
+def _alike(a: Span, x: Span, strides: tuple[int, ...]) -> bool:
+    """Whether `a` is like x, under these strides."""
+    return (a.type, a.shape, a.strides, a.device) == (x.type, x.shape, strides, x.device) and _aligned(a)
+
+
+def _aligned(a: Span) -> bool:
+    return a.address % int(a.dtype.itemsize) == 0

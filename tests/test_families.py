@@ -133,6 +133,61 @@ def test_what_a_call_allocates(library, rng):
     assert [call.name for call in library.state.calls] == ["forward", "backward", "forward"]
 
 
+LAYOUTS = {
+    "C": lambda x: x,
+    "channels last": lambda x: np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1),
+    "cropped": lambda x: np.concatenate([x, x], 2)[..., : x.shape[2]],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_short_way_gives_what_the_long_one_does(layout, library, rng, monkeypatch):
+    """The same calls of kernels, with the same bits; and what isn't plain takes the long way."""
+    x, dy, gamma, beta, mean, var = data(rng, (6, 3, 5), (1,))
+    x, dy, out = (library.put(LAYOUTS[layout](a), 1) for a in (x, dy, np.zeros_like(x)))
+    gamma, beta, mean, var = (library.put(a, 1) for a in (gamma, beta, mean, var))
+    ways = []
+
+    def calls():
+        y, saved = fastbn.forward(x, gamma, beta)
+        ways.append(saved._way)
+        z, again = fastbn.forward(x, gamma, beta, out=out)
+        assert z is out
+        frozen, _ = fastbn.forward(x, gamma, beta, frozen=(mean, var))
+        results = [y, z, saved.table, again.table, *fastbn.backward(dy, saved), *fastbn.backward(dy, again), frozen]
+        return [(a.on_host.tobytes(), a.on_host.strides, a.on_device) for a in results]
+
+    short = calls()
+    seen = list(library.state.calls)
+    library.state.calls.clear()
+    monkeypatch.setattr("fastbn.plain.way_of", lambda *_: None)
+    assert calls() == short
+    assert library.state.calls == seen
+    assert len(seen) == 5
+    assert [way is not None for way in ways] == [True, False]
+
+
+def test_what_is_not_plain_on_a_gpu_goes_the_long_way(library, rng):
+    x, dy, gamma, beta, *_ = (library.put(a, 1) for a in data(rng, (6, 3, 5), (1,)))
+    y, saved = fastbn.forward(x, gamma, beta)
+    own = library.put(x.on_host, 1)
+    inside, lost = fastbn.forward(own, gamma, beta, out=own)
+    assert inside.on_host.tobytes() == y.on_host.tobytes()
+    with pytest.raises(ValueError, match="saved has no x"):
+        fastbn.backward(dy, lost)
+    with pytest.raises(ValueError, match=r"fastbn.forward: eps is str 'a'; expected a finite number above 0"):
+        fastbn.forward(x, eps="a")
+    with pytest.raises(ValueError, match=r"fastbn.forward: gamma has shape \(2,\); expected \(3,\)"):
+        fastbn.forward(x, library.put(np.ones(2, np.float32), 1))
+    with pytest.raises(ValueError, match=r"fastbn.forward: out is a float32 .* of shape \(6, 3, 4\)"):
+        fastbn.forward(x, out=library.put(np.ones((6, 3, 4), np.float32), 1))
+    with pytest.raises(ValueError, match=r"fastbn.backward: dy is a float32 .* of shape \(6, 3, 4\)"):
+        fastbn.backward(library.put(np.ones((6, 3, 4), np.float32), 1), saved)
+    turned = library.put(np.ascontiguousarray(dy.on_host.T).T, 1)  # in another order of memory
+    for a, b in zip(fastbn.backward(turned, saved), fastbn.backward(dy, saved), strict=True):
+        np.testing.assert_allclose(a.on_host, b.on_host, rtol=1e-5, atol=1e-6)
+
+
 def test_the_stream_is_the_librarys_own(library, rng):
     x, dy, *_ = (library.put(a, 1) for a in data(rng, (6, 3, 5), (1,)))
     with library.state.current(stream=7):
