@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check", type=Path, nargs="?", const=BARS, metavar="FILE", help="hold a run against bars (bars.toml)"
     )
+    parser.add_argument("--bar", nargs="+", metavar="TEXT", help="with --check: only bars that have this in their name")
     parser.add_argument("--list", action="store_true", help="show the table of shapes")
 
 

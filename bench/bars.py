@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,15 @@ class Bars:
     bars: tuple[Bar, ...]
     near: float
     again: int
+
+    def named(self, texts: Sequence[str] | None) -> Bars:
+        """Those with one of the texts in their name. Raises ValueError if there is none."""
+        if texts is None:
+            return self
+        found = tuple(bar for bar in self.bars if any(text in bar.name for text in texts))
+        if not found:
+            raise ValueError(f"no bar {' '.join(texts)!r}; expected part of a name, such as {self.bars[0].name!r}")
+        return replace(self, bars=found)
 
 
 @dataclass(frozen=True)

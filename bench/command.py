@@ -32,7 +32,7 @@ def benchmark(args: argparse.Namespace) -> int:
     try:
         if not 1 <= threads <= cores:
             raise ValueError(f"--threads {threads}; expected 1 to {cores}")
-        required = bars.load(args.check) if args.check else None
+        required = bars.load(args.check).named(args.bar) if args.check else None
         plan, names = selected(args), selected_peers(args)
     except (ValueError, OSError) as error:
         return fail(str(error))

@@ -428,6 +428,18 @@ def test_the_check_passes_or_falls_short(tmp_path, capsys):
     assert "not measured: mlp-32x64 bfloat16 infer" in capsys.readouterr().out
 
 
+def test_some_bars_alone_start_no_process_that_they_do_not_need(monkeypatch):
+    every = bars.load(bench.BARS)
+    assert every.named(None) is every
+    some = every.named(["infer", "weights"])
+    assert 0 < len(some.bars) < len(every.bars)
+    assert all("infer" in bar.name or "weights" in bar.name for bar in some.bars)
+    monkeypatch.setattr(startup, "cold", lambda: pytest.fail("compiles everything"))
+    assert command.processes(some.bars) == {}
+    with pytest.raises(ValueError, match="no bar 'sidewards'"):
+        every.named(["sidewards"])
+
+
 @pytest.mark.usefixtures("small")
 def test_a_near_miss_is_measured_again_and_may_pass(monkeypatch):
     found = iter([1.05, 1.02, 0.99])
@@ -454,6 +466,7 @@ def test_a_near_miss_is_measured_again_and_may_pass(monkeypatch):
         (["--threads", "100000"], "expected 1 to"),
         (["--shape", "mlp", "--layout", "last"], "no case in"),
         (["--check", "nowhere.toml"], "nowhere.toml"),
+        (["--check", "--bar", "sidewards"], "no bar 'sidewards'; expected part of a name, such as"),
     ],
 )
 def test_wrong_options(options, words, capsys, monkeypatch):
