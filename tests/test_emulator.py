@@ -319,6 +319,37 @@ def test_outliers(lib, rng, name, way):
     check_backward(problem, problem.backward(lib, problem.plan(True, *way), policy=2))
 
 
+@pytest.mark.parametrize("far", [3, 10, 1e3, 1e6])
+@pytest.mark.parametrize(("shape", "order"), [((296, 32, 1), "OIC"), ((1, 4, 5120), "OCI"), ((3, 4, 769), "OCI")])
+def test_first_values_far_from_the_rest(lib, rng, shape, order, far):
+    """What each thread, or the first ones, begin with: a pivot that is no longer near costs no digits."""
+    first = np.zeros(shape, bool)
+    first[:32] = shape[2] == 1
+    first[0, :, : 64 * 4] = True
+    problem = Problem(rng, shape, "f", order, values=rng.standard_normal(shape) + far * first)
+    problem.dy = Array(problem.dy.values + far * first, *problem.how)
+    for way, K in ((BLOCK, 1), (GRID, 2)):
+        check_forward(problem, problem.forward(lib, problem.plan(False, way, K)))
+        check_backward(problem, problem.backward(lib, problem.plan(True, way, K)))
+
+
+@pytest.mark.parametrize("value", [1.8e19, 2e19, -1e30, 3e38])
+@pytest.mark.parametrize(
+    ("shape", "order"), [((1, 3, 8), "OCI"), ((3, 2, 769), "OCI"), ((5, 8, 1), "OIC"), ((4, 4, 49), "OCI")]
+)
+def test_large_constants(lib, rng, shape, order, value):
+    """Threads without elements don't count, even where the square of a difference to theirs is infinite."""
+    for letter in "fE":
+        problem = Problem(rng, shape, letter, order, values=np.full(shape, value))
+        for way, K in ((BLOCK, 1), (CLUSTER, 4), (GRID, 2)):
+            result = problem.forward(lib, problem.plan(False, way, K, threads=128))
+            assert result.error == ""
+            assert (result.table[2] == 0).all()
+            np.testing.assert_array_equal(
+                result.y, np.broadcast_to(problem.beta[:, None], shape).astype(result.y.dtype)
+            )
+
+
 @pytest.mark.parametrize(("name", "way"), ACCURATE, ids=lambda v: v if isinstance(v, str) else v[0])
 def test_squares_beyond_float32(lib, rng, name, way):
     shape, order, gaps, offset, *_ = CASES[name]

@@ -561,3 +561,29 @@ def test_sums_of_weights_have_room(rng):
     p = Problem(rng, "long runs", "f", weights="positions")
     for threads in (128, 256):
         check_forward(p, p.forward(libs[False], p.build(False, BLOCK, 1, threads=threads, keep=1)))
+
+
+@pytest.mark.parametrize(("light", "far"), [(1e-3, 30), (1e-6, 1e3), (1e-12, 1e6), (1e-30, 1e25)])
+@pytest.mark.parametrize("letter", list("fd"))
+@pytest.mark.parametrize(("shape", "order"), [((296, 8, 1), "OIC"), ((1, 4, 4736), "OCI"), ((3, 4, 769), "OCI")])
+def test_light_weights_far_off(rng, shape, order, letter, light, far):
+    """What hardly counts costs no digits of what does, though threads and ranks begin with it."""
+    layout = {"OIC": "COLUMNS"}.get(order, "WINDOWS" if shape[2] % 2 else "RUNS")
+    libs = built(letter, layouts=(layout,), ways=("BLOCK", "GRID"), weights="normalize")
+    first = np.zeros((shape[0], 1, shape[2]), bool)
+    first[: 1 + 40 * (shape[2] == 1), 0, : 600 if shape[2] > 1 else 1] = True
+    w = np.where(first, light, rng.gamma(1, 1, first.shape)).astype(np.float64 if letter == "d" else np.float32)
+    x = Array(np.where(first, far, 0) + rng.standard_normal(shape), letter, order)
+    exact = x.values.astype(np.longdouble)
+    mean = np.average(exact, (0, 2), np.broadcast_to(w, shape).astype(np.longdouble))[:, None]
+    var = np.average((exact - mean) ** 2, (0, 2), np.broadcast_to(w, shape).astype(np.longdouble))
+    ones = np.ones(shape[1], np.float32)
+    for way, K in (("BLOCK", 1), ("GRID", 3)):
+        y = Array(np.full(shape, -77.0), letter, order)
+        walk = planner.walk(view_of(x, y, None), planner.More(weights="normalize"))
+        plan = planner.build(walk, letter, False, planner.HOPPER, way, K, threads=64)
+        found = execute(libs[False], plan, x, None, y, given=(ones, 0 * ones, None, None), w=w)
+        assert found.error == ""
+        eps = number_epsilon(letter)
+        assert (abs(found.table[0] + found.table[1].astype(np.longdouble) - mean[:, 0]) <= 4 * eps * np.sqrt(var)).all()
+        assert (abs(found.table[2] - var) <= 4 * eps * var).all()

@@ -42,7 +42,7 @@ MUTANTS = [
         "no barrier before sums are concluded",
         "    __syncthreads();\n    if (WAY == CLUSTER) cluster_arrive();",
         "    if (WAY == CLUSTER) cluster_arrive();",
-        "COLUMNS", False, BLOCK, "wrong",
+        "COLUMNS", True, BLOCK, "wrong",
     ),
     Mutant(
         "no barrier behind the coefficients",
@@ -172,15 +172,27 @@ MUTANTS = [
     ),
     Mutant(
         "stretches merged as if equal",
-        "f = have == 0 ? (A)1 : (A)(more / (have + more))",
+        "f = have == 0 ? (A)1 : (A)(b / (have + b))",
         "f = have == 0 ? (A)1 : (A)0.5",
         "RUNS", False, BLOCK, "wrong",
     ),
     Mutant(
         "the means of stretches count nothing",
-        "multiply_add(step * second_step, w, multiply_add(-s[j], second_mean, q[j]));",
-        "multiply_add(-s[j], second_mean, q[j]);",
+        "product[j] += multiply_add(step * w, second_step, own[j]);",
+        "product[j] += own[j];",
         "RUNS", False, BLOCK, "wrong",
+    ),
+    Mutant(
+        "a stretch that isn't emptied",
+        "for (int l = 0; l < LANES; l++) s[l] = e[l] = q[l] = 0;\n    more = 0;",
+        "more = 0;",
+        "RUNS", False, BLOCK, "wrong",
+    ),
+    Mutant(
+        "half of the stretch's lanes",
+        "for (int l = 1; l < LANES / N; l++) s[0] += s[l], q[0]",
+        "for (int l = 2; l < LANES / N; l++) s[0] += s[l], q[0]",
+        "RUNS", True, BLOCK, "wrong",
     ),
     Mutant(
         "a pivot that doesn't move",
@@ -190,7 +202,7 @@ MUTANTS = [
     ),
     Mutant(
         "lanes merged as if equal",
-        "const A f = k == n && k > 0 ? (A)0.5 : k > 0 ? (A)(k / (n + k)) : (A)0;",
+        "const A f = k == n ? (A)0.5 : (A)(k / (n + k));",
         "const A f = n > 0 ? (A)0.5 : (A)1;",
         "RUNS", False, BLOCK, "wrong",
     ),
@@ -324,21 +336,21 @@ MORE = [
         "RUNS", False, BLOCK, "wrong", "sets",
     ),
     Mutant(
-        "what has no weight counts",
-        "if (BY_WEIGHT && h == 0) continue;",
-        "",
-        "RUNS", False, BLOCK, "wrong", "zero",
+        "one weight for a vector",
+        "h = BY_WEIGHT ? weight[u][W == 1 ? 0 : v] : (A)1;",
+        "h = BY_WEIGHT ? weight[u][0] : (A)1;",
+        "RUNS", False, BLOCK, "wrong", "normalize",
     ),
     Mutant(
         "weights that don't weigh",
-        "s[l] += weighed;",
-        "s[l] += from;",
+        "mean[j] = multiply_add(h, first - centre[j], mean[j]);",
+        "mean[j] += first - centre[j];",
         "WINDOWS", False, SPLIT, "wrong", "normalize",
     ),
     Mutant(
         "squares without weights",
-        "q[l] = multiply_add(weighed,",
-        "q[l] = multiply_add(from,",
+        "own[j] = multiply_add(h * from, from, own[j]);",
+        "own[j] = multiply_add(from, from, own[j]);",
         "COLUMNS", False, BLOCK, "wrong", "normalize",
     ),
     Mutant(

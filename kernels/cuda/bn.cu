@@ -21,10 +21,12 @@
 //
 // Sums are right at any offset. A thread sums deviations from a pivot, and their squares, over a stretch of its
 // elements; the stretch joins what came before by Chan, Golub & LeVeque (1983), and the pivot moves to the mean so far.
-// A pivot that is D off the next stretch costs that stretch's squares a few eps D^2 for each of its elements; but the
-// elements that it is the mean of are about as many and lie D off, too, so the variance has D^2 for each of them: the
-// error is relative to the result, whatever the data. Threads, warps, blocks and ranks merge by Chan's formula in
-// float64, each in a fixed tree. There are no float atomics, and every contraction is spelled out as fma (compile with
+// The first stretch is one batch about its own mean, and no other is longer than all before it: a pivot that is D off
+// costs a stretch's squares a few eps D^2 for each of its elements, but as many elements lie D off from the others, so
+// the variance has D^2 for each of them, too. By weights that doesn't follow: each batch is summed about its own mean,
+// found from its heaviest element on, and of two means that merge the heavier one counts as exact. Threads of a warp
+// merge in the elements' own arithmetic, rows, blocks and ranks in float64, each in a fixed tree; sums that go beyond
+// float32 are done again in float64. There are no float atomics, and every contraction is spelled out as fma (compile with
 // -fmad=false): the same arguments, ranks, threads and tile give the same bits on every way.
 #ifdef FASTBN_EMULATOR
 #include "emulator.h"
@@ -295,21 +297,30 @@ template <class A, bool B, class M> FASTBN_DEVICE void open(Sum<A, B, M> &s, con
 }
 FASTBN_DEVICE void open(Sum<float, false> &s, const Partial<float, false> &p) { s.m = p.m; s.c = p.c; }
 FASTBN_DEVICE void open(Sum<float, true> &s, const Partial<float, true> &p) { s.m = p.m; s.e = p.e; s.c = p.c; }
+template <class A> FASTBN_DEVICE bool finite(const Sum<A, false> &s) { return s.m - s.m == 0 && s.c - s.c == 0; }
+
 // a, of n elements, takes in b, of k more: Chan, Golub & LeVeque (1983).
 template <class A, bool BACKWARD, class M>
 FASTBN_DEVICE void merge(Sum<A, BACKWARD, M> &a, Size<A, BACKWARD> n, const Sum<A, BACKWARD, M> &b,
                          Size<A, BACKWARD> k) {
   constexpr bool PAIR = Sum<A, BACKWARD, M>::PAIR;
+  if (k == 0) return;  // and not 0 times a square that may be too large
   if (PAIR && n == 0) { a = b; return; }
-  const A f = k == n && k > 0 ? (A)0.5 : k > 0 ? (A)(k / (n + k)) : (A)0;  // no division where both are of one size
-  const A w = (A)n * f;
+  const A f = k == n ? (A)0.5 : (A)(k / (n + k));  // no division where both are of one size
+  const M w = (M)n * (M)f;
   M d = b.m - a.m;
   if (PAIR) d += b.lo - a.lo;
   const A de = b.e - a.e;
-  if (PAIR) a.lo = multiply_add(d, (M)f, a.lo);
-  else a.m = multiply_add(d, (M)f, a.m);
+  if (WEIGHTED && !BACKWARD && k > n) {  // from the heavier one on: d may be large beside what is left of it
+    const M back = (M)(n / (n + k));
+    if (PAIR) a.m = b.m, a.lo = multiply_add(-d, back, b.lo);
+    else a.m = multiply_add(-d, back, b.m);
+  } else {
+    if (PAIR) a.lo = multiply_add(d, (M)f, a.lo);
+    else a.m = multiply_add(d, (M)f, a.m);
+  }
   if (BACKWARD) a.e = multiply_add(de, f, a.e);
-  a.c += multiply_add(d * (BACKWARD ? (M)de : d), (M)w, b.c);
+  a.c += multiply_add(d * w, BACKWARD ? (M)de : d, b.c);
 }
 
 // Lane i takes in lane i + step, for step = `first` down to `last`: N sums of n elements each.
@@ -630,7 +641,7 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Coef
   constexpr int W = LAYOUT == COLUMNS ? 1 : V;
   constexpr int LANES = N > 1 ? N : V < 4 ? V : 4;       // sums side by side: of N channels, or parts of one channel's
   constexpr int FULL = BATCH * V / N;                    // elements of a channel in a full batch
-  constexpr int BATCHES = FULL < 32 ? 32 / FULL : 1;     // of a stretch, but the first: its pivot is an element alone
+  constexpr int BATCHES = FULL < 32 ? 32 / FULL : 1;     // of a stretch, at most
   typedef Size<A, BACKWARD> Amount;
   A pivot[N], rest[N], other[N], product[N];  // of all before: mean = pivot + rest, that of x - hi, sum of products
   A s[LANES], e[LANES], q[LANES];             // of the stretch: sums of d = first - pivot, of second, of d second
@@ -640,25 +651,40 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Coef
 #pragma unroll
   for (int l = 0; l < LANES; l++) s[l] = e[l] = q[l] = 0;
 
-  auto join = [&]() {  // the stretch joins what came before
-    if (more == 0) return;
-    const A b = (A)more, inverse = 1 / b, f = have == 0 ? (A)1 : (A)(more / (have + more)), w = (A)have * f;
-#pragma unroll
-    for (int l = 1; l < LANES / N; l++) s[0] += s[l], q[0] += q[l], e[0] += e[l];
+  // b elements join what came before: their mean is centre + mean, `own` their products about it.
+  auto take = [&](Amount b, const A (&centre)[N], const A (&mean)[N], const A (&second)[N], const A (&own)[N]) {
+    const A f = have == 0 ? (A)1 : (A)(b / (have + b)), w = (A)(have * f);
 #pragma unroll
     for (int j = 0; j < N; j++) {
-      const A mean = s[j] * inverse, step = mean - rest[j];
-      const A second_mean = BACKWARD ? e[j] * inverse : mean, second_step = BACKWARD ? second_mean - other[j] : step;
-      product[j] += multiply_add(step * second_step, w, multiply_add(-s[j], second_mean, q[j]));
-      rest[j] = multiply_add(step, f, rest[j]);
+      const A step = (centre[j] - pivot[j]) + (mean[j] - rest[j]), second_step = BACKWARD ? second[j] - other[j] : step;
+      product[j] += multiply_add(step * w, second_step, own[j]);
       if (BACKWARD) other[j] = multiply_add(second_step, f, other[j]);
+      if (BY_WEIGHT && b > have) {
+        pivot[j] = centre[j], rest[j] = multiply_add(-step, (A)(have / (have + b)), mean[j]);
+      } else {
+        rest[j] = multiply_add(step, f, rest[j]);
+      }
       const A moved = pivot[j] + rest[j], way = moved - pivot[j];  // by Knuth's two-sum: pivot + rest is as before
       rest[j] = (pivot[j] - (moved - way)) + (rest[j] - way);
       pivot[j] = moved;
     }
+    have += b;
+  };
+  auto join = [&]() {  // the stretch joins what came before
+    if (BY_WEIGHT || more == 0) return;
+    const A inverse = 1 / (A)more;
+    A mean[N], second[N], own[N], centre[N];
+#pragma unroll
+    for (int l = 1; l < LANES / N; l++) s[0] += s[l], q[0] += q[l], e[0] += e[l];
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+      centre[j] = pivot[j], mean[j] = s[j] * inverse, second[j] = BACKWARD ? e[j] * inverse : mean[j];
+      own[j] = multiply_add(-s[j], second[j], q[j]);
+    }
+    take(more, centre, mean, second, own);
 #pragma unroll
     for (int l = 0; l < LANES; l++) s[l] = e[l] = q[l] = 0;
-    have += more, more = 0;
+    more = 0;
   };
   // The batch from vector i on; whole: of BATCH vectors, else of those that are left.
   auto batch = [&](int i, auto whole, bool first_of_all) {
@@ -725,25 +751,45 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Coef
         b += of;
       }
       if (b == 0) return;
-      more += b;
+      A heaviest[N], centre[N], mean[N], own[N];
+#pragma unroll
+      for (int j = 0; j < N; j++) heaviest[j] = centre[j] = mean[j] = own[j] = 0;
+      each([&](int, int j, A first, A, A h) {
+        if (h > heaviest[j]) heaviest[j] = h, centre[j] = first;
+      });
+      each([&](int, int j, A first, A, A h) { mean[j] = multiply_add(h, first - centre[j], mean[j]); });
+#pragma unroll
+      for (int j = 0; j < N; j++) mean[j] = mean[j] / (A)b;
+      each([&](int, int j, A first, A, A h) {
+        const A from = (first - centre[j]) - mean[j];
+        own[j] = multiply_add(h * from, from, own[j]);
+      });
+      take(b, centre, mean, mean, own);
     } else {
       more += (A)(WHOLE && LAYOUT != WINDOWS ? FULL : size);
+      if (first_of_all) {  // about the mean of this batch, from some element on: a constant is its own mean
+        each([&](int, int j, A first, A, A) { pivot[j] = first; });
+        each([&](int l, int j, A first, A, A) { s[l] += first - pivot[j]; });
+#pragma unroll
+        for (int l = 1; l < LANES / N; l++) s[0] += s[l], s[l] = 0;
+#pragma unroll
+        for (int j = 0; j < N; j++) pivot[j] += s[j] / (A)more, s[j] = 0;
+      }
+      each([&](int l, int j, A first, A second, A) {
+        const A from = first - pivot[j];
+        s[l] += from;
+        if (BACKWARD) e[l] += second;
+        q[l] = multiply_add(from, BACKWARD ? second : from, q[l]);
+      });
     }
-    if (first_of_all) each([&](int, int j, A first, A, A) { pivot[j] = first; });
-    each([&](int l, int j, A first, A second, A h) {
-      const A from = first - pivot[j], weighed = BY_WEIGHT ? h * from : from;
-      s[l] += weighed;
-      if (BACKWARD) e[l] += second;
-      q[l] = multiply_add(weighed, BACKWARD ? second : from, q[l]);
-    });
   };
-  int i = 0;
+  int i = 0, left = 1, length = 1;  // batches until the stretch is over, and of the next one
 #pragma unroll 1
-  for (int left = 1; i + BATCH <= share.n; i += BATCH) {
+  for (; i + BATCH <= share.n; i += BATCH) {
     batch(i, Flag<true>(), have == 0 && more == 0);
     if (--left > 0) continue;
     join();
-    left = BATCHES;
+    left = length, length = 2 * length < BATCHES ? 2 * length : BATCHES;
   }
   if (i < share.n) batch(i, Flag<false>(), have == 0 && more == 0);
   join();
@@ -755,13 +801,6 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Coef
   }
 }
 
-// Whether products of what these sums are merged with may lie beyond float32. NaN does.
-template <int N, class A> FASTBN_DEVICE bool large(const Sum<A, false, A> (&s)[N]) {
-  bool found = false;
-#pragma unroll
-  for (int j = 0; j < N; j++) found |= !(s[j].c <= (A)1e30 && s[j].m <= (A)1e15 && s[j].m >= (A)-1e15);
-  return found;
-}
 // Forward once more, element by element in float64.
 template <int N, class A, class T, int V, int LAYOUT>
 FASTBN_DEVICE void sum_up_wide(const Share<T, V, false, LAYOUT> &share, Sum<A, false> (&sums)[N], Size<A, false> &n) {
@@ -811,6 +850,7 @@ __global__ void FASTBN_DIMS __launch_bounds__(sizeof(T) == 8 ? 512 : 1024, 1) bn
   constexpr int LESS = (READS_R ? 4 : 2) * (READS_W && !TIGHT ? LIGHTER : 1);
   constexpr int AGAIN = MOST > LESS ? MOST / LESS : 1;
   constexpr int RANKS = WIDE ? 1 : WEIGHTED ? 2 : 4;
+  constexpr bool AGAIN_WIDE = !BACKWARD && !WIDE, BY_WEIGHT = WEIGHTED && !BACKWARD;
   const int t = threadIdx.x, threads = blockDim.x, lane = t & 31, warp = t >> 5, warps = threads >> 5;
   const int K = p.K, rank = blockIdx.x % K, group = blockIdx.x / K, groups = gridDim.x / K, G = p.G;
 
@@ -896,8 +936,10 @@ __global__ void FASTBN_DIMS __launch_bounds__(sizeof(T) == 8 ? 512 : 1024, 1) bn
         }
         __syncthreads();
         const int cells = LAYOUT == COLUMNS ? p.fold * (int)p.S : 1, width = p.C * (int)p.S;  // columns of a channel
-        int some = 0;  // a row that has elements
-        while (some + 1 < rows && row_count[some] == 0) some++;
+        int some = 0;  // a row that has elements, by weights the heaviest
+        for (int r = 1; r < rows; r++)
+          if (BY_WEIGHT ? row_count[r] > row_count[some] : row_count[some] == 0) some = r;
+        bool beyond = false;
 #pragma unroll 1
         for (int g = t / lanes; g - lane / lanes < G; g += threads / lanes) {
           auto at = [&](int r, int c) -> const Row & {
@@ -936,19 +978,24 @@ __global__ void FASTBN_DIMS __launch_bounds__(sizeof(T) == 8 ? 512 : 1024, 1) bn
           total.m = sizeof(A) == 8 ? (double)from : (double)from + mean;
           total.lo = sizeof(A) == 8 ? mean : 0;
           total.e = (A)e, total.c = products;
-          if (sizeof(M) > sizeof(A) && total.c <= 1e36) continue;  // the other sums are good enough
+          if constexpr (AGAIN_WIDE) {
+            Part &found = *(Part *)(coefficients + g);  // until there are any
+            Sum<A, BACKWARD> narrow;
+            if (sizeof(M) > sizeof(A)) open(narrow, found);
+            if (sizeof(M) > sizeof(A) && finite(narrow)) continue;
+            shut(found, total);
+            beyond |= !finite(total);
+          }
           if (WAY == BLOCK) finish(g, total, n);
           if (WAY == CLUSTER) shut(part[g], total);
           if (WAY == STATS || WAY == GRID) shut(partials[(i64)g * K + rank], total);
           if (WAY == CLUSTER && g == 0) part_count->n = (double)n;
           if ((WAY == STATS || WAY == GRID) && g == 0) counts[rank] = n;
         }
+        return beyond;
       };
-      if constexpr (!BACKWARD && sizeof(A) == 4) {
-        const bool again = __syncthreads_or(share.n && large(sums));
-        block(sums);
-        if (again) {
-          __syncthreads();
+      if constexpr (AGAIN_WIDE) {
+        if (__syncthreads_or(block(sums))) {
           Sum<A, BACKWARD> wide[N];
           sum_up_wide(share, wide, n);
           block(wide);
@@ -974,8 +1021,14 @@ __global__ void FASTBN_DIMS __launch_bounds__(sizeof(T) == 8 ? 512 : 1024, 1) bn
         else fetch(of, partials + (i64)g * K + r);
       };
       const bool given = WAY != APPLY || p.partials;  // without: frozen, and no sums are wanted
-      int some = 0;                                   // a rank that has elements
-      while (given && some + 1 < K && count_of(some) == 0) some++;
+      int some = 0;                                   // a rank that has elements, by weights the heaviest
+      if (BY_WEIGHT && given) {
+        Amount most = 0;
+        for (int r = 0; r < K; r++)
+          if (const Amount k = count_of(r); k > most) most = k, some = r;
+      } else {
+        while (given && some + 1 < K && count_of(some) == 0) some++;
+      }
 #pragma unroll 1
       for (int g = t / lanes; g - lane / lanes < G; g += threads / lanes) {
         Sum<A, BACKWARD> first, total;
