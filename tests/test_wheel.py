@@ -24,7 +24,7 @@ def sources():
     """The package's files as git would ship them; a copy, so that the build leaves nothing in the checkout."""
     for folder in ("fastbn", "kernels", "bench"):
         for path in sorted((ROOT / folder).rglob("*")):
-            notes = path.suffix in (".md", ".json", ".png")  # what was measured stays in the checkout
+            notes = path.suffix in (".md", ".json", ".jsonl", ".png")  # what was measured stays in the checkout
             if path.is_file() and "__pycache__" not in path.parts and not notes:
                 yield path.relative_to(ROOT)
     yield from map(Path, ("pyproject.toml", "README.md", "LICENSE"))
