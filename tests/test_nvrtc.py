@@ -61,8 +61,9 @@ BUILDS = [
 
 # Bytes of a thread's registers that are put away, at most. Between the phases of a fused kernel lie an item's addresses
 # and counts, which are put away where the phases' own loops need the 64 registers: 1024 threads a multiprocessor with
-# that are faster than 512 without (an H100's sums: 80 us for 113). The split path's kernels have one loop each.
-SPILLS = {"BLOCK": 400, "CLUSTER": 400, "GRID": 400, "STATS": 100, "APPLY": 100}
+# that are faster than 512 without (an H100's sums: 80 us for 113). The split path's kernels have one loop each; what is
+# put away there is about the first batch, which is summed twice, and with half types' columns or an activation.
+SPILLS = {"BLOCK": 400, "CLUSTER": 400, "GRID": 450, "STATS": 250, "APPLY": 100}
 
 
 class Compiled(NamedTuple):
