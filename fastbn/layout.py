@@ -132,7 +132,7 @@ class Views:
         arrays: list[Any] = [*inputs, *outputs]
         used, plan = arrays, _common(axes, arrays, samples)
         spans = isinstance(arrays[0], Span)
-        if plan is None or not all(map(_is_aligned if spans else _is_plain, arrays)):
+        if plan is None or not all(map(is_aligned if spans else _is_plain, arrays)):
             used, plan = _walkable(axes, arrays, given, samples)
         self._axes, self._plan = axes, plan
         self.inputs = used[:given]  # what was walked in place of the inputs, in their own shape
@@ -166,7 +166,7 @@ class Views:
                 family_of(target).assign(target, result)
 
 
-def _is_aligned(a: Span | None) -> bool:
+def is_aligned(a: Span | None) -> bool:
     return a is None or a.address % a.dtype.itemsize == 0
 
 
@@ -186,7 +186,7 @@ def _walkable(
     axes: tuple[int, ...], arrays: Sequence[Any], given: int, samples: int | None
 ) -> tuple[list[Any], Collapse]:
     """The arrays, the first `given` of them inputs, with copies for those that need one; and their common view."""
-    plain: Any = _is_aligned if isinstance(arrays[0], Span) else _is_plain
+    plain: Any = is_aligned if isinstance(arrays[0], Span) else _is_plain
     used = [a if plain(a) else _dense(a, a, i < given) for i, a in enumerate(arrays)]
     plan = _common(axes, used, samples)
     if plan is None:

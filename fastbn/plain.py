@@ -15,7 +15,7 @@ from .arguments import check_eps, check_frozen, check_real, is_normalized, overl
 from .arrays import FLOAT32, FLOAT64, Span, dense_strides, on_device
 from .dispatch import Kernels, kernels
 from .extras import Extras
-from .layout import Channels, Collapse, channels_of, collapse
+from .layout import Channels, Collapse, channels_of, collapse, is_aligned
 from .runs import elements
 from .saved import number_type
 
@@ -40,11 +40,14 @@ class Way(NamedTuple):
             return False
         return out.strides == self.strides and _apart(out, x, *others)
 
+    def new_sums(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.empty(self.channels.number, self.sums), np.empty(self.channels.number, self.sums)
+
     def places(self, dy: np.ndarray, x: np.ndarray, out: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         """Where dx, dgamma and dbeta go; None where `out` needs the other checks, or is something of these itself."""
         number, sums = self.channels.number, self.sums
         if out is None:
-            return np.empty_like(x), np.empty(number, sums), np.empty(number, sums)
+            return np.empty_like(x), *self.new_sums()
         dx, *rest = out if type(out) is tuple and len(out) == 3 else (out, None, None)
         if dx is None:
             dx = np.empty_like(x)
@@ -116,7 +119,11 @@ def forward_on_device(
     if family is None or family.refusal(x, "x") is not None:
         return None
     read = family.locate(x)
-    if read.dtype is None or (way := way_of(read.shape, read.strides, read.dtype, axis)) is None or not _aligned(read):
+    if (
+        read.dtype is None
+        or (way := way_of(read.shape, read.strides, read.dtype, axis)) is None
+        or not is_aligned(read)
+    ):
         return None
     for given in (gamma, beta):
         if given is not None and not family.fits(given, way.channels.shape, read.device):  # type: ignore[arg-type]
@@ -152,8 +159,4 @@ def backward_on_device(where: str, way: Way, dy: Any, x: Span, table: Any) -> tu
 
 def _alike(a: Span, x: Span, strides: tuple[int, ...]) -> bool:
     """Whether `a` is like x, under these strides."""
-    return (a.type, a.shape, a.strides, a.device) == (x.type, x.shape, strides, x.device) and _aligned(a)
-
-
-def _aligned(a: Span) -> bool:
-    return a.address % int(a.dtype.itemsize) == 0
+    return (a.type, a.shape, a.strides, a.device) == (x.type, x.shape, strides, x.device) and is_aligned(a)

@@ -232,14 +232,14 @@ def test_ways_can_be_forced():
     assert planner.plan(view, "f", False, old).way in ("BLOCK", "SPLIT")
 
 
-def test_known_arrays_are_planned_as_they_were_fastest():
-    """On an H100, by bench/results/gpu-h100.jsonl; on chip each array is read once from its memory, by the model."""
-    fastest = {
+def test_known_arrays_are_planned_as_measured():
+    """As in bench/results/gpu-h100.jsonl; on chip each array is read once from its memory, by the model."""
+    measured = {
         (32, 512, 784): ("BLOCK", True), (32, 1024, 196): ("BLOCK", True), (32, 2048, 49): ("BLOCK", True),
         (128, 1024, 1): ("BLOCK", True), (256, 64, 3136): ("GRID", True), (256, 512, 784): ("GRID", True),
         (65536, 256, 1): ("GRID", False), (802816, 64, 1): ("GRID", False),
     }  # fmt: skip
-    for shape, (way, on_chip) in fastest.items():
+    for shape, (way, on_chip) in measured.items():
         p = planner.plan(contiguous(*shape, 4), "f", False)
         _, moved, floor = planner.model(p)
         assert (p.way, moved == floor) == (way, on_chip), shape

@@ -26,8 +26,8 @@
 // the variance has D^2 for each of them, too. By weights that doesn't follow: each batch is summed about its own mean,
 // found from its heaviest element on, and of two means that merge the heavier one counts as exact. Threads of a warp
 // merge in the elements' own arithmetic, rows, blocks and ranks in float64, each in a fixed tree; sums that go beyond
-// float32 are done again in float64. There are no float atomics, and every contraction is spelled out as fma (compile with
-// -fmad=false): the same arguments, ranks, threads and tile give the same bits on every way.
+// float32 are done again in float64. There are no float atomics, and every contraction is spelled out as fma (compile
+// with -fmad=false): the same arguments, ranks, threads and tile give the same bits on every way.
 #ifdef FASTBN_EMULATOR
 #include "emulator.h"
 #else
@@ -267,7 +267,7 @@ FASTBN_DEVICE void group_barrier(u32 *word, int K, int rank) {
 // ------------------------------------------------------------------------------------------------------------ sums
 
 // Of n elements of a channel. Forward: mean m and c = sum (x - m)^2. Backward: mean m of dy, mean e of x - mean x, and
-// c = sum (dy - m) ((x - mean x) - e). M is what they are merged in: the elements' own A within a block, where float64
+// c = sum (dy - m) ((x - mean x) - e). M is what they are merged in: the elements' own A within a warp, where float64
 // arithmetic would take longer than the memory, else float64. If it is A, the mean is a pair m + lo; else lo is unused.
 template <class A, bool BACKWARD, class M = double> struct Sum {
   static constexpr bool PAIR = sizeof(M) == sizeof(A);
@@ -323,11 +323,11 @@ FASTBN_DEVICE void merge(Sum<A, BACKWARD, M> &a, Size<A, BACKWARD> n, const Sum<
   a.c += multiply_add(d * w, BACKWARD ? (M)de : d, b.c);
 }
 
-// Lane i takes in lane i + step, for step = `first` down to `last`: N sums of n elements each.
+// Lane i takes in lane i + step, for step = 16 down to `last`: N sums of n elements each.
 template <int N, class A, bool BACKWARD, class M>
-FASTBN_DEVICE void merge_lanes(Sum<A, BACKWARD, M> (&s)[N], Size<A, BACKWARD> &n, int first, int last) {
+FASTBN_DEVICE void merge_lanes(Sum<A, BACKWARD, M> (&s)[N], Size<A, BACKWARD> &n, int last) {
 #pragma unroll 1
-  for (int step = first; step >= last; step >>= 1) {
+  for (int step = 16; step >= last; step >>= 1) {
     const Size<A, BACKWARD> k = __shfl_down_sync(0xffffffffu, n, step);
 #pragma unroll
     for (int j = 0; j < N; j++) {
@@ -347,6 +347,7 @@ template <class M> FASTBN_DEVICE M sum_lanes(M v, int lanes) {
   for (int step = lanes / 2; step > 0; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
   return v;
 }
+
 // -------------------------------------------------------------------------------- the coefficients, and maps by them
 
 // What maps need of a channel, in shared memory.
@@ -631,7 +632,7 @@ template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
 template <bool B> struct Flag { static constexpr bool value = B; };
 
 // Sums of the thread's vectors by stretches: forward of x, backward of g (dy, or by z) and of x - hi. N channels at
-// once, n elements of each. `keep(i, x, dy)` is called with every vector; dy is g where that is IN_PLACE, and not MASKED.
+// once, n elements of each. `keep(i, x, dy)` is called with every vector; dy is g where IN_PLACE, and not MASKED.
 // By weights n is their sum; but backward adds up without them, with 0 for what is MASKED.
 template <int BATCH, int N, class A, class T, int V, bool BACKWARD, int LAYOUT, class Keep>
 FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Coefficients<A, false> (&k)[N],
@@ -927,7 +928,7 @@ __global__ void FASTBN_DIMS __launch_bounds__(sizeof(T) == 8 ? 512 : 1024, 1) bn
         typedef Partial<A, BACKWARD, M> Row;
         Row *row_part = (Row *)row_parts;
         const int last = LAYOUT == COLUMNS ? p.tx : 1;
-        if (by_warp) merge_lanes(s, n, 16, last);
+        if (by_warp) merge_lanes(s, n, last);
         const int row = by_warp ? warp : t / p.tx;
         if (by_warp ? lane < last : row < p.ty) {
           if (share.across == 0) row_count[row] = n;

@@ -363,10 +363,6 @@ def _vectors(w: Walk, tx: int) -> int:
     return w.M * (tx if w.layout == COLUMNS else w.vectors)
 
 
-def _streams(w: Walk) -> int:
-    return ("x" in w.strides) + ("dy" in w.strides)
-
-
 def _maps(w: Walk) -> bool:
     """Whether there is a second pass."""
     return "y" in w.strides or "dr" in w.strides
@@ -471,7 +467,7 @@ def model(p: Plan, device: Device = HOPPER) -> tuple[float, float, float]:
     on_sm = max(1, min(device.smem_sm // (p.shared + 1024), resident(p.letter) // p.threads, 32))
     blocks = min(p.grid, device.sms * on_sm)
     if p.way == CLUSTER:  # a cluster stays inside a group of 16 multiprocessors, of which some are short
-        blocks = max(p.K, min(blocks, (device.sms - (p.K > 2) * p.K // 2 * 2) * on_sm) // p.K * p.K)
+        blocks = max(p.K, min(blocks, (device.sms - (p.K if p.K > 2 else 0)) * on_sm) // p.K * p.K)
     tile = p.tx * vector if w.layout == COLUMNS else 256
     bandwidth = device.sms * BANDWIDTH * next((part for most, part in TILES.items() if tile <= most), 1.0)
     rounds = p.grid / blocks if p.way != GRID else float(_over(p.items, p.grid // p.K))
