@@ -85,9 +85,10 @@ class Problem:
 
 
 # A result is relative to what is added up in it. float32: each of a, x - hi, - lo and the sum rounds by half an eps,
-# and the variance's own error adds half of it: 4 eps are promised. float64 alike. A half type rounds once, by half an
-# eps, and float32's eps are 2^-13 of float16's: 0.51.
-Y_TOLERANCE = {"f": 4, "d": 4, "e": 0.51, "E": 0.51}
+# and the variance's own error adds half of it: 4 eps are promised. float64's invstd is rounded in its own arithmetic:
+# half of a sum's half eps, a root's and a quotient's are 1.25 more. A half type rounds once, by half an eps, and
+# float32's eps are 2^-13 of float16's: 0.51.
+Y_TOLERANCE = {"f": 4, "d": 5.25, "e": 0.51, "E": 0.51}
 # Backward has three sums more, and the mean of dy is off by an eps of what dy varies by.
 DX_TOLERANCE = {"f": 6, "d": 6, "e": 0.51, "E": 0.51}
 # Statistics and dgamma, dbeta are sums of float32's (float64's) partial sums, whatever the elements: a
@@ -184,7 +185,8 @@ def test_statistics_alone_and_gradients_alone(lib, rng, name):
         whole = problem.forward(lib, problem.plan(False, way, K))
         walk = planner.walk(view_of(problem.x, None, None))
         plan = planner.build(walk, "f", False, planner.HOPPER, way, K, threads=64)
-        assert (plan.keep, plan.reread) == (0, 0)
+        assert plan.slots <= planner.ahead("f", walk.V, False)
+        assert plan.reread == 0
         alone = problem.forward(lib, plan, y=None)
         check_forward(problem, alone)
         assert alone.table.tobytes() == whole.table.tobytes()
@@ -481,3 +483,32 @@ def test_planned_for_random_devices(lib, seed):
         return
     run, check = (problem.backward, check_backward) if backward else (problem.forward, check_forward)
     check(problem, run(lib, plan, policy=seed % 10))
+
+
+ROOMS = {  # shape, order: many items for few blocks, of one to a dozen vectors a thread
+    "runs": ((3, 11, 2048), "OCI"),
+    "few vectors": ((3, 11, 64), "OCI"),
+    "odd runs": ((3, 11, 1029), "OCI"),
+    "columns": ((120, 100, 1), "OIC"),
+}
+
+
+@pytest.mark.parametrize("room", [64, 24, 14, 11, 8])
+@pytest.mark.parametrize("letter", "fde")
+@pytest.mark.parametrize("name", ROOMS)
+def test_room_and_blocks_do_not_count(lib, rng, name, letter, room):
+    """However much of an item stays in shared memory (KiB), and however few groups take turns: the same bits."""
+    shape, order = ROOMS[name]
+    problem = Problem(rng, shape, letter, order)
+    few = planner.Device(sms=1, smem_block=room << 10, smem_sm=4 * (room + 1) << 10)
+    for way, K, threads in [(BLOCK, 1, 256), (GRID, 2, 64), (CLUSTER, 2, 256), (SPLIT, 2, 64)]:
+        for backward in (False, True):
+            run = problem.backward if backward else problem.forward
+            walk = planner.walk(view_of(problem.x, problem.x, problem.dy if backward else None))
+            plan = planner.build(walk, letter, backward, few, way, K, threads=threads, tile=32)
+            whole = planner.build(walk, letter, backward, planner.HOPPER, way, K, threads=threads, tile=32)
+            assert (plan.grid < whole.grid) == (way == GRID)
+            assert (plan.delay > 0) == (way == GRID)
+            results = [run(lib, plan, policy=policy, resident=2) for policy in SCHEDULES]
+            (check_backward if backward else check_forward)(problem, results[0])
+            assert {result.bits for result in results} == {run(lib, whole).bits}

@@ -517,6 +517,7 @@ def test_sanitize(tmp_path, monkeypatch, ending, ok):
     out = sys.argv[sys.argv.index("--out") + 1]
     with open(out, "w") as file:
         file.write(json.dumps({{"stage": "correct", "case": "a", "ok": True}}) + chr(10))
+        file.write(json.dumps({{"stage": "correct", "case": "took", "seconds": 1.0}}) + chr(10))
     print("ERROR SUMMARY")
     {ending}
     """

@@ -63,7 +63,7 @@ BUILDS = [
 # and counts, which are put away where the phases' own loops need the 64 registers: 1024 threads a multiprocessor with
 # that are faster than 512 without (an H100's sums: 80 us for 113). The split path's kernels have one loop each; what is
 # put away there is about the first batch, which is summed twice, and with half types' columns or an activation.
-SPILLS = {"BLOCK": 400, "CLUSTER": 400, "GRID": 450, "STATS": 250, "APPLY": 100}
+SPILLS = {"BLOCK": 300, "CLUSTER": 400, "GRID": 400, "STATS": 250, "APPLY": 200}
 
 
 class Compiled(NamedTuple):
@@ -144,11 +144,12 @@ each_build = pytest.mark.parametrize("build", BUILDS, ids=lambda b: "-".join((f"
 
 @each_build
 def test_registers_are_as_many_as_planned(compiled, build):
-    """1024 threads a multiprocessor, of float64 512; and none is spilled in the split path's walk of plain runs."""
+    """1024 threads a multiprocessor, of float64 512; and the split path's walk of plain runs spills four at most."""
     found = result(compiled, build)
     for name, size in found.spills.items():
         way, plain = name.split("::")[-1].rstrip(">"), not build.options and "RUNS" in name
-        assert size <= (0 if build.letter == "d" or (plain and way in ("STATS", "APPLY")) else SPILLS[way]), name
+        limit = 0 if build.letter == "d" else 16 if plain and way in ("STATS", "APPLY") else SPILLS[way]
+        assert size <= limit, name
         assert found.registers[name] <= (64 << 10) // planner.resident(build.letter)
 
 
@@ -164,15 +165,19 @@ def test_elements_move_in_whole_vectors(compiled, build):
         # Single elements move as u32 or u16 (bn.cu's `load`), a compiler that took vectors apart would move b16 or u8;
         # gamma, sums and the like are f32, f64 or b32.
         narrow = [op for op in loads + stores if re.search(r"\.(u32|[ubs]16|[ubs]8)$", op) and ".v" not in op]
-        access = "v2.u32" if "COLUMNS" in name and build.letter in "eE" else "v4.u32"
-        assert f"ld.global.L1::no_allocate.{access}" in loads, name
+        half = "COLUMNS" in name and build.letter in "eE"
+        access = "v2.u32" if half else "v4.u32"
+        if build.capability < 80:
+            assert f"ld.global.L1::no_allocate.{access}" in loads, name
+        else:
+            flying = set(re.findall(r"cp\.async\.c.\.shared\.global \[\S+\], \[\S+\], \d+", text))
+            assert {op.split(", ")[-1] for op in flying} == {"8" if half else "16"}, name
         assert "STATS" in name or f"st.global.cs.{access}" in stores, name
         if "WINDOWS" not in name or "STATS" in name:
             assert narrow == [], name
         else:
             assert {op for op in narrow if op.startswith("ld")} == set(), name
-        kept = {"BLOCK", "CLUSTER", "GRID"} & set(re.findall("[A-Z]+", name))
-        assert not kept or access != "v4.u32" or ("ld.shared.v4.u32" in text and "st.shared.v4.u32" in text), name
+        assert half or "ld.shared.v4.u32" in text, name
 
 
 @each_build

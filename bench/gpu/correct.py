@@ -59,9 +59,9 @@ SHAPES = [
     Shape("every second", (5, 6, 80), lambda a: a[:, :, ::2], "what no kernel walks: copied"),
 ]
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-# Errors in eps of the dtype, relative to max(1, |result|), beyond which a result is wrong. A half type rounds once.
-# float32 data has coefficients and a deviation rounded to float32: 3 eps for y, some more for dx, of three terms.
-# float64's reference may itself be off by many eps. Sums are relative to the sum of magnitudes.
+# Errors in eps of the dtype, relative to max(1, |result|), of dx and sums to the magnitudes of what is added up in them,
+# beyond which a result is wrong. A half type rounds once. float32 data has coefficients and a deviation rounded to
+# float32: 3 eps for y, some more for dx, of three terms. float64's reference may itself be off by many eps.
 LIMITS = {"float32": 8.0, "float16": 0.55, "bfloat16": 0.55, "float64": 256.0}
 UNIT = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7, "float64": 2.0**-52}
 
@@ -105,6 +105,12 @@ class Truth:
         reference.backward(dy, x, self.dx, self.table, sums[0], sums[1], False)
         reference.backward(dy, x, self.dx_frozen, self.table_frozen, sums[2], sums[3], True)
         self.dgamma, self.dbeta, self.dgamma_frozen, self.dbeta_frozen = sums
+        e = x - self.table[0, :, None] - self.table[1, :, None]
+        g = dy - dy.mean((0, 2), dtype=np.float64, keepdims=True)
+        slope = (g * e).mean((0, 2), keepdims=True) * self.table[3, :, None] ** 2
+        spread = np.sqrt(np.square(g).mean((0, 2), keepdims=True))  # the mean of dy is off by eps of this
+        parts = np.abs(g) + np.abs(e * slope) + spread
+        self.size_dx = np.maximum(1.0, np.abs(self.table[4, :, None] * self.table[3, :, None]) * parts)
         self.size_dbeta = np.abs(dy).sum((0, 2), dtype=np.float64)
         self.size_dgamma, self.size_dgamma_frozen = (
             np.abs(dy * (x - table[0, :, None] - table[1, :, None]) * table[3, :, None]).sum((0, 2), dtype=np.float64)
@@ -161,7 +167,7 @@ def check(device: Any, truth: Truth, way: str | None, repeats: int) -> dict[str,
             errors["outside"] = max(errors.get("outside", 0.0), float(a.tobytes() != b.tobytes()))
         expected = (truth.y, truth.dx, truth.y_frozen, truth.dx_frozen)
         for name, a, b in zip(("y", "dx", "y frozen", "dx frozen"), got, expected, strict=False):
-            errors[name] = truth.off(view(a), b)
+            errors[name] = truth.off(view(a), b, truth.size_dx if name == "dx" else None)
         unit = UNIT["float64" if number == np.float64 else "float32"]
         # hi less hi and lo less lo: hi + lo would be rounded at the size of the mean, 10^4 deviations.
         error = np.abs((got[4][:2] - truth.table[:2]).sum(0)) / np.sqrt(truth.table[2])

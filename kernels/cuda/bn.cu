@@ -15,9 +15,10 @@
 //   backward   dx = a (g - w (sum g / W + ((x - mean) invstd) invstd sum g (x - mean) / W))
 //
 // One kernel template. Each item, a channel or a tile of columns, is read by K blocks, its ranks. Twice: for sums, and
-// for the map. What a thread reads first it keeps in shared memory as far as there is room (`keep`), and takes it from
-// there the second time: one read and one write forward, two reads and one write backward. The rest is read again, last
-// first, because that is the likeliest to be in L2 still.
+// for the map. What a thread reads flies into shared memory, past the registers, and stays there as far as there is room
+// (`keep`): one read and one write forward, two reads and one write backward. The rest is read again, last first, because
+// that is the likeliest to be in L2 still. Loops over vectors step pointers: on an H100 the addresses, by a division and
+// products of 64 bits, took as long as the memory.
 //
 // Sums are right at any offset. A thread sums deviations from a pivot, and their squares, over a stretch of its
 // elements; the stretch joins what came before by Chan, Golub & LeVeque (1983), and the pivot moves to the mean so far.
@@ -100,15 +101,17 @@ struct Params {                    // packed by plan.py; 8-byte fields first, so
   double *mass;                    // their sums, of sets (sets,). Written forward, read backward; null: frozen
   double eps, parameter;           // of the activation
   u64 wide;
-  i64 x_row, x_channel, dy_row, dy_channel, y_row, y_channel;  // strides, in elements
-  i64 r_row, r_channel, dr_row, dr_channel;
+  i64 x_row, x_step, x_channel, dy_row, dy_step, dy_channel;  // strides in bytes: of a row, of a thread's next vector as
+  i64 y_row, y_step, y_channel, r_row, r_step, r_channel;     // far as it is whole rows (the rest: `rest`), of a channel
+  i64 dr_row, dr_step, dr_channel, w_row, w_step;
   double count;                    // O I
   i64 M, S, per, rows;             // M: of the largest set; per: vectors, or rows of COLUMNS, of a rank
   int sets, tiles;                 // tiles: items of a set
-  int C, items, K, keep;           // keep: vectors that a thread keeps in shared memory
+  int C, items, K, slots;          // slots: vectors of an array that a thread has room for in shared memory
   int tx, ty, G, fold;             // COLUMNS: threads across and down; channels of an item; rows seen as one
   u32 vectors, multiplier, shift;  // RUNS, WINDOWS: vectors of a run, and how to divide by that
-  u32 frozen;
+  u32 rest;                        // threads, modulo that
+  u32 frozen, delay;               // delay: clock cycles by which the last group begins later than the first
 };
 
 // ---------------------------------------------------------------------------------------------------- number types
@@ -190,9 +193,31 @@ FASTBN_DEVICE void store_shared(void *p, const Raw<16> &r) {
 }
 template <int B> FASTBN_DEVICE void load_shared(Raw<B> &r, const void *p) { r = *(const Raw<B> *)p; }
 template <int B> FASTBN_DEVICE void store_shared(void *p, const Raw<B> &r) { *(Raw<B> *)p = r; }
+// Past the registers to shared memory, where it has landed when `landed` says so: all but the last LEFT groups.
+template <int B> FASTBN_DEVICE void fly(void *to, const void *p) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (B == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(p) : "memory");
+  else if constexpr (B >= 4)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(p), "n"(B) : "memory");
+  else
+#endif
+  {
+    Raw<B> r;
+    load(r, p);
+    store_shared(to, r);
+  }
+}
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+FASTBN_DEVICE void take_off() { asm volatile("cp.async.commit_group;" ::: "memory"); }  // closes a group
+template <int LEFT> FASTBN_DEVICE void landed() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
+#else
+FASTBN_DEVICE void take_off() {}
+template <int LEFT> FASTBN_DEVICE void landed() {}
+#endif
 // Written by other blocks during this launch, hence not from L1.
 FASTBN_DEVICE void load_fresh(Raw<16> &r, const void *p) {
-  asm volatile("ld.volatile.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(r.a), "=r"(r.b), "=r"(r.c), "=r"(r.d) : "l"(p) : "memory");
 }
 // What the block wrote before is seen by who sees the arrival; what others wrote before theirs, by who polled it.
@@ -206,7 +231,10 @@ FASTBN_DEVICE u32 poll(const u32 *p) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
-FASTBN_DEVICE void prefetch_far(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+FASTBN_DEVICE void hold(u32 cycles) {
+  const i64 begin = clock64();
+  while (clock64() - begin < cycles) asm volatile("nanosleep.u32 100;");
+}
 FASTBN_DEVICE void prefetch(const void *p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 FASTBN_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
@@ -228,11 +256,14 @@ template <class A> FASTBN_DEVICE void load(A &v, const A *p) { emulator::load(&v
 template <int B> FASTBN_DEVICE void store(void *p, const Raw<B> &r) { emulator::store(p, &r, B); }
 template <int B> FASTBN_DEVICE void load_shared(Raw<B> &r, const void *p) { emulator::load_shared(&r, p, B); }
 template <int B> FASTBN_DEVICE void store_shared(void *p, const Raw<B> &r) { emulator::store_shared(p, &r, B); }
+template <int B> FASTBN_DEVICE void fly(void *to, const void *p) { emulator::fly(to, p, B); }
+FASTBN_DEVICE void take_off() { emulator::take_off(); }
+template <int LEFT> FASTBN_DEVICE void landed() { emulator::landed(LEFT); }
 FASTBN_DEVICE void load_fresh(Raw<16> &r, const void *p) { emulator::load_fresh(&r, p, 16); }
 FASTBN_DEVICE void load_peer(Raw<16> &r, const void *p, int rank) { emulator::load_peer(&r, p, 16, rank); }
 FASTBN_DEVICE u32 arrive(u32 *p, u32 v) { return emulator::add(p, v); }
 FASTBN_DEVICE u32 poll(const u32 *p) { return emulator::poll(p); }
-FASTBN_DEVICE void prefetch_far(const void *) {}
+FASTBN_DEVICE void hold(u32) {}
 FASTBN_DEVICE void prefetch(const void *) {}
 FASTBN_DEVICE void cluster_arrive() { emulator::cluster_arrive(); }
 FASTBN_DEVICE void cluster_wait() { emulator::cluster_wait(); }
@@ -494,6 +525,8 @@ template <bool BACKWARD, class S> FASTBN_DEVICE void foresee(const S &share, int
 
 // ---------------------------------------------------------------------------------------- what a thread has of an item
 
+template <class P> FASTBN_DEVICE P *far(P *p, i64 bytes) { return (P *)((size_t)p + bytes); }
+
 template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
   const Params &p;
   const T *x, *dy, *r;  // row 0 of the array, at the item's channel or this thread's columns
@@ -504,15 +537,25 @@ template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
   int n;            // vectors of this thread
   int across;       // COLUMNS: this thread's place in the tile's rows
 
+  // One of its vectors: where its run begins in each array, or in COLUMNS where it lies itself. Walked step by step: a
+  // division and a product of 64 bits for each vector are as many instructions as its sums.
   struct Place {
-    i64 row, inner;  // inner: element of the run that lane 0 holds; negative in a window that begins before the run
-    int begin, end;  // lanes that belong to the run
+    const T *x, *dy, *r;
+    T *y, *dr;
+    const Number<T> *w;
+    u32 j;  // vector of the run
+    int i;  // vector of the thread
   };
 
   // COLUMNS: rows of a rank.
   FASTBN_DEVICE i64 rows(int rank) const {
     const i64 left = height() - rank * p.per;
     return left < 0 ? 0 : left < p.per ? left : p.per;
+  }
+  FASTBN_DEVICE i64 elements(int rank) const {  // of a channel in a rank, where no lane is masked
+    if (LAYOUT == COLUMNS) return rows(rank) * p.fold * p.S;
+    const i64 left = height() * p.vectors - rank * p.per;
+    return (left < 0 ? 0 : left < p.per ? left : p.per) * V;
   }
   FASTBN_DEVICE Share(const Params &params, int item, int rank) : p(params) {
     const int t = threadIdx.x, threads = blockDim.x;
@@ -535,10 +578,10 @@ template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
       left = left < p.per ? left : p.per;
       n = left > t ? (int)((left - t + threads - 1) / threads) : 0;
       first = skipped + t;
-      x = (const T *)p.x + tile * p.x_channel, dy = (const T *)p.dy + tile * p.dy_channel;
-      y = (T *)p.y + tile * p.y_channel;
-      if (RESIDUAL) r = (const T *)p.r + tile * p.r_channel;
-      if (DRESIDUAL) dr = (T *)p.dr + tile * p.dr_channel;
+      x = far((const T *)p.x, tile * p.x_channel), dy = far((const T *)p.dy, tile * p.dy_channel);
+      y = far((T *)p.y, tile * p.y_channel);
+      if (RESIDUAL) r = far((const T *)p.r, tile * p.r_channel);
+      if (DRESIDUAL) dr = far((T *)p.dr, tile * p.dr_channel);
     }
   }
   FASTBN_DEVICE i64 height() const { return SETS ? end - begin : p.M; }
@@ -558,36 +601,62 @@ template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
     return p.order[sample] * p.rows + (i - sample * p.rows);
   }
 
-  // Where the thread's i-th vector lies.
   FASTBN_DEVICE Place at(int i) const {
     Place q;
-    q.begin = 0, q.end = V;
-    if (LAYOUT == COLUMNS) {
-      q.row = row(first + (i64)i * p.ty), q.inner = 0;
-      return q;
+    q.i = i, q.j = 0;
+    i64 line = first + (i64)i * p.ty;  // of the set
+    if (LAYOUT != COLUMNS) {
+      const u32 j = (u32)first + (u32)i * blockDim.x, run = (u32)(((u64)__umulhi(j, p.multiplier) + j) >> p.shift);
+      q.j = j - run * p.vectors, line = run;
     }
-    const u32 j = (u32)first + (u32)i * blockDim.x, run = (u32)(((u64)__umulhi(j, p.multiplier) + j) >> p.shift);
-    q.row = row(run), q.inner = (i64)(j - run * p.vectors) * V;
-    if (LAYOUT == WINDOWS) {
-      const T *start = BACKWARD ? dy + q.row * p.dy_row : x + q.row * p.x_row;
-      q.inner -= (int)((size_t)start % 16 / sizeof(T));
-      if (q.inner < 0) q.begin = (int)-q.inner;
-      if (p.S - q.inner < V) q.end = (int)(p.S - q.inner);
-    }
+    line = SETS && (i < 0 || i >= n) ? 0 : row(line);
+    q.x = far(x, line * p.x_row), q.dy = far(dy, line * p.dy_row), q.y = far(y, line * p.y_row);
+    if (RESIDUAL) q.r = far(r, line * p.r_row);
+    if (DRESIDUAL) q.dr = far(dr, line * p.dr_row);
+    if (WEIGHTED) q.w = far((const Number<T> *)p.w, line * p.w_row);
     return q;
   }
-  // A window is read whole: it lies inside 16 aligned bytes, one of which is the run's. One past the run isn't read.
-  FASTBN_DEVICE bool any(const Place &q) const { return LAYOUT != WINDOWS || q.begin < q.end; }
-  FASTBN_DEVICE bool has(const Place &q, int lane) const {
-    return LAYOUT != WINDOWS || (lane >= q.begin && lane < q.end);
+  template <int BY> FASTBN_DEVICE void move(Place &q) const {  // BY: 1 or -1
+    q.i += BY;
+    if (SETS) {  // their rows may lie anywhere
+      if (q.i >= 0 && q.i < n) q = at(q.i);
+      return;
+    }
+    bool beyond = false;  // the run: the next one begins
+    if (LAYOUT != COLUMNS) {
+      q.j += BY * p.rest, beyond = q.j >= p.vectors;  // below 0, too
+      if (beyond) q.j -= BY * p.vectors;
+    }
+    auto go = [&](auto &at, i64 step, i64 row) {
+      at = far(at, BY * step);
+      if (beyond) at = far(at, BY * row);
+    };
+    go(q.x, p.x_step, p.x_row), go(q.dy, p.dy_step, p.dy_row), go(q.y, p.y_step, p.y_row);
+    if (RESIDUAL) go(q.r, p.r_step, p.r_row);
+    if (DRESIDUAL) go(q.dr, p.dr_step, p.dr_row);
+    if (WEIGHTED) go(q.w, p.w_step, p.w_row);
   }
-  FASTBN_DEVICE void read_x(Vector<T, V> &a, const Place &q) const { load(a.raw, x + q.row * p.x_row + q.inner); }
-  FASTBN_DEVICE void read_dy(Vector<T, V> &d, const Place &q) const { load(d.raw, dy + q.row * p.dy_row + q.inner); }
-  FASTBN_DEVICE void read_r(Vector<T, V> &a, const Place &q) const { load(a.raw, r + q.row * p.r_row + q.inner); }
+  // Lanes that belong to the run. A window is read whole: it lies inside 16 aligned bytes, one of which is the run's.
+  // One past the run isn't read.
+  FASTBN_DEVICE int before(const Place &q) const { return (int)((size_t)(BACKWARD ? q.dy : q.x) % 16 / sizeof(T)); }
+  FASTBN_DEVICE int begin_of(const Place &q) const { return LAYOUT == WINDOWS && q.j == 0 ? before(q) : 0; }
+  FASTBN_DEVICE int end_of(const Place &q) const {
+    if (LAYOUT != WINDOWS) return V;
+    const i64 left = p.S + before(q) - (i64)q.j * V;
+    return left < V ? (int)left : V;
+  }
+  FASTBN_DEVICE bool any(const Place &q) const { return LAYOUT != WINDOWS || begin_of(q) < end_of(q); }
+  FASTBN_DEVICE bool has(const Place &q, int lane) const {
+    return LAYOUT != WINDOWS || (lane >= begin_of(q) && lane < end_of(q));
+  }
+  template <class P> FASTBN_DEVICE P *vector(P *run, const Place &q) const {
+    if (LAYOUT == COLUMNS) return run;
+    return (LAYOUT == WINDOWS ? (P *)((size_t)run & ~(size_t)15) : run) + (i64)q.j * V;
+  }
   // Weights of a vector, of which COLUMNS have one; 0 outside the run.
   template <int W> FASTBN_DEVICE void read_w(Number<T> (&w)[W], const Place &q) const {
     typedef Number<T> A;
-    const A *from = (const A *)p.w + q.row * p.S + q.inner;
+    const A *from = q.w + (LAYOUT == WINDOWS ? (i64)q.j * V - before(q) : LAYOUT == RUNS ? (i64)q.j * V : 0);
     if constexpr (LAYOUT == RUNS) {
       constexpr int PART = sizeof(A) * V < 16 ? V : 16 / sizeof(A);
 #pragma unroll
@@ -605,8 +674,9 @@ template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
       }
     }
   }
-  FASTBN_DEVICE void write(T *to, const Vector<T, V> &a, const Place &q) const {
-    if (q.begin == 0 && q.end == V) return store(to, a.raw);
+  FASTBN_DEVICE void write(T *run, const Vector<T, V> &a, const Place &q) const {
+    T *to = vector(run, q);
+    if (begin_of(q) == 0 && end_of(q) == V) return store(to, a.raw);
     if constexpr (LAYOUT == WINDOWS) {
 #pragma unroll
       for (int v = 0; v < V; v++) {
@@ -617,10 +687,6 @@ template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
       }
     }
   }
-  FASTBN_DEVICE void write_y(const Vector<T, V> &a, const Place &q) const { write(y + q.row * p.y_row + q.inner, a, q); }
-  FASTBN_DEVICE void write_dr(const Vector<T, V> &a, const Place &q) const {
-    write(dr + q.row * p.dr_row + q.inner, a, q);
-  }
   // The channel, within the item, of column c of the tile.
   FASTBN_DEVICE int channel(int c) const {
     if (LAYOUT != COLUMNS) return 0;
@@ -629,20 +695,41 @@ template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
   }
 };
 
+// A thread's vectors in shared memory, which no other thread reads or writes: AHEAD of them fly in past the registers
+// while others are summed or mapped. An item's first `keep` stay for the second pass; those that don't take turns in the
+// last AHEAD slots.
+template <class T, int V, bool BACKWARD> struct Ring {
+  typedef Vector<T, V> Vec;
+  static constexpr int MOST = 64 / (int)sizeof(Vec) / (BACKWARD ? 2 : 1), AHEAD = MOST < 8 ? MOST : 8;  // plan.py's `ahead`
+  Vec *x, *dy;  // slot 0
+  int step;     // from a slot to the next
+  int end;      // behind the last slot
+  int turn;     // where slots begin that are taken in turns
+
+  FASTBN_DEVICE int next(int slot) const { return slot + step < end ? slot + step : turn; }
+  template <class S> FASTBN_DEVICE void send(const S &share, const typename S::Place &q, int slot, bool wants_x) const {
+    if (!share.any(q)) return;
+    if (wants_x) fly<sizeof(Vec)>(x + slot, share.vector(q.x, q));
+    if (BACKWARD) fly<sizeof(Vec)>(dy + slot, share.vector(q.dy, q));
+  }
+};
+
 template <bool B> struct Flag { static constexpr bool value = B; };
 
 // Sums of the thread's vectors by stretches: forward of x, backward of g (dy, or by z) and of x - hi. N channels at
-// once, n elements of each. `keep(i, x, dy)` is called with every vector; dy is g where IN_PLACE, and not MASKED.
+// once, n elements of each. In the ring, dy is g then where IN_PLACE, and not MASKED.
 // By weights n is their sum; but backward adds up without them, with 0 for what is MASKED.
-template <int BATCH, int N, class A, class T, int V, bool BACKWARD, int LAYOUT, class Keep>
-FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Coefficients<A, false> (&k)[N],
-                          Sum<A, BACKWARD, A> (&sums)[N], Size<A, BACKWARD> &n, Keep keep) {
+template <int BATCH, int N, class A, class T, int V, bool BACKWARD, int LAYOUT>
+FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Ring<T, V, BACKWARD> &ring,
+                          const Coefficients<A, false> (&k)[N], Sum<A, BACKWARD, A> (&sums)[N],
+                          Size<A, BACKWARD> &n) {
   constexpr bool SLOPED = BACKWARD && ACTIVATION != LINEAR, APART = SLOPED && !IN_PLACE<T>;
   constexpr bool BY_WEIGHT = WEIGHTED && !BACKWARD, READS_W = BACKWARD ? MASKED : WEIGHTED;
   constexpr int W = LAYOUT == COLUMNS ? 1 : V;
   constexpr int LANES = N > 1 ? N : V < 4 ? V : 4;       // sums side by side: of N channels, or parts of one channel's
   constexpr int FULL = BATCH * V / N;                    // elements of a channel in a full batch
   constexpr int BATCHES = FULL < 32 ? 32 / FULL : 1;     // of a stretch, at most
+  constexpr int STAGES = Ring<T, V, BACKWARD>::AHEAD / BATCH;
   typedef Size<A, BACKWARD> Amount;
   A pivot[N], rest[N], other[N], product[N];  // of all before: mean = pivot + rest, that of x - hi, sum of products
   A s[LANES], e[LANES], q[LANES];             // of the stretch: sums of d = first - pivot, of second, of d second
@@ -654,7 +741,7 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Coef
 
   // b elements join what came before: their mean is centre + mean, `own` their products about it.
   auto take = [&](Amount b, const A (&centre)[N], const A (&mean)[N], const A (&second)[N], const A (&own)[N]) {
-    const A f = have == 0 ? (A)1 : (A)(b / (have + b)), w = (A)(have * f);
+    const A f = have == 0 ? (A)1 : have == b ? (A)0.5 : (A)(b / (have + b)), w = (A)(have * f);
 #pragma unroll
     for (int j = 0; j < N; j++) {
       const A step = (centre[j] - pivot[j]) + (mean[j] - rest[j]), second_step = BACKWARD ? second[j] - other[j] : step;
@@ -687,25 +774,36 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Coef
     for (int l = 0; l < LANES; l++) s[l] = e[l] = q[l] = 0;
     more = 0;
   };
-  // The batch from vector i on; whole: of BATCH vectors, else of those that are left.
+  // The batch at hand; whole: of BATCH vectors, else of those that are left.
+  typename Share<T, V, BACKWARD, LAYOUT>::Place here = share.at(0);
+  int slot = 0;
   auto batch = [&](int i, auto whole, bool first_of_all) {
     constexpr bool WHOLE = decltype(whole)::value;
     Vector<T, V> a[BATCH], d[BATCH], r[BATCH];
     A g[BATCH][V], weight[BATCH][W];
-    typename Share<T, V, BACKWARD, LAYOUT>::Place place[BATCH];
+    int first_lane[BATCH], last_lane[BATCH], slots[BATCH];
     auto there = [&](int u) { return WHOLE || i + u < share.n; };
     int size = 0;  // elements of a channel in this batch
 #pragma unroll
     for (int u = 0; u < BATCH; u++) {
-      place[u].begin = place[u].end = 0;
+      first_lane[u] = last_lane[u] = 0;
       if (!there(u)) continue;
-      place[u] = share.at(i + u);
-      if (!share.any(place[u])) continue;
-      size += LAYOUT == COLUMNS ? 1 : place[u].end - place[u].begin;
-      share.read_x(a[u], place[u]);
-      if (BACKWARD) share.read_dy(d[u], place[u]);
-      if (SLOPED && RESIDUAL) share.read_r(r[u], place[u]);
-      if (READS_W) share.read_w(weight[u], place[u]);
+      slots[u] = slot, slot = ring.next(slot);
+      if (share.any(here)) {
+        first_lane[u] = share.begin_of(here), last_lane[u] = share.end_of(here);
+        size += LAYOUT == COLUMNS ? 1 : last_lane[u] - first_lane[u];
+        if (SLOPED && RESIDUAL) load(r[u].raw, share.vector(here.r, here));
+        if (READS_W) share.read_w(weight[u], here);
+      }
+      share.template move<1>(here);
+    }
+    auto has = [&](int u, int v) { return LAYOUT != WINDOWS || (v >= first_lane[u] && v < last_lane[u]); };
+    landed<STAGES - 1>();
+#pragma unroll
+    for (int u = 0; u < BATCH; u++) {
+      if (!there(u)) continue;
+      load_shared(a[u].raw, ring.x + slots[u]);
+      if (BACKWARD) load_shared(d[u].raw, ring.dy + slots[u]);
     }
     auto absent = [&](int u, int v) { return MASKED && weight[u][W == 1 ? 0 : v] == 0; };
     if (LAYOUT == WINDOWS && size == 0) return;
@@ -718,11 +816,9 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Coef
           g[u][v] = by_z(k[N == 1 ? 0 : v], a[u].lane[v], d[u].lane[v], r[u].lane[v], (A)share.p.parameter);
           if (!APART && !absent(u, v)) down(d[u].lane[v], g[u][v]);
         }
+        if (!APART) store_shared(ring.dy + slots[u], d[u].raw);
       }
     }
-#pragma unroll
-    for (int u = 0; u < BATCH; u++)
-      if (there(u)) keep(i + u, a[u], d[u]);
 
     // f(lane, channel, first, second, weight) for every element: (x, unused), or (g, x - hi)
     auto each = [&](auto f) {
@@ -731,7 +827,7 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Coef
         if (!there(u)) continue;
 #pragma unroll
         for (int v = 0; v < V; v++) {
-          if (!share.has(place[u], v)) continue;
+          if (!has(u, v)) continue;
           const int l = v % LANES, j = N == 1 ? 0 : v;
           const A value = up(a[u].lane[v]), h = BY_WEIGHT ? weight[u][W == 1 ? 0 : v] : (A)1;
           if (BY_WEIGHT && h == 0) continue;
@@ -745,7 +841,7 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Coef
       Amount b = 0;
 #pragma unroll
       for (int u = 0; u < BATCH; u++) {
-        if (!there(u) || !share.any(place[u])) continue;
+        if (!there(u) || (LAYOUT == WINDOWS && first_lane[u] >= last_lane[u])) continue;
         A of = 0;
 #pragma unroll
         for (int v = 0; v < W; v++) of += weight[u][v];
@@ -784,15 +880,39 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Coef
       });
     }
   };
-  int i = 0, left = 1, length = 1;  // batches until the stretch is over, and of the next one
+  // A group of vectors flies for each batch, STAGES of them before the first is summed: then a batch's group isn't among
+  // the last STAGES - 1. What else there is room for flies in one more.
+  typename Share<T, V, BACKWARD, LAYOUT>::Place there = share.at(0);
+  int to = 0, wanted = share.n;
+  auto send = [&]() {
+#pragma unroll
+    for (int u = 0; u < BATCH; u++) {
+      if (wanted <= 0) continue;
+      ring.send(share, there, to, true);
+      share.template move<1>(there), to = ring.next(to), wanted--;
+    }
+  };
 #pragma unroll 1
-  for (; i + BATCH <= share.n; i += BATCH) {
-    batch(i, Flag<true>(), have == 0 && more == 0);
-    if (--left > 0) continue;
-    join();
-    left = length, length = 2 * length < BATCHES ? 2 * length : BATCHES;
+  for (int stage = 0; stage < STAGES; stage++) send(), take_off();
+  if (share.n * ring.step <= ring.end) {
+#pragma unroll 1
+    while (wanted > 0) send();
+    take_off();
   }
-  if (i < share.n) batch(i, Flag<false>(), have == 0 && more == 0);
+  int left = 1, length = 1;  // batches until the stretch is over, and of the next one
+#pragma unroll 1
+  for (int i = 0; i < share.n; i += BATCH) {
+    if (i + BATCH <= share.n) {
+      batch(i, Flag<true>(), have == 0 && more == 0);
+      if (--left == 0) {
+        join();
+        left = length, length = 2 * length < BATCHES ? 2 * length : BATCHES;
+      }
+    } else {
+      batch(i, Flag<false>(), have == 0 && more == 0);
+    }
+    send(), take_off();
+  }
   join();
   n = have;
 #pragma unroll
@@ -813,7 +933,7 @@ FASTBN_DEVICE void sum_up_wide(const Share<T, V, false, LAYOUT> &share, Sum<A, f
     if (!share.any(q)) continue;
     Vector<T, V> a;
     A weight[W], h = 1;
-    share.read_x(a, q);
+    load(a.raw, share.vector(q.x, q));
     if (WEIGHTED) share.read_w(weight, q);
 #pragma unroll
     for (int v = 0; v < V; v++) {
@@ -838,28 +958,25 @@ __global__ void FASTBN_DIMS __launch_bounds__(sizeof(T) == 8 ? 512 : 1024, 1) bn
   typedef Coefficients<A, BACKWARD> Coef;
   typedef Size<A, BACKWARD> Amount;
   constexpr int N = LAYOUT == COLUMNS ? V : 1;  // channels that a thread sees at once
-  // What is in flight, as much as 64 registers hold (128 of float64): vectors of each array in the first pass and in
-  // the second, and other ranks' sums.
-  constexpr bool TIGHT = LAYOUT == COLUMNS, WIDE = sizeof(T) == 8;
+  // Vectors of each array that a thread sums at once, as many as 64 registers hold (128 of float64).
+  constexpr bool WIDE = sizeof(T) == 8;
   constexpr bool SLOPED = BACKWARD && ACTIVATION != LINEAR, READS_R = RESIDUAL && (!BACKWARD || SLOPED);
   constexpr bool READS_W = WEIGHTED && (BACKWARD || MASKED);  // in the second pass
   constexpr int W = LAYOUT == COLUMNS ? 1 : V;                // weights of a vector
-  constexpr int FEWER = (BACKWARD && LAYOUT != RUNS ? 2 : 1) * (SLOPED || (WAY == GRID && (READS_R || SETS)) ? 2 : 1);
-  constexpr int LIGHTER = !WEIGHTED ? 1 : !TIGHT && sizeof(T) == 2 ? 4 : 2;  // weights take registers, too
-  constexpr int FIT = 64 / sizeof(Vec) < 8 ? 64 / sizeof(Vec) : 8, MOST = FIT / (BACKWARD ? 2 : 1);
-  constexpr int BATCH = MOST > LIGHTER * FEWER ? MOST / (LIGHTER * FEWER) : 1;
-  constexpr int LESS = (READS_R ? 4 : 2) * (READS_W && !TIGHT ? LIGHTER : 1);
-  constexpr int AGAIN = MOST > LESS ? MOST / LESS : 1;
-  constexpr int RANKS = WIDE ? 1 : WEIGHTED ? 2 : 4;
+  constexpr int FEWER = (BACKWARD ? 2 : 1) * (SLOPED || (LAYOUT == COLUMNS) != WEIGHTED ? 2 : 1);
+  constexpr int AHEAD = Ring<T, V, BACKWARD>::AHEAD, MOST = 32 / (int)sizeof(Vec) / FEWER;
+  constexpr int BATCH = MOST < 1 ? 1 : MOST < AHEAD ? MOST : AHEAD;
+  constexpr int RANKS = WIDE ? 1 : WEIGHTED ? 2 : 4;  // other ranks' sums that a thread loads at once
   constexpr bool AGAIN_WIDE = !BACKWARD && !WIDE, BY_WEIGHT = WEIGHTED && !BACKWARD;
   const int t = threadIdx.x, threads = blockDim.x, lane = t & 31, warp = t >> 5, warps = threads >> 5;
   const int K = p.K, rank = blockIdx.x % K, group = blockIdx.x / K, groups = gridDim.x / K, G = p.G;
 
-  // Shared memory: part (G), count (1), coefficients (G), row counts (rows), row sums (rows, columns), kept dy and x.
+  // Shared memory: part (G), count (1), coefficients (G), row counts (rows), row sums (rows, pitch), rings of dy and x.
   // A row is a warp where the warp's threads of a column meet in shuffles first, else a row of threads.
   FASTBN_SHARED(shared);
   const bool by_warp = LAYOUT != COLUMNS || 32 % p.tx == 0;
-  const int rows = by_warp ? warps : p.ty, columns = LAYOUT == COLUMNS ? p.tx * V : 1;
+  const int rows = by_warp ? warps : p.ty;
+  const int pitch = LAYOUT == COLUMNS ? p.tx * V + 1 : 1;  // a row's; the odd one keeps rows in other banks
   int lanes = 32;  // threads that merge the sums of one channel
   while (lanes > 1 && lanes * G > threads) lanes /= 2;
   Part *part = (Part *)shared;
@@ -867,17 +984,27 @@ __global__ void FASTBN_DIMS __launch_bounds__(sizeof(T) == 8 ? 512 : 1024, 1) bn
   Coef *coefficients = (Coef *)(part_count + 1);
   Amount *row_count = (Amount *)(coefficients + G);
   unsigned char *row_parts = (unsigned char *)row_count + (rows * sizeof(Amount) + 15) / 16 * 16;
-  Vec *kept_dy = (Vec *)(row_parts + rows * columns * sizeof(Part));
-  Vec *kept_x = BACKWARD ? kept_dy + (i64)p.keep * threads : kept_dy;
+  Ring<T, V, BACKWARD> ring;
+  ring.dy = (Vec *)(row_parts + rows * pitch * sizeof(Part)) + t;
+  ring.x = ring.dy + (BACKWARD ? p.slots * threads : 0);
+  ring.step = threads, ring.end = p.slots * threads;
   const bool centred = !p.frozen, wants_x = !BACKWARD || SLOPED || centred;  // in the second pass
 
-  for (int item = group; item < p.items; item += groups) {
+  // Groups that read, agree and write at the same time leave memory idle while they all agree: 0.82 to 1 of the time
+  // where they begin apart, on an H100.
+  if (WAY == GRID && p.delay) {
+    if (t == 0) hold((u32)((u64)p.delay * group / groups));
+    __syncthreads();
+  }
+  for (int item = group, round = 0; item < p.items; item += groups, round ^= 1) {
     const Share<T, V, BACKWARD, LAYOUT> share(p, item, rank);
-    const int keep = share.n < p.keep ? share.n : p.keep;
+    const bool fits = share.n <= p.slots;
+    const int keep = WAY == STATS || WAY == APPLY ? 0 : fits ? share.n : p.slots - AHEAD;
+    ring.turn = fits ? 0 : keep * threads;
     for (int g = t; g < G && share.parameter(g) < p.C; g += threads) foresee<BACKWARD>(share, g);
 
     // Ranks' sums. GRID: two sets of them, because those of a round are still read while the next round's are written.
-    const i64 slot = WAY == GRID ? item / groups % 2 * groups + group : item;
+    const i64 slot = WAY == GRID ? round * groups + group : item;
     const i64 slots = WAY == GRID ? 2 * groups : p.items;
     Part *partials = (Part *)p.partials + slot * G * K;
     Amount *counts = (Amount *)((Part *)p.partials + slots * G * K) + slot * K;
@@ -898,28 +1025,11 @@ __global__ void FASTBN_DIMS __launch_bounds__(sizeof(T) == 8 ? 512 : 1024, 1) bn
         k[j].hi = BACKWARD && share.n ? (A)*numbers(j) : (A)0;
         if (SLOPED && share.n) centre(k[j], numbers(j), share.statistics());
       }
-      sum_up<BATCH>(share, k, sums, n, [&](int i, const Vec &a, const Vec &d) {
-        if (WAY == STATS || i >= keep) return;
-        if (wants_x) store_shared(kept_x + i * threads + t, a.raw);
-        if (BACKWARD) store_shared(kept_dy + i * threads + t, d.raw);
-      });
+      sum_up<BATCH>(share, ring, k, sums, n);
       if constexpr (BACKWARD) {
 #pragma unroll
         for (int j = 0; j < N; j++)
           if (share.n) sums[j].e -= (A)((*numbers(j) - (double)k[j].hi) + numbers(j)[share.statistics()]);
-      }
-
-      // Half of what the group reads next comes into L2 while it agrees: 0.91 of the time on an H100, where an item is
-      // two arrays in whole runs; nothing gained for one array, or for columns.
-      if (WAY == GRID && BACKWARD && LAYOUT != COLUMNS && item + groups < p.items) {
-        const Share<T, V, BACKWARD, LAYOUT> next(p, item + groups, rank);
-        constexpr int LINE = 128 / sizeof(Vec);  // threads whose vectors follow on
-        for (int i = 0; i < next.n / 2; i++) {
-          const auto q = next.at(i);
-          if (t % LINE || !next.any(q)) continue;
-          prefetch_far(next.x + q.row * p.x_row + q.inner);
-          prefetch_far(next.dy + q.row * p.dy_row + q.inner);
-        }
       }
 
       // ---- the block's: warps by shuffles, then a channel's rows and columns, by `lanes` threads each
@@ -933,27 +1043,31 @@ __global__ void FASTBN_DIMS __launch_bounds__(sizeof(T) == 8 ? 512 : 1024, 1) bn
         if (by_warp ? lane < last : row < p.ty) {
           if (share.across == 0) row_count[row] = n;
 #pragma unroll
-          for (int j = 0; j < N; j++) shut(row_part[row * columns + share.across * N + j], s[j]);
+          for (int j = 0; j < N; j++) shut(row_part[row * pitch + share.across * N + j], s[j]);
         }
         __syncthreads();
         const int cells = LAYOUT == COLUMNS ? p.fold * (int)p.S : 1, width = p.C * (int)p.S;  // columns of a channel
-        int some = 0;  // a row that has elements, by weights the heaviest
-        for (int r = 1; r < rows; r++)
-          if (BY_WEIGHT ? row_count[r] > row_count[some] : row_count[some] == 0) some = r;
+        const int down = cells > 1 ? lanes / cells : lanes, across = cells > 1 ? lanes % cells : 0;
+        int some = 0;  // a row that has elements if any has: the first, by weights the heaviest
+        for (int r = 1; BY_WEIGHT && r < rows; r++)
+          if (row_count[r] > row_count[some]) some = r;
         bool beyond = false;
 #pragma unroll 1
         for (int g = t / lanes; g - lane / lanes < G; g += threads / lanes) {
           auto at = [&](int r, int c) -> const Row & {
             const int S = (int)p.S;
-            return row_part[r * columns + (p.fold == 1 ? g * cells + c : c / S * width + g * S + c % S)];
+            return row_part[r * pitch + (p.fold == 1 ? g * cells + c : c / S * width + g * S + c % S)];
           };
           auto each = [&](auto f) {
+            int r = t % lanes, c = 0;
+            if (cells > 1) c = r % cells, r /= cells;
 #pragma unroll 1
-            for (int i = t % lanes; g < G && i < rows * cells; i += lanes) {
-              const int r = cells == 1 ? i : i / cells;
+            while (g < G && r < rows) {
               Sum<A, BACKWARD, M> s;
-              open(s, at(r, i - r * cells));
+              open(s, at(r, c));
               f(row_count[r], s);
+              r += down, c += across;
+              if (c >= cells) c -= cells, r++;
             }
           };
           // Two rounds: means, relative to one of them, then products about the mean. In float64: these are few.
@@ -1012,6 +1126,7 @@ __global__ void FASTBN_DIMS __launch_bounds__(sizeof(T) == 8 ? 512 : 1024, 1) bn
     // float64: what the difference at the end cancels is less than the number of ranks
     if (WAY != BLOCK) {
       auto count_of = [&](int r) {
+        if (!WEIGHTED && LAYOUT != WINDOWS) return (Amount)share.elements(r);
         if (WAY != CLUSTER) return ((const volatile Amount *)counts)[r];
         Bytes<Count> of;
         fetch_peer(of, part_count, r);
@@ -1022,13 +1137,11 @@ __global__ void FASTBN_DIMS __launch_bounds__(sizeof(T) == 8 ? 512 : 1024, 1) bn
         else fetch(of, partials + (i64)g * K + r);
       };
       const bool given = WAY != APPLY || p.partials;  // without: frozen, and no sums are wanted
-      int some = 0;                                   // a rank that has elements, by weights the heaviest
+      int some = 0;                                   // a rank that has elements if any has, as above
       if (BY_WEIGHT && given) {
         Amount most = 0;
         for (int r = 0; r < K; r++)
           if (const Amount k = count_of(r); k > most) most = k, some = r;
-      } else {
-        while (given && some + 1 < K && count_of(some) == 0) some++;
       }
 #pragma unroll 1
       for (int g = t / lanes; g - lane / lanes < G; g += threads / lanes) {
@@ -1082,27 +1195,30 @@ __global__ void FASTBN_DIMS __launch_bounds__(sizeof(T) == 8 ? 512 : 1024, 1) bn
 
     // ---- second pass: the map
     if (p.y || (DRESIDUAL && p.dr)) {
-      // Kept vectors are in shared memory, but for r and w, which then take as many loads at once as other vectors do.
-      constexpr bool KEPT_R = READS_R && !(BACKWARD && IN_PLACE<T>);
-      constexpr int KEPT = KEPT_R || READS_W ? AGAIN : 1;
       Coef k[N];
 #pragma unroll
       for (int j = 0; j < N; j++) {
         const int g = share.channel(share.across * V + j);
         k[j] = coefficients[g < G ? g : 0];
       }
-      auto emit = [&](int i, const Vec &a, const Vec &d, const Vec &r, const A (&weight)[W], bool kept) {
-        const auto q = share.at(i);
+      auto emit = [&](const typename Share<T, V, BACKWARD, LAYOUT>::Place &q, int slot, auto is_kept) {
+        constexpr bool KEPT = decltype(is_kept)::value;
         if (!share.any(q)) return;
-        Vec to, dr;
+        Vec a, d, r, to, dr;
+        A weight[W];
+        if (READS_R && !(BACKWARD && IN_PLACE<T> && KEPT)) load(r.raw, share.vector(q.r, q));
+        if (READS_W) share.read_w(weight, q);
+        if (!KEPT) landed<AHEAD - 1>();
+        if (wants_x) load_shared(a.raw, ring.x + slot);
+        if (BACKWARD) load_shared(d.raw, ring.dy + slot);
 #pragma unroll
         for (int v = 0; v < V; v++) {
           const Coef &own = k[N == 1 ? 0 : v];
           const A h = READS_W ? weight[W == 1 ? 0 : v] : (A)1;
           const bool absent = MASKED && h == 0;
           if constexpr (BACKWARD) {
-            const bool done = !SLOPED || (kept && IN_PLACE<T>);
-            A g = done ? up(d.lane[v]) : by_z(own, a.lane[v], d.lane[v], r.lane[v], (A)p.parameter);
+            constexpr bool DONE = !SLOPED || (KEPT && IN_PLACE<T>);
+            A g = DONE ? up(d.lane[v]) : by_z(own, a.lane[v], d.lane[v], r.lane[v], (A)p.parameter);
             if (absent) g = 0;
             down(to.lane[v], by_x(own, a.lane[v], g, centred, h));
             down(dr.lane[v], g);
@@ -1113,50 +1229,32 @@ __global__ void FASTBN_DIMS __launch_bounds__(sizeof(T) == 8 ? 512 : 1024, 1) bn
             if (absent && WEIGHTS == KEEP) to.lane[v] = a.lane[v];
           }
         }
-        if (!DRESIDUAL || p.y) share.write_y(to, q);
-        if (DRESIDUAL && p.dr) share.write_dr(dr, q);
+        if (!DRESIDUAL || p.y) share.write(q.y, to, q);
+        if (DRESIDUAL && p.dr) share.write(q.dr, dr, q);
       };
+      // From the last vector to the first, because the last ones are the likeliest to be in L2 still. What isn't kept
+      // flies in again.
+      auto q = share.at(share.n - 1);
+      const int again = share.n - keep;
+      if (again > 0) {
+        auto there = q;
+        int to = keep * threads, slot = to, wanted = again;
+        auto send = [&]() {
+          if (wanted-- > 0) ring.send(share, there, to, wants_x), share.template move<-1>(there);
+          take_off(), to = ring.next(to);
+        };
 #pragma unroll 1
-      for (int i = share.n; i > keep; i -= AGAIN) {
-        Vec a[AGAIN], d[AGAIN], r[AGAIN];
-        A weight[AGAIN][W];
-#pragma unroll
-        for (int u = 0; u < AGAIN; u++) {
-          if (i - 1 - u < keep) continue;
-          const auto q = share.at(i - 1 - u);
-          if (!share.any(q)) continue;
-          if (wants_x) share.read_x(a[u], q);
-          if (BACKWARD) share.read_dy(d[u], q);
-          if (READS_R) share.read_r(r[u], q);
-          if (READS_W) share.read_w(weight[u], q);
+        for (int i = 0; i < AHEAD; i++) send();
+#pragma unroll 1
+        for (int i = 0; i < again; i++) {
+          emit(q, slot, Flag<false>());
+          send(), slot = ring.next(slot), share.template move<-1>(q);
         }
-#pragma unroll
-        for (int u = 0; u < AGAIN; u++)
-          if (i - 1 - u >= keep) emit(i - 1 - u, a[u], d[u], r[u], weight[u], false);
       }
-      if (WAY != APPLY) {
 #pragma unroll 1
-        for (int i = 0; i < keep; i += KEPT) {
-          Vec r[KEPT];
-          A weight[KEPT][W];
-          if constexpr (KEPT_R || READS_W) {
-#pragma unroll
-            for (int u = 0; u < KEPT; u++) {
-              if (i + u >= keep) continue;
-              const auto q = share.at(i + u);
-              if (KEPT_R && share.any(q)) share.read_r(r[u], q);
-              if (READS_W && share.any(q)) share.read_w(weight[u], q);
-            }
-          }
-#pragma unroll
-          for (int u = 0; u < KEPT; u++) {
-            if (i + u >= keep) continue;
-            Vec a, d;
-            if (wants_x) load_shared(a.raw, kept_x + (i + u) * threads + t);
-            if (BACKWARD) load_shared(d.raw, kept_dy + (i + u) * threads + t);
-            emit(i + u, a, d, r[u], weight[u], true);
-          }
-        }
+      for (int slot = (keep - 1) * threads; slot >= 0; slot -= threads) {
+        emit(q, slot, Flag<true>());
+        share.template move<-1>(q);
       }
     }
     if (WAY == CLUSTER) cluster_wait();  // its peers have read it: it may leave

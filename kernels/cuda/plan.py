@@ -41,9 +41,11 @@ TYPES = {"f": "float", "d": "double", "e": "fastbn::f16", "E": "fastbn::bf16"}
 VECTOR = 16  # bytes: the widest access there is
 WARP = 32
 WIDEST = 4  # columns of a vector: sums of eight channels don't fit in a thread's registers
+AHEAD = 64  # bytes that fly in for a thread at once: bn.cu's AHEAD
 THREADS = (256, 512, 1024)  # of a block, where there is work for them
 RESIDENT = {"d": 512}  # threads of a multiprocessor, else 1024: bn.cu's launch bounds, 128 and 64 registers a thread
 NARROW = 256  # bytes: shorter runs are walked as columns where they can be
+LEAST = 48 << 10  # bytes of shared memory that a block may have on every device
 MOST_RANKS = 256  # of the split path
 
 
@@ -64,7 +66,7 @@ class Device:
 
     def slots(self, letter: str, threads: int) -> int:
         """Blocks that are resident at once."""
-        return self.sms * (resident(letter) // max(threads, THREADS[0]))
+        return self.sms * _crowd(letter, threads)
 
 
 HOPPER = Device()
@@ -73,6 +75,11 @@ HOPPER = Device()
 def resident(letter: str) -> int:
     """Threads that a multiprocessor holds."""
     return RESIDENT.get(letter, 1024)
+
+
+def _crowd(letter: str, threads: int) -> int:
+    """Blocks that a multiprocessor holds, if there is shared memory for them."""
+    return resident(letter) // max(threads, THREADS[0])
 
 
 class More(NamedTuple):
@@ -258,7 +265,7 @@ class Plan:
     threads: int
     K: int  # ranks of an item
     items: int
-    keep: int  # vectors that a thread keeps in shared memory
+    slots: int  # vectors of an array that a thread has room for in shared memory: those it keeps, and those that fly in
     per: int  # vectors (RUNS, WINDOWS) or rows (COLUMNS) of a rank
     tx: int  # COLUMNS: threads across
     ty: int  # and down
@@ -268,6 +275,7 @@ class Plan:
     workspace: int  # bytes, 16-byte aligned; needn't be cleared
     barriers: int  # u32 words, zero before first use; they never need resetting
     reread: int
+    delay: int = 0  # clock cycles by which the last group begins later than the first
 
     @cached_property
     def launches(self) -> tuple[Launch, ...]:
@@ -293,35 +301,44 @@ class Plan:
         if self.way in (SPLIT, MAP):
             return self
         again = self.items * _vectors(self.walk, self.tx)
-        vector = self.threads * self.walk.V * _size(self.letter) * _kept(self.walk, self.backward, self.frozen)
-        shared = self.shared - self.keep * vector
+        ring = self.threads * self.walk.V * _size(self.letter) * _arrays(self.walk, self.backward, self.way)
+        slots = min(self.slots, ahead(self.letter, self.walk.V, self.backward))
+        shared = self.shared - (self.slots - slots) * ring
         space = _workspace(self.letter, self.G, self.K, self.items)
         return replace(
             self,
             way=SPLIT,
-            keep=0,
+            slots=slots,
             grid=self.items * self.K,
             shared=shared,
             workspace=space,
             barriers=0,
+            delay=0,
             reread=again if _maps(self.walk) else 0,
         )
 
     @cached_property
     def _tail(self) -> bytes:
-        w, none = self.walk, (0, 0)
-        strides = [step for name in ("x", "dy", "y", "r", "dr") for step in w.strides.get(name, none)]
+        w, size = self.walk, _size(self.letter)
         count, sets = w.M * w.fold * w.S, w.more.sets
-        numbers = [sets, self.items // sets, w.C, self.items, self.K, self.keep, self.tx, self.ty, self.G, w.fold]
         vectors = 1 if w.layout == COLUMNS else w.vectors
+        rows, rest = (self.ty, 0) if w.layout == COLUMNS else divmod(self.threads, vectors)
+        strides = []
+        for name in ("x", "dy", "y", "r", "dr"):
+            row, channel = w.strides.get(name, (0, 0))
+            strides += [size * row, size * rows * row, size * channel]
+        row = w.S * (8 if self.letter == "d" else 4)
+        strides += [row, rows * row]  # of weights
+        numbers = [sets, self.items // sets, w.C, self.items, self.K, self.slots, self.tx, self.ty, self.G, w.fold]
         return TAIL.pack(
-            *strides, count, w.M, w.S, self.per, w.more.rows, *numbers, vectors, *_division(vectors), self.frozen
-        )
+            *strides, count, w.M, w.S, self.per, w.more.rows, *numbers,
+            vectors, *_division(vectors), rest, self.frozen, self.delay,
+        )  # fmt: skip
 
 
 HEAD = struct.Struct("<18Q2dQ")  # Pointers; eps, parameter; wide
-# strides; count; M, S, per, rows; sets, tiles, C .. fold; vectors, multiplier, shift, frozen
-TAIL = struct.Struct("<10qd4q10i4I")
+# strides; count; M, S, per, rows; sets, tiles, C .. fold; vectors, multiplier, shift, rest, frozen, delay
+TAIL = struct.Struct("<17qd4q10i6I")
 PARAMS_SIZE = HEAD.size + TAIL.size
 
 
@@ -368,9 +385,14 @@ def _maps(w: Walk) -> bool:
     return "y" in w.strides or "dr" in w.strides
 
 
-def _kept(w: Walk, backward: bool, frozen: bool) -> int:
-    """Arrays that the first pass reads and the second wants: frozen backward without an activation is a dy."""
-    return 2 if backward and not (frozen and not w.more.activation) else 1
+def _arrays(w: Walk, backward: bool, way: str) -> int:
+    """Arrays that go by shared memory."""
+    return 2 if backward and (way != MAP or w.more.activation) else 1
+
+
+def ahead(letter: str, V: int, backward: bool) -> int:
+    """Vectors of an array that fly in for a thread at once: bn.cu's AHEAD."""
+    return min(8, AHEAD // (V * _size(letter)) // (2 if backward else 1))
 
 
 def build(
@@ -404,21 +426,30 @@ def build(
     rows = threads // WARP if by_warp else ty
     counts = rows * (8 if w.more.weights and not backward else number)  # sums of weights are float64
     fixed = G * (partial + (8 if backward else 4) * number) + 16 + _over(counts, 16) * 16
-    fixed += rows * (tx * w.V if columns else 1) * partial
+    fixed += rows * (tx * w.V + 1 if columns else 1) * partial
 
     per = _over(work, K)
     if way != CLUSTER:
         K = _over(work, per)  # no empty ranks where K is free
-    vector = threads * w.V * size * _kept(w, backward, frozen)
-    crowd = resident(letter) // max(threads, THREADS[0]) if way == GRID or threads >= THREADS[0] else 1
-    room = max(0, min(device.smem_block, device.smem_sm // crowd - 1024) - fixed) // vector
+    ring = threads * w.V * size * _arrays(w, backward, way)
+    crowd = _crowd(letter, threads) if way == GRID or threads >= THREADS[0] else 1
+    room = max(0, min(device.smem_block, device.smem_sm // crowd - 1024) - fixed) // ring
     mine = _over(per, ty if columns else threads)  # vectors of the busiest thread
+    groups = items
+    if way == GRID:
+        groups = min(items, max(1, device.slots(letter, threads) // K))
     want = 0 if way in (SPLIT, MAP) or not _maps(w) else mine
-    keep = min(want, room) if keep is None else min(want, room, keep)
-    groups = min(items, max(1, device.slots(letter, threads) // K)) if way == GRID else items
-    slots = {GRID: 2 * groups, SPLIT: items}.get(way, 0)
+    flying = ahead(letter, w.V, backward)
+    fits = min(want, room if mine <= room else room - flying)
+    keep = max(0, fits if keep is None else min(fits, keep, room - flying))
+    slots = min(mine, keep + flying)
+    if want and slots == mine:
+        keep = mine
+    held = {GRID: 2 * groups, SPLIT: items}.get(way, 0)  # partial sums
     kept = min(total, keep * (ty * tx if columns else threads) * K)
     again = 0 if way == MAP or not _maps(w) else (total - kept) * items
+    moved = (len(w.strides) * total * items + again * (2 if backward else 1)) * w.V * size
+    rounds = _over(items, groups)
     return Plan(
         walk=w,
         letter=letter,
@@ -428,31 +459,36 @@ def build(
         threads=threads,
         K=K,
         items=items,
-        keep=keep,
+        slots=slots,
         per=per,
         tx=tx,
         ty=ty,
         G=G,
         grid=groups * K,
-        shared=fixed + keep * vector,
-        workspace=_workspace(letter, G, K, slots),
+        shared=fixed + slots * ring,
+        workspace=_workspace(letter, G, K, held),
         barriers=groups if way == GRID else 0,
         reread=again,
+        delay=int(CLOCK * moved / (device.sms * BANDWIDTH) / rounds) if rounds >= APART else 0,
     )
 
 
-# What the model believes, in microseconds and bytes: fitted to 2,600 timings of 70 calls on an H100 (2.9 TB/s a copy).
-# The plan that it takes is on average 5 % slower than the best candidate there, at worst 20 %.
-START = {BLOCK: 2.3, CLUSTER: 3.7, GRID: 7.4, SPLIT: 6.7, MAP: 2.3}  # a launch, or two
-ROUND = {BLOCK: 3.9, CLUSTER: 11.3, GRID: 10.6, SPLIT: 2.9, MAP: 0.0}  # of a block, in which it waits for no memory
-HIDDEN = 0.39  # other blocks of the multiprocessor work then: 1 / blocks ** HIDDEN of it counts
-MERGE = 1.9e-4  # for each partial sum that a block adds up, times the root of the blocks beside it
-FETCH = 1.0  # for each batch of them
-BANDWIDTH = 2.61e6 / 132  # a multiprocessor's share of device memory's
-L2_BANDWIDTH = 1.98e6 / 132  # the same of what L2 still has when it is read again in reverse,
-L2_SHARE = 0.69  # which is this part of L2
-TILES = {64: 0.71, 128: 0.86}  # bandwidth of narrow tiles: their rows lie far apart
-BUSY = 338  # threads that keep a multiprocessor's memory busy
+# What the model believes, in microseconds and bytes: fitted to 1,475 timings of 76 calls on an H100 (2.9 TB/s a copy).
+# The plan that it takes is on average 3 % slower than the best candidate there, at worst 24 %.
+START = {BLOCK: 2.84, CLUSTER: 4.93, GRID: 4.87, SPLIT: 5.96, MAP: 2.84}  # a launch, or two
+ROUND = {BLOCK: 3.08, CLUSTER: 8.6, GRID: 8.96, SPLIT: 2.26, MAP: 0.0}  # of a block, in which it waits for no memory
+HIDDEN = 0.253  # other blocks of the multiprocessor work then: 1 / blocks ** HIDDEN of it counts
+MORE_SUMS = 1.5  # backward, of columns: four channels' sums are merged in each thread's place
+ROUND_APART = 7.88  # of groups that begin apart: the others work then
+MERGE = 3.21e-4  # for each partial sum that a block adds up, times the root of the blocks beside it
+FETCH = 1.22  # for each batch of them
+BANDWIDTH = 2.77e6 / 132  # a multiprocessor's share of device memory's
+L2_BANDWIDTH = 2.03e6 / 132  # the same of what L2 still has when it is read again in reverse,
+L2_SHARE = 0.703  # which is this part of L2
+TILES = {64: 0.598, 128: 0.749}  # bandwidth of narrow tiles: their rows lie far apart
+BUSY = 600  # threads that keep a multiprocessor's memory busy
+APART = 3  # rounds from which groups of GRID begin apart: one of them can work then while others agree
+CLOCK = 1900  # cycles of a microsecond
 SUMS_IN_FLIGHT = 4  # other ranks' sums that a thread loads at once: bn.cu's RANKS
 
 
@@ -461,20 +497,23 @@ def model(p: Plan, device: Device = HOPPER) -> tuple[float, float, float]:
     w, size = p.walk, _size(p.letter)
     vector = w.V * size
     floor = float(len(w.strides) * _vectors(w, p.tx) * vector * p.items)
-    again = float(p.reread * vector * _kept(w, p.backward, p.frozen))
+    again = float(p.reread * vector * (2 if p.backward else 1))
     at_once = min(p.items, p.grid // p.K) if p.way == GRID else p.items  # items whose second read is still to come
     hot = min(again, L2_SHARE * device.l2 / at_once * p.items)
     on_sm = max(1, min(device.smem_sm // (p.shared + 1024), resident(p.letter) // p.threads, 32))
     blocks = min(p.grid, device.sms * on_sm)
-    if p.way == CLUSTER:  # a cluster stays inside a group of 16 multiprocessors, of which some are short
-        blocks = max(p.K, min(blocks, (device.sms - (p.K if p.K > 2 else 0)) * on_sm) // p.K * p.K)
+    if p.way == CLUSTER:  # a cluster stays inside a group of multiprocessors: of 33 clusters of four, 32 didn't fit
+        blocks = max(p.K, min(blocks, (device.sms * 7 // 8 if p.K > 2 else device.sms) * on_sm) // p.K * p.K)
     tile = p.tx * vector if w.layout == COLUMNS else 256
     bandwidth = device.sms * BANDWIDTH * next((part for most, part in TILES.items() if tile <= most), 1.0)
     rounds = p.grid / blocks if p.way != GRID else float(_over(p.items, p.grid // p.K))
     waste = math.ceil(rounds) / rounds if rounds < 4 else 1.0
     time = (floor + again - hot) / bandwidth / min(1.0, blocks * p.threads / (device.sms * BUSY)) * waste
     time += hot / (device.sms * L2_BANDWIDTH)
-    time += math.ceil(rounds) * ROUND[p.way] / max(1.0, blocks / device.sms) ** HIDDEN
+    idle = ROUND_APART if p.delay else ROUND[p.way] / max(1.0, blocks / device.sms) ** HIDDEN
+    if p.backward and w.layout == COLUMNS:
+        idle *= MORE_SUMS
+    time += math.ceil(rounds) * idle
     if p.way in (GRID, SPLIT):
         batches = _over(p.K, SUMS_IN_FLIGHT * max(1, min(WARP, p.threads // p.G)))
         merging = MERGE * p.G * p.K * (blocks / device.sms) ** 0.5 + FETCH * batches
@@ -542,14 +581,17 @@ def plan(
         K = _ranks(w, first, 16 * device.slots(letter, THREADS[0]), 1 << 16)
         return build(w, letter, backward, device, MAP, K, frozen=True, threads=THREADS[0])
     if stable:
-        return _as(_best(w, letter, backward, HOPPER, frozen, None), device, way)
+        return _as(_best(w, letter, backward, HOPPER, frozen, None, LEAST), device, way)
     return _best(w, letter, backward, device, frozen, way)
 
 
-def _best(w: Walk, letter: str, backward: bool, device: Device, frozen: bool, way: str | None) -> Plan:
-    """The fastest of the candidates that fit; the first one where two are equal."""
+def _best(
+    w: Walk, letter: str, backward: bool, device: Device, frozen: bool, way: str | None, least: int = 1 << 30
+) -> Plan:
+    """The fastest of the candidates that fit; the first one where two are equal. least: bytes that do, too."""
     found = [p for p in candidates(w, letter, backward, device, frozen) if p.shared <= device.smem_block]
-    found = [p for p in found if way in (None, p.way)]
+    found = [p for p in found if way in (None, p.way) and p.split().shared <= least]
+    found = [p for p in found if p.way != GRID or (p.shared + 1024) * _crowd(p.letter, p.threads) <= device.smem_sm]
     if not found:
         raise ValueError(f"{way} isn't possible on {device}")
     return min(found, key=lambda p: round(model(p, device)[0], 6))

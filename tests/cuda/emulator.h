@@ -43,7 +43,10 @@ struct Block {
   int votes[3];  // of __syncthreads_or, in turns
   Block *leader;  // rank 0 of its cluster
 };
+struct Copy { void *to; const void *from; int bytes; };  // on its way to shared memory
 struct Thread {
+  std::vector<Copy> group;  // begun since the last one was closed
+  std::vector<std::vector<Copy>> flying;
   Block *block;
   Warp *warp;
   dim3 index;
@@ -152,6 +155,20 @@ inline void load_peer(void *to, const void *p, int n, int rank) {
   const size_t at = (const unsigned char *)p - current->block->shared;
   if (check_shared(p, n)) memcpy(to, current->block->leader[rank].shared + at, n);
 }
+// Lands as late as it may: what is read before is NaN, and what is overwritten meanwhile is lost.
+inline void fly(void *to, const void *from, int n) {
+  if (!check(readable, from, n, "load") || !check_shared(to, n)) return;
+  memset(to, 0xff, n);
+  current->group.push_back({to, from, n});
+}
+inline void take_off() { current->flying.push_back(std::move(current->group)), current->group.clear(); }
+inline void landed(size_t left) {
+  auto &flying = current->flying;
+  size_t down = flying.size() > left ? flying.size() - left : 0;
+  for (size_t i = 0; i < down; i++)
+    for (Copy &c : flying[i]) memcpy(c.to, c.from, c.bytes);
+  flying.erase(flying.begin(), flying.begin() + down);
+}
 inline unsigned poll(const unsigned *p) { spins++; yield(); return *p; }
 inline unsigned add(unsigned *p, unsigned v) { yield(); const unsigned old = *p; *p += v; return old; }
 
@@ -165,6 +182,8 @@ inline uint16_t float_to_half(float f) { _Float16 h = (_Float16)f; uint16_t u; m
 inline void entry() {
   kernel();
   Block *b = current->block;
+  for (auto &group : current->flying) if (!group.empty()) fail("leaves before what it asked for has landed");
+  if (!current->group.empty()) fail("leaves before what it asked for has taken off");
   current->done = true;
   if (b->meeting.want == 1) memset(b->shared, 0xff, b->bytes);  // the last to leave takes the shared memory along
   for (Meeting *m : {&b->meeting, &current->warp->meeting, b->cluster})  // a thread that left isn't waited for
