@@ -148,8 +148,8 @@ MUTANTS = [
     ),
     Mutant(
         "lanes before the run count",
-        "(v >= first_lane[u] && v < last_lane[u])",
-        "v < last_lane[u]",
+        "(1u << share.end_of(here)) - (1u << share.begin_of(here));",
+        "(1u << share.end_of(here)) - 1;",
         "WINDOWS", False, BLOCK, "wrong",
     ),
     Mutant(
@@ -166,8 +166,8 @@ MUTANTS = [
     ),
     Mutant(
         "the second pass begins one late",
-        "auto q = share.at(share.n - 1);",
-        "auto q = share.at(share.n - 2);",
+        "auto q = share.at(share.n - 1), back",
+        "auto q = share.at(share.n - 2), back",
         "RUNS", False, SPLIT, "outside every array",
     ),
     Mutant(
@@ -181,6 +181,12 @@ MUTANTS = [
         "landed<AHEAD - 1>();",
         "landed<AHEAD>();",
         "RUNS", True, SPLIT, "has landed",
+    ),
+    Mutant(
+        "what flies in again is one beside",
+        "back = share.at(share.n - 1 - AHEAD);",
+        "back = share.at(share.n - AHEAD);",
+        "COLUMNS", False, SPLIT, "wrong",
     ),
     Mutant(
         "vectors fly one slot beside",
@@ -262,8 +268,8 @@ MUTANTS = [
     ),
     Mutant(
         "lo left in the mean of x - hi",
-        "if (share.n) sums[j].e -= ",
-        "if (false) sums[j].e -= ",
+        "sums[j].e -= off[j];",
+        "",
         "RUNS", True, BLOCK, "wrong dgamma",
     ),
     Mutant(

@@ -63,7 +63,7 @@ BUILDS = [
 # and counts, which are put away where the phases' own loops need the 64 registers: 1024 threads a multiprocessor with
 # that are faster than 512 without (an H100's sums: 80 us for 113). The split path's kernels have one loop each; what is
 # put away there is about the first batch, which is summed twice, and with half types' columns or an activation.
-SPILLS = {"BLOCK": 300, "CLUSTER": 400, "GRID": 400, "STATS": 250, "APPLY": 200}
+SPILLS = {"BLOCK": 300, "CLUSTER": 400, "GRID": 400, "STATS": 300, "APPLY": 200}
 
 
 class Compiled(NamedTuple):

@@ -701,10 +701,8 @@ template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
 template <class T, int V, bool BACKWARD> struct Ring {
   typedef Vector<T, V> Vec;
   static constexpr int MOST = 64 / (int)sizeof(Vec) / (BACKWARD ? 2 : 1), AHEAD = MOST < 8 ? MOST : 8;  // plan.py's `ahead`
-  Vec *x, *dy;  // slot 0
-  int step;     // from a slot to the next
-  int end;      // behind the last slot
-  int turn;     // where slots begin that are taken in turns
+  Vec *x, *dy;          // slot 0
+  int step, end, turn;  // from a slot to the next; behind the last one; where those begin that are taken in turns
 
   FASTBN_DEVICE int next(int slot) const { return slot + step < end ? slot + step : turn; }
   template <class S> FASTBN_DEVICE void send(const S &share, const typename S::Place &q, int slot, bool wants_x) const {
@@ -717,20 +715,22 @@ template <class T, int V, bool BACKWARD> struct Ring {
 template <bool B> struct Flag { static constexpr bool value = B; };
 
 // Sums of the thread's vectors by stretches: forward of x, backward of g (dy, or by z) and of x - hi. N channels at
-// once, n elements of each. In the ring, dy is g then where IN_PLACE, and not MASKED.
-// By weights n is their sum; but backward adds up without them, with 0 for what is MASKED.
-template <int BATCH, int N, class A, class T, int V, bool BACKWARD, int LAYOUT>
+// once, n elements of each. In the ring, dy is g then where IN_PLACE, and not MASKED. By weights n is their sum; but
+// backward adds up without them, with 0 for what is MASKED. `centre_of(k)` fills in hi, and what z needs: it is called
+// when vectors fly already.
+template <int BATCH, int N, class A, class T, int V, bool BACKWARD, int LAYOUT, class Centre>
 FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Ring<T, V, BACKWARD> &ring,
-                          const Coefficients<A, false> (&k)[N], Sum<A, BACKWARD, A> (&sums)[N],
-                          Size<A, BACKWARD> &n) {
+                          Sum<A, BACKWARD, A> (&sums)[N], Size<A, BACKWARD> &n, Centre centre_of) {
   constexpr bool SLOPED = BACKWARD && ACTIVATION != LINEAR, APART = SLOPED && !IN_PLACE<T>;
   constexpr bool BY_WEIGHT = WEIGHTED && !BACKWARD, READS_W = BACKWARD ? MASKED : WEIGHTED;
   constexpr int W = LAYOUT == COLUMNS ? 1 : V;
-  constexpr int LANES = N > 1 ? N : V < 4 ? V : 4;       // sums side by side: of N channels, or parts of one channel's
-  constexpr int FULL = BATCH * V / N;                    // elements of a channel in a full batch
-  constexpr int BATCHES = FULL < 32 ? 32 / FULL : 1;     // of a stretch, at most
-  constexpr int STAGES = Ring<T, V, BACKWARD>::AHEAD / BATCH;
+  constexpr int ABREAST = BACKWARD && LAYOUT == WINDOWS ? 2 : 4;  // as many as registers are left for
+  constexpr int LANES = N > 1 ? N : V < ABREAST ? V : ABREAST;    // sums side by side: of N channels, or parts of one's
+  constexpr int FULL = BATCH * V / N;                             // elements of a channel in a full batch
+  constexpr int BATCHES = FULL < 32 ? 32 / FULL : 1;              // of a stretch, at most
+  constexpr int STAGES = Ring<T, V, BACKWARD>::AHEAD / BATCH;     // batches in flight
   typedef Size<A, BACKWARD> Amount;
+  Coefficients<A, false> k[N];
   A pivot[N], rest[N], other[N], product[N];  // of all before: mean = pivot + rest, that of x - hi, sum of products
   A s[LANES], e[LANES], q[LANES];             // of the stretch: sums of d = first - pivot, of second, of d second
   Amount have = 0, more = 0;                  // elements of each channel: before, in the stretch
@@ -781,23 +781,24 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Ring
     constexpr bool WHOLE = decltype(whole)::value;
     Vector<T, V> a[BATCH], d[BATCH], r[BATCH];
     A g[BATCH][V], weight[BATCH][W];
-    int first_lane[BATCH], last_lane[BATCH], slots[BATCH];
+    u32 lanes[BATCH];  // WINDOWS: bits of those that count
+    int slots[BATCH];
     auto there = [&](int u) { return WHOLE || i + u < share.n; };
     int size = 0;  // elements of a channel in this batch
 #pragma unroll
     for (int u = 0; u < BATCH; u++) {
-      first_lane[u] = last_lane[u] = 0;
+      lanes[u] = 0;
       if (!there(u)) continue;
       slots[u] = slot, slot = ring.next(slot);
       if (share.any(here)) {
-        first_lane[u] = share.begin_of(here), last_lane[u] = share.end_of(here);
-        size += LAYOUT == COLUMNS ? 1 : last_lane[u] - first_lane[u];
+        lanes[u] = (1u << share.end_of(here)) - (1u << share.begin_of(here));
+        size += LAYOUT == COLUMNS ? 1 : share.end_of(here) - share.begin_of(here);
         if (SLOPED && RESIDUAL) load(r[u].raw, share.vector(here.r, here));
         if (READS_W) share.read_w(weight[u], here);
       }
       share.template move<1>(here);
     }
-    auto has = [&](int u, int v) { return LAYOUT != WINDOWS || (v >= first_lane[u] && v < last_lane[u]); };
+    auto has = [&](int u, int v) { return LAYOUT != WINDOWS || (lanes[u] >> v & 1); };
     landed<STAGES - 1>();
 #pragma unroll
     for (int u = 0; u < BATCH; u++) {
@@ -841,7 +842,7 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Ring
       Amount b = 0;
 #pragma unroll
       for (int u = 0; u < BATCH; u++) {
-        if (!there(u) || (LAYOUT == WINDOWS && first_lane[u] >= last_lane[u])) continue;
+        if (!there(u) || (LAYOUT == WINDOWS && lanes[u] == 0)) continue;
         A of = 0;
 #pragma unroll
         for (int v = 0; v < W; v++) of += weight[u][v];
@@ -899,6 +900,7 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Ring
     while (wanted > 0) send();
     take_off();
   }
+  centre_of(k);
   int left = 1, length = 1;  // batches until the stretch is over, and of the next one
 #pragma unroll 1
   for (int i = 0; i < share.n; i += BATCH) {
@@ -990,7 +992,7 @@ __global__ void FASTBN_DIMS __launch_bounds__(sizeof(T) == 8 ? 512 : 1024, 1) bn
   ring.step = threads, ring.end = p.slots * threads;
   const bool centred = !p.frozen, wants_x = !BACKWARD || SLOPED || centred;  // in the second pass
 
-  // Groups that read, agree and write at the same time leave memory idle while they all agree: 0.82 to 1 of the time
+  // Groups that read, agree and write at the same time leave memory idle while they all agree: 0.82 to 1.04 of the time
   // where they begin apart, on an H100.
   if (WAY == GRID && p.delay) {
     if (t == 0) hold((u32)((u64)p.delay * group / groups));
@@ -1013,24 +1015,40 @@ __global__ void FASTBN_DIMS __launch_bounds__(sizeof(T) == 8 ? 512 : 1024, 1) bn
       if (g == 0) part_count->all = (double)n;
     };
 
+    // The second pass goes from the last vector to the first, because the last ones are the likeliest to be in L2 still.
+    // What isn't kept flies in again, the first of it while sums are merged.
+    const int again = WAY != STATS && (p.y || (DRESIDUAL && p.dr)) ? share.n - keep : 0;
+    auto look_back = [&]() {
+      auto q = share.at(share.n - 1);
+      int slot = keep * threads;
+#pragma unroll 1
+      for (int i = 0; i < AHEAD && again > 0; i++) {
+        if (i < again) ring.send(share, q, slot, wants_x);
+        take_off(), slot = ring.next(slot), share.template move<-1>(q);
+      }
+    };
+    if (WAY == APPLY) look_back();
+
     if (WAY != APPLY) {
       // ---- first pass: this thread's sums
       // Backward sums x - hi; that its mean is lo's, too, counts once, behind the loop.
       auto numbers = [&](int j) { return p.table + share.statistic(share.channel(share.across * V + j)); };
       Amount n;
       Sum<A, BACKWARD, A> sums[N];
-      Coefficients<A, false> k[N];
+      A off[N];
+      sum_up<BATCH>(share, ring, sums, n, [&](auto &k) {
 #pragma unroll
-      for (int j = 0; j < N; j++) {
-        k[j].hi = BACKWARD && share.n ? (A)*numbers(j) : (A)0;
-        if (SLOPED && share.n) centre(k[j], numbers(j), share.statistics());
-      }
-      sum_up<BATCH>(share, ring, k, sums, n);
-      if constexpr (BACKWARD) {
+        for (int j = 0; j < N; j++) {
+          k[j].hi = off[j] = 0;
+          if (!BACKWARD || !share.n) continue;
+          const double hi = *numbers(j), lo = numbers(j)[share.statistics()];
+          k[j].hi = (A)hi, off[j] = (A)((hi - (double)k[j].hi) + lo);
+          if (SLOPED) centre(k[j], numbers(j), share.statistics());
+        }
+      });
 #pragma unroll
-        for (int j = 0; j < N; j++)
-          if (share.n) sums[j].e -= (A)((*numbers(j) - (double)k[j].hi) + numbers(j)[share.statistics()]);
-      }
+      for (int j = 0; j < N; j++) sums[j].e -= off[j];
+      look_back();
 
       // ---- the block's: warps by shuffles, then a channel's rows and columns, by `lanes` threads each
       auto block = [&](auto &s) {
@@ -1232,24 +1250,12 @@ __global__ void FASTBN_DIMS __launch_bounds__(sizeof(T) == 8 ? 512 : 1024, 1) bn
         if (!DRESIDUAL || p.y) share.write(q.y, to, q);
         if (DRESIDUAL && p.dr) share.write(q.dr, dr, q);
       };
-      // From the last vector to the first, because the last ones are the likeliest to be in L2 still. What isn't kept
-      // flies in again.
-      auto q = share.at(share.n - 1);
-      const int again = share.n - keep;
-      if (again > 0) {
-        auto there = q;
-        int to = keep * threads, slot = to, wanted = again;
-        auto send = [&]() {
-          if (wanted-- > 0) ring.send(share, there, to, wants_x), share.template move<-1>(there);
-          take_off(), to = ring.next(to);
-        };
+      auto q = share.at(share.n - 1), back = share.at(share.n - 1 - AHEAD);
 #pragma unroll 1
-        for (int i = 0; i < AHEAD; i++) send();
-#pragma unroll 1
-        for (int i = 0; i < again; i++) {
-          emit(q, slot, Flag<false>());
-          send(), slot = ring.next(slot), share.template move<-1>(q);
-        }
+      for (int i = 0, slot = keep * threads; i < again; i++) {
+        emit(q, slot, Flag<false>());
+        if (i + AHEAD < again) ring.send(share, back, slot, wants_x);
+        take_off(), slot = ring.next(slot), share.template move<-1>(q), share.template move<-1>(back);
       }
 #pragma unroll 1
       for (int slot = (keep - 1) * threads; slot >= 0; slot -= threads) {
