@@ -59,7 +59,7 @@ SHAPES = [
     Shape("every second", (5, 6, 80), lambda a: a[:, :, ::2], "what no kernel walks: copied"),
 ]
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-# Errors in eps of the dtype, relative to max(1, |result|), of dx and sums to the magnitudes of what is added up in them,
+# Errors in eps of the dtype, relative to max(1, |result|), of dx and sums to the magnitudes of what they add up,
 # beyond which a result is wrong. A half type rounds once. float32 data has coefficients and a deviation rounded to
 # float32: 3 eps for y, some more for dx, of three terms. float64's reference may itself be off by many eps.
 LIMITS = {"float32": 8.0, "float16": 0.55, "bfloat16": 0.55, "float64": 256.0}

@@ -700,7 +700,8 @@ template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
 // last AHEAD slots.
 template <class T, int V, bool BACKWARD> struct Ring {
   typedef Vector<T, V> Vec;
-  static constexpr int MOST = 64 / (int)sizeof(Vec) / (BACKWARD ? 2 : 1), AHEAD = MOST < 8 ? MOST : 8;  // plan.py's `ahead`
+  static constexpr int MOST = 64 / (int)sizeof(Vec) / (BACKWARD ? 2 : 1);
+  static constexpr int AHEAD = MOST < 8 ? MOST : 8;  // plan.py's `ahead`
   Vec *x, *dy;          // slot 0
   int step, end, turn;  // from a slot to the next; behind the last one; where those begin that are taken in turns
 
