@@ -247,6 +247,23 @@ def test_known_arrays_are_planned_as_measured():
         assert (p.way, moved == floor) == (way, on_chip), shape
 
 
+def test_groups_that_take_turns_begin_apart():
+    """By a round in all, at the bandwidth of the model; not where there are hardly any rounds, nor on other ways."""
+    walk = planner.walk(contiguous(256, 64, 3136, 4))
+    many = planner.build(walk, "f", False, planner.HOPPER, "GRID", 33, threads=512)
+    rounds = walk.C / (many.grid / many.K)
+    assert rounds == 8
+    assert many.reread == 0
+    round_us = 2 * 256 * 64 * 3136 * 4 / rounds / (132 * planner.BANDWIDTH)
+    assert many.delay == pytest.approx(round_us * planner.CLOCK, rel=1e-3)
+    assert planner.pack(many, planner.Pointers())[-4:] == struct.pack("<I", many.delay)
+    assert many.split().delay == 0
+    few = planner.build(walk, "f", False, planner.HOPPER, "GRID", 8, threads=512)
+    assert 1 < walk.C / (few.grid / few.K) <= 2
+    assert few.delay == 0
+    assert planner.build(walk, "f", False, planner.HOPPER, "BLOCK", threads=256).delay == 0
+
+
 def test_frozen_forward_is_one_pass():
     for shape in [(32, 64, 3136), (25088, 256, 1), (1, 1, 1)]:
         p = planner.plan(contiguous(*shape, 4), "f", False, frozen=True)

@@ -13,8 +13,9 @@ K blocks (ranks) share an item: a channel of RUNS and WINDOWS, a tile of COLUMNS
     SPLIT    two launches, STATS and APPLY: any device
     MAP      no sums at all: APPLY alone, with frozen statistics
 
-What fits is kept in shared memory between the two passes; the rest is read twice. `plan` builds the candidates and
-takes the one whose modelled time is least.
+What fits is kept in shared memory between the two passes; the rest is read twice. Groups of GRID that take several
+items in turn begin apart, so that memory works for some while others agree. `plan` builds the candidates and takes the
+one whose modelled time is least.
 """
 
 from __future__ import annotations
