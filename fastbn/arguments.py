@@ -35,6 +35,11 @@ def describe(value: Any) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
+def dtype_of(x: Any) -> Any:
+    """The dtype in words of x's library: kernels read bfloat16 on a GPU under int16."""
+    return x.type if isinstance(x, Span) else x.dtype
+
+
 def check_array(function: str, name: str, value: Any, whole: bool = False) -> Any:
     """`value`, if it is an array of a floating type that is normalized, else TypeError; one on a GPU as a Span.
 

@@ -25,6 +25,7 @@ from .arguments import (
     check_place,
     check_real,
     describe,
+    dtype_of,
     finite,
     native,
     same_memory,
@@ -522,7 +523,7 @@ def _shared_statistics(
         plain = None if asked is None or asked.weights is None else asked.plain()
         masses, _ = run_forward(where, x, None, axes, table, (None, None, None, None), eps, plain)
         count = float(channels.values if masses is None else masses[0])
-        shared, rows = statistics(where, ranks, family_of_values(table).host(table), count, x.dtype, eps, units)
+        shared, rows = statistics(where, ranks, family_of_values(table).host(table), count, dtype_of(x), eps, units)
     if shared.values == 1:
         _warn_of_one_value(x, axis)
     return shared, rows
@@ -533,7 +534,7 @@ def _units(where: str, x: Any, scale: Any, zero_point: Any) -> tuple[float, floa
     if isinstance(x, Span) or x.dtype.kind not in "iu":
         if scale != 1.0 or zero_point != 0.0:
             raise ValueError(
-                f"{where}: scale or zero_point is given with x of {x.dtype}; expected them with whole numbers only"
+                f"{where}: scale or zero_point is given with x of {dtype_of(x)}; expected them with whole numbers only"
             )
         return None
     if (step := finite(scale)) is None or step == 0 or (zero := finite(zero_point)) is None:

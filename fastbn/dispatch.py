@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
+import sys
 from types import TracebackType
 from typing import Any, Protocol, cast
 
@@ -123,18 +125,17 @@ def _load_for_device(name: str, where: str) -> Kernels:
     library, module, adapter = _DEVICE_KERNELS[name]
     try:
         importlib.import_module(library)
-    except ImportError as cause:
+    except Exception as cause:  # one that is installed may raise anything
         raise RuntimeError(f"{where}: the backend {name!r} can't be used: {missing(name)}") from cause
     return cast(Kernels, adapter(_load(module)))
 
 
 @functools.cache
 def _installed(library: str) -> bool:
-    try:
-        importlib.import_module(library)
-    except ImportError:
-        return False
-    return True
+    """Whether it is there: a broken one is then named by the call, and not passed over."""
+    if library in sys.modules:
+        return sys.modules[library] is not None
+    return importlib.util.find_spec(library) is not None
 
 
 def missing(backend: str) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .arguments import Axis, check_array, check_axis
+from .arguments import Axis, check_array, check_axis, dtype_of
 from .arrays import FLOAT32, FLOAT64, Span, family_of_values
 from .distributed import Shared
 from .extras import Asked, ask
@@ -39,9 +39,9 @@ class Saved:
         self._caller = caller  # the library that x came from, if x is NumPy's view of another's array
         self._x = walked  # x, or the copy of it that the kernels could walk; None if overwritten; y if asked to
         self._like = None  # the Span of x, without its memory unless that is kept anyway
-        self.dtype = x.dtype  # in words of x's library
+        self.dtype = dtype_of(x)
         if isinstance(x, Span):
-            self._like, self.dtype = x if x is walked else x.without_memory(), x.type
+            self._like = x if x is walked else x.without_memory()
         self._shape = x.shape
         self._strides = x.strides
         self._axes = axes

@@ -52,7 +52,7 @@ def library(instances: str = ALL, source: str | None = None, options: tuple[str,
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("the emulator needs g++, and there is none")
-    text = planner.SOURCE.read_text() if source is None else source
+    text = planner.source() if source is None else source
     parts = [text, instances, *options, (HERE / "emulator.h").read_text(), (HERE / "instances.cpp").read_text()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     folder = Path(tempfile.gettempdir()) / f"fastbn-emulator-{getpass.getuser()}"

@@ -644,6 +644,20 @@ def refusals() -> list[str]:
     return found
 
 
+class Stream:
+    """As cuda.core's: it has an address by protocol alone."""
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, 4711
+
+
+def streams() -> list[int]:
+    """The addresses of Numba's default stream, one of its own, and one of another library."""
+    from fastbn.kernels.numba_cuda.arrays import stream_number
+
+    return [stream_number(0), stream_number(np.int64(42)), stream_number(Stream())]
+
+
 def signs() -> tuple[np.ndarray, np.ndarray]:
     """y and dresidual of a relu whose argument is what roundings leave; backward cuts the shape in another way."""
     from fastbn.kernels import numba_cuda
@@ -721,6 +735,7 @@ def main(path: str, kind: str) -> None:
         results["refusals"] = refusals()
         results["conversions"] = conversions()
         results["trees"] = trees()
+        results["streams"] = streams()
     with open(path, "wb") as file:
         pickle.dump(results, file)
 

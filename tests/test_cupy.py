@@ -607,7 +607,7 @@ def test_each_device_source_and_option_has_its_code(compiled, monkeypatch):
     compiler.machine_code(*CHEAP, (9, 0))
     compiler.machine_code(*CHEAP, (8, 0))
     compiler.machine_code(CHEAP[0], ("-DFASTBN_CLUSTER=2",), (9, 0))
-    monkeypatch.setattr(compiler, "_source", lambda: "other")
+    monkeypatch.setattr(compiler, "source", lambda: "other")
     compiler.machine_code(*CHEAP, (9, 0))
     monkeypatch.setattr(nvrtc, "getVersion", lambda: (99, 1))
     compiler.machine_code(*CHEAP, (9, 0))

@@ -174,6 +174,19 @@ def test_a_missing_driver_or_device_is_named(count, reason, monkeypatch):
         assert fastbn.get_backend() == "cupy"
 
 
+def test_a_library_that_is_broken_is_named_and_not_passed_over(monkeypatch, tmp_path):
+    """Import may raise anything: numba-cuda 0.30.4 beside NumPy 2.5 raises AttributeError."""
+    (tmp_path / "cupy.py").write_text("raise AttributeError('no attribute row_stack')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    assert dispatch._installed.__wrapped__("cupy")
+    message = r"^fastbn.infer: the backend 'cupy' can't be used: cupy can't be imported \(no attribute row_stack\)"
+    with pytest.raises(RuntimeError, match=message):
+        dispatch._load_for_device("cupy", "fastbn.infer")
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert not dispatch._installed.__wrapped__("cupy")
+
+
 @pytest.mark.parametrize("name", ["cupy", "numba-cuda"])
 def test_a_backend_for_gpus_refuses_numpy_arrays(name, monkeypatch):
     monkeypatch.setattr(dispatch, "_backend", name)

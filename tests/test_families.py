@@ -974,3 +974,21 @@ def test_real_tensors_of_layers_and_ranks(tensors, real_torch, rng):
         fastbn.forward(like, out=tensors(x.astype(float)))
     with pytest.raises(TypeError, match="weights is a complex64 PyTorch CUDA tensor"):
         fastbn.forward(like, weights=tensors(np.ones(8, np.complex64)))
+
+
+def test_bfloat16_tensors_go_by_their_own_name(tensors, real_torch, rng):
+    """In messages, and to other ranks, which may hold NumPy arrays: kernels read the bits as int16."""
+    headers = []
+
+    class Twice:
+        def allgather(self, frame):
+            headers.append(frame[:18].tolist())
+            return frame, frame
+
+    x = data(rng, (8, 3, 5), (1,), BFLOAT16)[0]
+    there = tensors(x.tolist(), dtype=real_torch.bfloat16)
+    for one in (x, there):
+        fastbn.forward(one, comm=Twice())
+    assert headers[0] == headers[1]
+    with pytest.raises(ValueError, match=r"scale or zero_point is given with x of torch\.bfloat16; expected them with"):
+        fastbn.forward(there, scale=2.0)

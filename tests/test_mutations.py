@@ -550,7 +550,7 @@ def hunt(mutant, lib):
 
 
 def source_of(mutant):
-    source = planner.SOURCE.read_text()
+    source = planner.source()
     assert source.count(mutant.old) == 1, f"{mutant.name}: bn.cu has {source.count(mutant.old)} of {mutant.old!r}"
     return source.replace(mutant.old, mutant.new)
 

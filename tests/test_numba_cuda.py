@@ -232,6 +232,11 @@ def test_copies(simulated):
         np.testing.assert_array_equal(got, wanted)
 
 
+def test_streams_have_numbers(simulated):
+    """Workspaces are kept by stream; those of cuda.core can't be made an int."""
+    assert simulated["streams"] == [0, 42, 4711]
+
+
 def test_every_case_has_memory_of_its_own_around_it():
     """The windows of the cases do leave NaN to look at."""
     for case in CASES:

@@ -88,7 +88,7 @@ def ptxas():
 
 def compile_(build, folder):
     names = list(build.names())
-    program = checked(nvrtc.nvrtcCreateProgram(planner.SOURCE.read_bytes(), b"bn.cu", 0, [], []))
+    program = checked(nvrtc.nvrtcCreateProgram(planner.source().encode(), b"bn.cu", 0, [], []))
     for name in names:
         checked(nvrtc.nvrtcAddNameExpression(program, name.encode()))
     options = [*planner.COMPILE_OPTIONS, f"-arch=compute_{build.capability}"]

@@ -49,7 +49,8 @@ def test_wheel_in_an_empty_environment(tmp_path):
         str(path) if path.parts[0] == "fastbn" else "fastbn/" + str(path) for path in sources() if len(path.parts) > 1
     }
     assert {n for n in names if ".dist-info" not in n} == wanted
-    assert {"fastbn/py.typed", "fastbn/bench/bars.toml", "fastbn/kernels/cuda/bn.cu"} <= names
+    data = "py.typed", "bench/bars.toml", "kernels/cuda/bn.cu", "kernels/cuda/sums.cuh"
+    assert {f"fastbn/{name}" for name in data} <= names
 
     run(sys.executable, "-m", "venv", str(tmp_path / "empty"), cwd=tmp_path)
     python = next(path for path in (tmp_path / "empty").rglob("python*") if path.name in ("python", "python.exe"))

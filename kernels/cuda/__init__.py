@@ -1,6 +1,10 @@
 """The CUDA backend: CuPy arrays, by the kernels in bn.cu. The contract is in `fastbn.kernels`.
 
-bn.cu    the kernels: one template, for NVRTC
+bn.cu    the kernel: one template, for NVRTC; in it
+         memory.cuh  options, the argument, number types, access to memory
+         sums.cuh    sums of deviations, and how they merge
+         maps.cuh    coefficients of a channel, and maps by them
+         share.cuh   what a thread has of an item
 plan     which launches for which arrays: pure arithmetic
 compile  one instance of the template as machine code, cached on disk
 launch   forward and backward

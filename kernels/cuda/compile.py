@@ -6,7 +6,6 @@ headers, which are often not installed and which bn.cu does without.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import logging
 import os
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from cupy.cuda import nvrtc
 
-from .plan import COMPILE_OPTIONS, SOURCE
+from .plan import COMPILE_OPTIONS, source
 
 _log = logging.getLogger(__name__)
 
@@ -25,7 +24,7 @@ def machine_code(expression: str, options: tuple[str, ...], capability: tuple[in
     A file holds a checksum, the name and the code. Whatever goes wrong around it means: compile again.
     """
     options = (*COMPILE_OPTIONS, *options, f"--gpu-architecture={_target(capability)}")
-    key = repr((_source(), expression, options, nvrtc.getVersion())).encode()
+    key = repr((source(), expression, options, nvrtc.getVersion())).encode()
     name = hashlib.sha256(key).hexdigest()[:32] + ".cubin"
     try:
         content = (cache_folder() / name).read_bytes()
@@ -68,11 +67,6 @@ def _checksum(name: str, content: bytes) -> bytes:
     return hashlib.sha256(name.encode() + content).digest()
 
 
-@functools.cache
-def _source() -> str:
-    return SOURCE.read_text(encoding="utf-8")
-
-
 def _target(capability: tuple[int, int]) -> str:
     """sm_90 for (9, 0); for a device that NVRTC is too old for, PTX, which the driver compiles when it is loaded."""
     wanted = 10 * capability[0] + capability[1]
@@ -89,7 +83,7 @@ def _target(capability: tuple[int, int]) -> str:
 
 
 def _compile(expression: str, options: tuple[str, ...]) -> tuple[bytes, str]:
-    program = nvrtc.createProgram(_source(), "bn.cu", (), ())
+    program = nvrtc.createProgram(source(), "bn.cu", (), ())
     try:
         nvrtc.addNameExpression(program, expression)
         try:

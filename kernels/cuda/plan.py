@@ -20,16 +20,16 @@ one whose modelled time is least.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-SOURCE = Path(__file__).with_name("bn.cu")
 # Contraction is spelled out in the source (fma), so that every instance rounds alike: the same bits on every way.
 # NVRTC 12 takes a generic lambda inside a kernel for a host function unless told otherwise, NVRTC 13 doesn't.
 COMPILE_OPTIONS = ("-std=c++17", "-fmad=false", "-default-device")
@@ -48,6 +48,14 @@ RESIDENT = {"d": 512}  # threads of a multiprocessor, else 1024: bn.cu's launch 
 NARROW = 256  # bytes: shorter runs are walked as columns where they can be
 LEAST = 48 << 10  # bytes of shared memory that a block may have on every device
 MOST_RANKS = 256  # of the split path
+
+
+@functools.cache
+def source() -> str:
+    """bn.cu with its parts in the place where it includes them: one text for every compiler."""
+    folder = Path(__file__).parent
+    text = (folder / "bn.cu").read_text(encoding="utf-8")
+    return re.sub(r'#include "(\w+\.cuh)"\n', lambda part: (folder / part[1]).read_text(encoding="utf-8"), text)
 
 
 class Unwalkable(ValueError):
@@ -278,7 +286,7 @@ class Plan:
     reread: int
     delay: int = 0  # clock cycles by which the last group begins later than the first
 
-    @cached_property
+    @functools.cached_property
     def launches(self) -> tuple[Launch, ...]:
         w, cluster = self.walk, self.K if self.way == CLUSTER else 1
         common = f"{TYPES[self.letter]}, {w.V}, {str(self.backward).lower()}, fastbn::{w.layout}"
@@ -318,7 +326,7 @@ class Plan:
             reread=again if _maps(self.walk) else 0,
         )
 
-    @cached_property
+    @functools.cached_property
     def _tail(self) -> bytes:
         w, size = self.walk, _size(self.letter)
         count, sets = w.M * w.fold * w.S, w.more.sets
@@ -328,8 +336,8 @@ class Plan:
         for name in ("x", "dy", "y", "r", "dr"):
             row, channel = w.strides.get(name, (0, 0))
             strides += [size * row, size * rows * row, size * channel]
-        row = w.S * (8 if self.letter == "d" else 4)
-        strides += [row, rows * row]  # of weights
+        weights = w.S * _number(self.letter)
+        strides += [weights, rows * weights]
         numbers = [sets, self.items // sets, w.C, self.items, self.K, self.slots, self.tx, self.ty, self.G, w.fold]
         return TAIL.pack(
             *strides, count, w.M, w.S, self.per, w.more.rows, *numbers,
@@ -364,6 +372,11 @@ def _over(a: int, b: int) -> int:
 
 def _size(letter: str) -> int:
     return {"f": 4, "d": 8}.get(letter, 2)
+
+
+def _number(letter: str) -> int:
+    """Bytes of a parameter, a weight or a coefficient."""
+    return 8 if letter == "d" else 4
 
 
 def _partial(letter: str) -> int:
@@ -410,7 +423,7 @@ def build(
     tile: int = 128,
 ) -> Plan:
     """The plan for a given way, ranks K, threads of a block, tile (bytes of columns); keep at most so many vectors."""
-    size, number, partial = _size(letter), 8 if letter == "d" else 4, _partial(letter)
+    size, number, partial = _size(letter), _number(letter), _partial(letter)
     columns = w.layout == COLUMNS
     tx, ty, G, tiles, work = 1, 1, 1, w.C, w.M * w.vectors
     if columns:  # tiles of whole vectors and whole channels; folded rows are one tile
@@ -449,9 +462,7 @@ def build(
     held = {GRID: 2 * groups, SPLIT: items}.get(way, 0)  # partial sums
     kept = min(total, keep * (ty * tx if columns else threads) * K)
     again = 0 if way == MAP or not _maps(w) else (total - kept) * items
-    moved = (len(w.strides) * total * items + again * (2 if backward else 1)) * w.V * size
-    rounds = _over(items, groups)
-    return Plan(
+    made = Plan(
         walk=w,
         letter=letter,
         backward=backward,
@@ -470,8 +481,17 @@ def build(
         workspace=_workspace(letter, G, K, held),
         barriers=groups if way == GRID else 0,
         reread=again,
-        delay=int(CLOCK * moved / (device.sms * BANDWIDTH) / rounds) if rounds >= APART else 0,
     )
+    rounds = _over(items, groups)
+    if rounds < APART:
+        return made
+    return replace(made, delay=int(CLOCK * sum(_moved(made)) / (device.sms * BANDWIDTH) / rounds))
+
+
+def _moved(p: Plan) -> tuple[int, int]:
+    """Bytes of every array once, and of what is read twice."""
+    w, vector = p.walk, p.walk.V * _size(p.letter)
+    return len(w.strides) * _vectors(w, p.tx) * p.items * vector, p.reread * vector * (2 if p.backward else 1)
 
 
 # What the model believes, in microseconds and bytes: fitted to 1,475 timings of 76 calls on an H100 (2.9 TB/s a copy).
@@ -495,17 +515,15 @@ SUMS_IN_FLIGHT = 4  # other ranks' sums that a thread loads at once: bn.cu's RAN
 
 def model(p: Plan, device: Device = HOPPER) -> tuple[float, float, float]:
     """Microseconds; bytes to and from device memory; the floor in bytes (every array once)."""
-    w, size = p.walk, _size(p.letter)
-    vector = w.V * size
-    floor = float(len(w.strides) * _vectors(w, p.tx) * vector * p.items)
-    again = float(p.reread * vector * (2 if p.backward else 1))
+    w = p.walk
+    floor, again = map(float, _moved(p))
     at_once = min(p.items, p.grid // p.K) if p.way == GRID else p.items  # items whose second read is still to come
     hot = min(again, L2_SHARE * device.l2 / at_once * p.items)
     on_sm = max(1, min(device.smem_sm // (p.shared + 1024), resident(p.letter) // p.threads, 32))
     blocks = min(p.grid, device.sms * on_sm)
     if p.way == CLUSTER:  # a cluster stays inside a group of multiprocessors: of 33 clusters of four, 32 didn't fit
         blocks = max(p.K, min(blocks, (device.sms * 7 // 8 if p.K > 2 else device.sms) * on_sm) // p.K * p.K)
-    tile = p.tx * vector if w.layout == COLUMNS else 256
+    tile = p.tx * w.V * _size(p.letter) if w.layout == COLUMNS else 256
     bandwidth = device.sms * BANDWIDTH * next((part for most, part in TILES.items() if tile <= most), 1.0)
     rounds = p.grid / blocks if p.way != GRID else float(_over(p.items, p.grid // p.K))
     waste = math.ceil(rounds) / rounds if rounds < 4 else 1.0
@@ -546,10 +564,15 @@ def candidates(w: Walk, letter: str, backward: bool, device: Device, frozen: boo
         if device.cooperative:
             ranks = {slots // n for n in (one.items, max(1, slots // 16), 1, 2, 4, 8)}
             for K in sorted({min(max(2, K), slots, most) for K in ranks}):
-                if K > 1:
-                    yield of(GRID, K)
+                if K > 1 and _all_resident(p := of(GRID, K), device):
+                    yield p
         for waves in (1, 2, 4):  # whole ones: a block too many would be waited for by all
             yield of(SPLIT, _ranks(w, one, waves * slots))
+
+
+def _all_resident(p: Plan, device: Device) -> bool:
+    """Whether shared memory has room for all blocks of a grid that waits for each other."""
+    return (p.shared + 1024) * _crowd(p.letter, p.threads) <= device.smem_sm
 
 
 def _ranks(w: Walk, one: Plan, blocks: int, most: int = MOST_RANKS) -> int:
@@ -592,7 +615,6 @@ def _best(
     """The fastest of the candidates that fit; the first one where two are equal. least: bytes that do, too."""
     found = [p for p in candidates(w, letter, backward, device, frozen) if p.shared <= device.smem_block]
     found = [p for p in found if way in (None, p.way) and p.split().shared <= least]
-    found = [p for p in found if p.way != GRID or (p.shared + 1024) * _crowd(p.letter, p.threads) <= device.smem_sm]
     if not found:
         raise ValueError(f"{way} isn't possible on {device}")
     return min(found, key=lambda p: round(model(p, device)[0], 6))

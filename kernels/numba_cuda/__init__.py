@@ -53,7 +53,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import bounds, copy, device, empty, flat, host, launch, on, put, stream_of, view
+from .arrays import bounds, copy, device, empty, flat, host, launch, on, put, stream_number, stream_of, view
 from .blocks import (
     block_comoments,
     block_moments,
@@ -215,7 +215,7 @@ def _lists(starts: np.ndarray, order: np.ndarray | None, shape: tuple[int, ...])
 
 def _on_device(lists: np.ndarray, a: Any, stream: Any) -> Any:
     """A copy beside `a`: that of this thread's last call on this stream, if the lists are the same."""
-    key = device(a), int(stream) if stream else 0, "lists"
+    key = device(a), stream_number(stream), "lists"
     known, there = vars(_kept).get(key, (None, None))
     if known is None or not np.array_equal(known, lists):
         there = put(lists, stream)
@@ -225,7 +225,7 @@ def _on_device(lists: np.ndarray, a: Any, stream: Any) -> Any:
 
 def _workspace(a: Any, stream: Any, size: int) -> Any:
     """float64 numbers: the same ones for all calls of this thread on this stream, which follow one another."""
-    key = device(a), int(stream) if stream else 0
+    key = device(a), stream_number(stream)
     kept = vars(_kept)
     if key not in kept or kept[key].size < size:
         kept[key] = cuda.device_array(size, np.float64)

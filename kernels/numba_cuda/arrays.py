@@ -106,6 +106,13 @@ def stream_of(*arrays: Any) -> Any:
     return next((a.stream for a in arrays if a is not None and a.stream), 0)
 
 
+def stream_number(stream: Any) -> int:
+    """The address of a stream: Numba's, or another library's by its protocol (cuda.core's have no `__int__`)."""
+    if not stream:
+        return 0
+    return int(stream) if hasattr(stream, "__int__") else int(stream.__cuda_stream__()[1])
+
+
 class _Grid(int):
     """A number of blocks that Numba doesn't warn of.
 
