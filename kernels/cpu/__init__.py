@@ -5,14 +5,17 @@ activations  residuals, activations and masks, sixteen numbers at a time
 blocks    sums and maps over one contiguous run; the building blocks for your own @njit code
 rows      a block of runs inside one channel (NCHW)
 columns   a block of rows across the channels (NHWC)
-schedule  the two kernels: sums, what they make of a channel, maps
+schedule  units of work, pivots and sums
+coefficients  what maps are given of a channel
+normalize, gradient  the two kernels: sums, what they make of a channel, maps
+second    second order and forward mode
+plan      how a shape is cut
 compile   njit with a disk cache that cannot fail a call
 threads   when a parallel region may be entered
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,9 +33,11 @@ from .blocks import (
     merge_comoments,
     merge_moments,
 )
-from .lanes import LANES, SIGNED16, UNSIGNED16
-from .rows import EXACT, GATHER, NEXT, PAST
-from .schedule import FINISH, MAP, SUM, backward_item, backward_kernel, forward_item, forward_kernel
+from .gradient import backward_item, backward_kernel
+from .lanes import SIGNED16, UNSIGNED16
+from .normalize import forward_item, forward_kernel
+from .plan import ORDERED, WEIGHTED, Plan, Sizes, plan_of
+from .schedule import FINISH, MAP, SUM
 
 __all__ = [
     "backward",
@@ -47,23 +52,6 @@ __all__ = [
     "merge_comoments",
     "merge_moments",
 ]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)  # to hash twelve numbers takes 1 us
-class Sizes:
-    """What a plan cuts a shape by. Borders depend on these and on the shape; tests make them tiny."""
-
-    block: int = 16384  # values of a channel in a block of rows: a block costs 50 ns, these 1.4 us
-    piece: int = 64  # blocks of a piece at most: its pivot fits where data doesn't drift within 4 MB of float32
-    slab: int = 400_000  # bytes of a tile of rows, so that it and the next one fit into L2 (1 MB)
-    line: int = 2048  # bytes of a tile of rows that follow each other in memory, at least
-    columns: int = 1024  # columns of a tile: its sums and coefficients stay in L1 and L2
-    height: int = 64  # rows of a block of columns: as many are added in a lane
-    few: int = 256  # values of a channel below which all is done in float64
-    serial: int = 131072  # arrays of fewer elements run on one thread, which takes 40 us: a region costs 2 to 120
-    asleep: int = 1_500_000  # the same where threads sleep between regions: a woken one brings nothing until then
-    ahead: int = 1_000_000  # bytes of a tile above which the next one isn't fetched: both don't fit into L2 (2 MB)
-    past: int = 30_000_000  # bytes of all arrays above which stores go past the caches: they are slower below
 
 
 SIZES = Sizes()
@@ -226,104 +214,6 @@ def gradient_map(
     _carry_out(backward_kernel, (dy, x, dx), (table, table[4:], grads), 5, MAP, how, more, extras)
 
 
-class _Plan(NamedTuple):
-    """How a shape is cut, read off the shape and the strides alone."""
-
-    tiles: int
-    pieces: int  # of a tile
-    numbers: tuple[int, ...]  # as the kernels read them
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-@functools.lru_cache(maxsize=1024)
-def _plan(
-    shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], sized: tuple[int, int, int], stages: int,
-    sizes: Sizes, least: int, most: int, special: int,
-) -> _Plan:  # fmt: skip
-    """Of the largest set; the smallest has `least` outer indices, all have `most`; `special` has the flags below.
-
-    `sized`: bytes of an element of x and of the other arrays, and which of the strides are x's.
-    """
-    own, other, at = sized
-    items = tuple(own if i == at else other for i in range(len(strides)))
-    _, channels, inner = shape
-    size, itemsize = most * channels * inner, items[0]
-    flags = EXACT if itemsize == 8 or least * inner < sizes.few else 0
-    # Memory decides: across the channels where they are next to each other, else along the inner axis.
-    each = list(zip(strides, items, strict=True))
-    across = channels > 1 and all(s[1] == n and (inner == 1 or s[2] != n) for s, n in each)
-    short = 1 < inner < LANES and all(s[2] == n and s[1] == inner * n for s, n in each) and not special & WEIGHTED
-    flags |= PAST if size * sum(items) > sizes.past else 0
-    if across or short:
-        return _by_columns(shape, strides, items, flags, inner if short else 1, stages, sizes, special)
-    return _by_rows(shape, strides, items, flags, stages, sizes)
-
-
-WEIGHTED, ORDERED = 1, 2
-
-
-def _by_rows(
-    shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], items: tuple[int, ...], flags: int,
-    stages: int, sizes: Sizes,
-) -> _Plan:  # fmt: skip
-    outer, channels, inner = shape
-    itemsize = items[0]
-    apart = inner > 1 and any(s[2] != n for s, n in zip(strides, items, strict=True))
-    if apart or inner < min(LANES, sizes.block):
-        flags |= GATHER
-    reads = max(1, len(strides) - 1)
-    if stages & SUM or flags & GATHER:
-        segments = _ceil(inner, sizes.block)
-        length = inner if segments == 1 else _ceil(_ceil(inner, segments), 2 * LANES) * 2 * LANES
-        runs = min(outer, max(1, sizes.block // inner))
-        tile = max(sizes.slab // (reads * outer * inner * itemsize), sizes.line // (inner * itemsize), 1)
-        if inner * itemsize >= 2 * sizes.line:
-            tile = 1
-        if flags & GATHER:
-            tile = max(tile, 16)  # whose elements share lines
-        tile = min(tile, _ceil(channels, 16))
-        flags |= NEXT if reads * tile * outer * inner * itemsize <= sizes.ahead else 0
-    else:  # a map alone goes in the order of memory
-        length, runs = min(inner, 16 * sizes.block), 1
-        tile = channels if outer >= 16 else _ceil(channels, 16)
-    segments = _ceil(inner, length)
-    blocks = _ceil(outer, runs) * segments
-    piece = 1 if not stages & SUM else sizes.piece if channels >= 64 * tile else min(sizes.piece, _ceil(blocks, 16))
-    return _Plan(_ceil(channels, tile), _ceil(blocks, piece), (0, tile, blocks, piece, runs, segments, length, flags))
-
-
-def _by_columns(
-    shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], items: tuple[int, ...], flags: int,
-    period: int, stages: int, sizes: Sizes, special: int,
-) -> _Plan:  # fmt: skip
-    outer, channels, inner = shape
-    itemsize = items[0]
-    rows = outer if period > 1 else outer * inner
-    fold, width = 1, channels * period
-    folded = sizes.columns // max(1, len(strides) - 1)  # coefficients of a gradient are twice as large
-    across = [s[0] if period > 1 or inner == 1 else s[2] for s in strides]
-    gapless = all(s == width * n for s, n in zip(across, items, strict=True)) and not special
-    level = period > 1 or inner == 1 or outer == 1 or all(s[0] == inner * s[2] for s in strides)
-    if gapless and level and 2 * width <= folded:
-        fold = max(1, min(folded // width, rows // 16))
-    tile, fits = max(1, sizes.columns // period), sizes.slab // (rows * period * itemsize)
-    if fold > 1:
-        tile = channels
-    elif stages & SUM and fits * period * itemsize >= sizes.line // 8:  # a tile is mapped while in L2
-        tile = max(min(tile, fits, _ceil(_ceil(channels, 8), LANES) * LANES), 1)
-    tile = min(tile, channels)
-    if fold == 1 and tile < channels:  # alike: 1040 channels as 1024 and 16 took twice as long as 1024
-        tile = min(tile, _ceil(_ceil(channels, _ceil(channels, tile)), LANES) * LANES)
-    blocks = _ceil(_ceil(rows, fold), sizes.height)
-    piece = max(min(8, _ceil(blocks, 16)), _ceil(blocks, max(1, min(64, 32768 // channels))))
-    return _Plan(
-        _ceil(channels, tile), _ceil(blocks, piece), (1, tile, blocks, piece, sizes.height, period, fold, flags)
-    )
-
-
 def _carry_out(
     kernel: Any, arrays: tuple[np.ndarray, ...], numbers: tuple[Any, ...], depth: int, stages: int, how: Any, more: Any,
     extras: tuple[Any, ...],
@@ -337,15 +227,17 @@ def _carry_out(
     else:
         job = _job(kernel, arrays, [*walked, *(a for a in (extras[2], more.dresidual) if a is not None)], stages, how,
                    more, extras)  # fmt: skip
-    twins, numbers_of_plan, pieces, cells, starts = job
+    twins, plan, cells, starts = job
+    numbers_of_plan, pieces = plan.numbers, plan.pieces
     sums = 1 if stages & SUM else 0
-    if x.size < (SIZES.asleep if threads.SLEEPY else SIZES.serial):
+    least = SIZES.asleep if threads.SLEEPY else SIZES.serial
+    count = threads.threads() if plan.work >= least else 1
+    # Cell by cell, all stages of each; where cells are too few for the threads, stage by stage, piece by piece.
+    whole = count == 1 or cells >= 4 * count or (cells >= count and cells % count == 0) or pieces == 1
+    if count == 1 or (not whole and plan.work < 2 * least):  # as threads are woken for sums and for the map
         part = np.empty((sums, pieces, depth, numbers_of_plan[1]))
         twins.serial(1, *arrays, *numbers, part, np.zeros(1, np.int64), numbers_of_plan, stages, starts, *extras)
         return
-    count = threads.threads()
-    # Cell by cell, all stages of each; where cells are too few for the threads, stage by stage, piece by piece.
-    whole = count == 1 or cells >= 4 * count or (cells >= count and cells % count == 0) or pieces == 1
     items = min(count, cells if whole else cells * pieces)
     part = np.empty((sums * (items if whole else cells), pieces, depth, numbers_of_plan[1]))
 
@@ -368,8 +260,7 @@ class _Job(NamedTuple):
     """A kernel over arrays of some shape, strides and types: its compiled code, and how the work is cut."""
 
     twins: _Twins
-    numbers: tuple[int, ...]  # of the plan, as the kernels read them
-    pieces: int  # of a cell
+    plan: Plan
     cells: int  # tiles of all sets
     starts: np.ndarray  # of the sets; kernels only read it
 
@@ -380,9 +271,9 @@ def _plain_job(
     result: np.dtype[Any], stages: int, sizes: Sizes,
 ) -> _Job:  # fmt: skip
     sized = dtype.itemsize, result.itemsize, 0 if kernel is forward_kernel else 1
-    plan = _plan(shape, strides, sized, stages, sizes, shape[0], shape[0], 0)
+    plan = plan_of(shape, strides, sized, stages, sizes, shape[0], shape[0], 0)
     twins = _twins(kernel, dtype, result, None, None)
-    return _Job(twins, plan.numbers, plan.pieces, plan.tiles, np.array([0, shape[0]]))
+    return _Job(twins, plan, plan.tiles, np.array([0, shape[0]]))
 
 
 def _job(
@@ -396,10 +287,10 @@ def _job(
         shape, least = (int(sizes.max(initial=0)), *shape[1:]), int(sizes[sizes > 0].min(initial=shape[0]))
     special = (WEIGHTED if more.weights is not None else 0) | (ORDERED if more.order is not None else 0)
     strides, sized = tuple([a.strides for a in walked]), (x.itemsize, arrays[-1].itemsize, len(arrays) - 2)
-    plan = _plan(shape, strides, sized, stages, SIZES, least, x.shape[0], special)
+    plan = plan_of(shape, strides, sized, stages, SIZES, least, x.shape[0], special)
     kinds = tuple([a.dtype if isinstance(a, np.ndarray) else None for a in extras[2:]])
     twins = _twins(kernel, x.dtype, arrays[-1].dtype, how, kinds)
-    return _Job(twins, plan.numbers, plan.pieces, (len(starts) - 1) * plan.tiles, starts)
+    return _Job(twins, plan, (len(starts) - 1) * plan.tiles, starts)
 
 
 class _Twins:

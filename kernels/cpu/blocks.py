@@ -27,13 +27,14 @@ from .lanes import (
     pointer,
     save,
     save_part,
+    shifted,
     spread,
     stream,
     total,
     where_nonzero,
     wide,
 )
-from .parts import part
+from .parts import part, unless_none
 
 # Squares of numbers on a grid leave remainders of 0, 1 and 4 eighths, which a float32 sum of a hundred drops more often
 # than it rounds them up: the variance of data at 1e4 was 5e-7 too small. So lanes pass sums on after 16 additions.
@@ -50,26 +51,42 @@ def add_lanes(sums, lanes):  # type: ignore[no-untyped-def]
 
 
 @part()
-def run_deviations(x, n, pivot, sums, squares):  # type: ignore[no-untyped-def]
-    """Lanes of sums and squares (16,) float64 += x - pivot and its square, for n elements; in the pivot's type."""
+def run_deviations(x, n, pivot, sums, squares, runs, step):  # type: ignore[no-untyped-def]
+    """Lanes of sums and squares (16,) float64 += x - pivot and its square, in the pivot's type; for n elements of each
+    of `runs` runs, `step` bytes apart."""
     near = spread(pivot)
-    i = 0
-    while i < n:
-        stop = min(n, i + 2 * CHAIN)
-        s = t = q = r = nothing(near)
-        while i + 2 * LANES <= stop:
-            fetch(x, i + AHEAD)
-            fetch(x, i + AHEAD + LANES)
-            d = load(x, i, near) - near
-            e = load(x, i + LANES, near) - near
-            s, t, q, r = s + d, t + e, fma(d, d, q), fma(e, e, r)
-            i += 2 * LANES
-        while i < stop:  # twice at most; lanes behind the end hold the pivot, whose deviation is 0
-            d = load_part(x, i, stop - i, near) - near
-            s, q = s + d, fma(d, d, q)
-            i += LANES
-        add_lanes(sums, s + t)
-        add_lanes(squares, q + r)
+    s = t = q = r = nothing(near)
+    for _ in range(runs):
+        i = 0
+        while i < n:
+            stop = min(n, i + 2 * CHAIN)
+            while i + 2 * LANES <= stop:
+                fetch(x, i + AHEAD)
+                fetch(x, i + AHEAD + LANES)
+                d = load(x, i, near) - near
+                e = load(x, i + LANES, near) - near
+                s, t, q, r = s + d, t + e, fma(d, d, q), fma(e, e, r)
+                i += 2 * LANES
+            while i < stop:  # twice at most; lanes behind the end hold the pivot, whose deviation is 0
+                d = load_part(x, i, stop - i, near) - near
+                s, q = s + d, fma(d, d, q)
+                i += LANES
+            if i < n:
+                add_lanes(sums, s + t)
+                add_lanes(squares, q + r)
+                s = t = q = r = nothing(near)
+        x = shifted(x, step)
+    add_lanes(sums, s + t)
+    add_lanes(squares, q + r)
+
+
+@part()
+def together(n):  # type: ignore[no-untyped-def]
+    """How many runs of n elements have as many additions in a lane as CHAIN elements: of deviations, of products.
+
+    Passing five lanes on takes as long as four vectors, which is all that a run of 49 has.
+    """
+    return max(1, 16 // ((n + 2 * LANES - 1) // (2 * LANES) + 1)), max(1, 16 // ((n + LANES - 1) // LANES))
 
 
 @part()
@@ -94,40 +111,58 @@ def run_weighted(x, w, n, pivot, sums, squares, masses):  # type: ignore[no-unty
         add_lanes(masses, m)
 
 
+@unless_none()
+def later(a, offset):  # type: ignore[no-untyped-def]
+    """A pointer, `offset` bytes on; None of None."""
+    return shifted(a, offset)
+
+
 @part()
-def run_products(dy, x, n, pivot, hi, sums_dy, sums_x, products, squares, fourths, how, r, w, lens):  # type: ignore[no-untyped-def]
-    """Lanes += g = dy - pivot, d = x - hi, g d, g^2 and d^4, for n pairs; in the pivot's type.
+def run_products(dy, x, n, pivot, hi, sums, line, how, r, w, lens, runs, steps):  # type: ignore[no-untyped-def]
+    """Lanes of five sums, `line` bytes apart, += g = dy - pivot, d = x - hi, g d, g^2 and d^4, in the pivot's type; for
+    n pairs of each of `runs` runs; `steps` are bytes from run to run of dy, x, r and w.
 
     With an activation dy is dy f'(z), by `activations.bent`, whose lens is h, a, b in float64.
     """
     near_dy, near_x = spread(pivot), spread(hi)
     zero = nothing(near_dy)
-    i = 0
-    while i < n:
-        stop = min(n, i + CHAIN)
-        s = t = p = q = f = zero
-        while i + LANES <= stop:
-            m = loaded(w, i, near_x)
-            g, d = bent(how, load(dy, i, near_dy), load(x, i, near_x), lens[0], lens[1], lens[2], loaded(r, i, near_x))
-            g, d = counted(how, g, m) - near_dy, counted(how, d - near_x, m)
-            e = d * d
-            s, t, p, q, f = s + g, t + d, fma(g, d, p), fma(g, g, q), fma(e, e, f)
-            i += LANES
-        if i < stop:
-            k = stop - i
-            m = loaded_part(w, i, k, near_x)
-            g, d = load_part(dy, i, k, near_dy), load_part(x, i, k, near_x)
-            g, d = bent(how, g, d, lens[0], lens[1], lens[2], loaded_part(r, i, k, near_x))
-            g, d = counted(how, g, m) - near_dy, counted(how, d - near_x, m)
-            g, d = joined(k, g, zero), joined(k, d, zero)
-            e = d * d
-            s, t, p, q, f = s + g, t + d, fma(g, d, p), fma(g, g, q), fma(e, e, f)
-            i += LANES
-        add_lanes(sums_dy, s)
-        add_lanes(sums_x, t)
-        add_lanes(products, p)
-        add_lanes(squares, q)
-        add_lanes(fourths, f)
+    s = t = p = q = f = zero
+    for _ in range(runs):
+        i = 0
+        while i < n:
+            stop = min(n, i + CHAIN)
+            while i + LANES <= stop:
+                m = loaded(w, i, near_x)
+                g, d = load(dy, i, near_dy), load(x, i, near_x)
+                g, d = bent(how, g, d, lens[0], lens[1], lens[2], loaded(r, i, near_x))
+                g, d = counted(how, g, m) - near_dy, counted(how, d - near_x, m)
+                e = d * d
+                s, t, p, q, f = s + g, t + d, fma(g, d, p), fma(g, g, q), fma(e, e, f)
+                i += LANES
+            if i < stop:
+                k = stop - i
+                m = loaded_part(w, i, k, near_x)
+                g, d = load_part(dy, i, k, near_dy), load_part(x, i, k, near_x)
+                g, d = bent(how, g, d, lens[0], lens[1], lens[2], loaded_part(r, i, k, near_x))
+                g, d = counted(how, g, m) - near_dy, counted(how, d - near_x, m)
+                g, d = joined(k, g, zero), joined(k, d, zero)
+                e = d * d
+                s, t, p, q, f = s + g, t + d, fma(g, d, p), fma(g, g, q), fma(e, e, f)
+                i += LANES
+            if i < n:
+                _pass_on(sums, line, s, t, p, q, f)
+                s = t = p = q = f = zero
+        dy, x, r, w = shifted(dy, steps[0]), shifted(x, steps[1]), later(r, steps[2]), later(w, steps[3])
+    _pass_on(sums, line, s, t, p, q, f)
+
+
+@part()
+def _pass_on(sums, line, s, t, p, q, f):  # type: ignore[no-untyped-def]
+    add_lanes(sums, s)
+    add_lanes(shifted(sums, line), t)
+    add_lanes(shifted(sums, 2 * line), p)
+    add_lanes(shifted(sums, 3 * line), q)
+    add_lanes(shifted(sums, 4 * line), f)
 
 
 @part()
@@ -248,7 +283,7 @@ def _run(array):  # type: ignore[no-untyped-def]
 def _sums(run, n, pivot):  # type: ignore[no-untyped-def]
     lanes = np.zeros(2 * LANES)
     s, q = pointer(lanes, 0), pointer(lanes, 8 * LANES)
-    run_deviations(run, n, pivot, s, q)
+    run_deviations(run, n, pivot, s, q, 1, 0)
     like = spread(0.0)
     return total(load(s, 0, like)), total(load(q, 0, like))
 
@@ -270,11 +305,10 @@ def block_comoments(dy, x, hi):  # type: ignore[no-untyped-def]
     """
     run, n = _run(dy), dy.size
     pivot = _sums(run, n, 0.0)[0] / n
-    lanes, like = np.zeros(5 * LANES), spread(0.0)
-    line, run_lanes = 8 * LANES, pointer(lanes, 0)
-    rest = pointer(lanes, line), pointer(lanes, 2 * line), pointer(lanes, 3 * line), pointer(lanes, 4 * line)
-    run_products(run, _run(x), n, pivot, np.float64(hi), run_lanes, *rest, plain(), None, None, (like, like, like))
-    s, t, p = total(load(run_lanes, 0, like)), total(load(rest[0], 0, like)), total(load(rest[1], 0, like))
+    lanes, like, line = np.zeros(5 * LANES), spread(0.0), 8 * LANES
+    sums, steps = pointer(lanes, 0), (0, 0, 0, 0)
+    run_products(run, _run(x), n, pivot, np.float64(hi), sums, line, plain(), None, None, (like, like, like), 1, steps)
+    s, t, p = total(load(sums, 0, like)), total(load(sums, LANES, like)), total(load(sums, 2 * LANES, like))
     return pivot, s / n, t / n, p - s * t / n
 
 

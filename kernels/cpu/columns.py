@@ -23,7 +23,7 @@ from .activations import (
     put_part,
     read_as,
 )
-from .blocks import paired, write
+from .blocks import later, paired, write
 from .lanes import (
     LANES,
     before_line,
@@ -279,7 +279,7 @@ def _add_products(
                 i += LANES
                 if i >= n:
                     ahead_dy, ahead_x, i = shifted(ahead_dy, step_dy), shifted(ahead_x, step_x), 0
-                m, e = _weight_at(w, step_w, r, like), loaded(_later(r0, r * step_r), j, like)
+                m, e = _weight_at(w, step_w, r, like), loaded(later(r0, r * step_r), j, like)
                 g, d = load(shifted(dy, r * step_dy), j, like), load(shifted(x, r * step_x), j, like)
                 g, d = bent(how, g, d, z[0], z[1], z[2], e)
                 g, d = counted(how, g, m) - gh, counted(how, d - dh, m)
@@ -288,7 +288,7 @@ def _add_products(
         else:
             k = n - j
             for r in range(rows):
-                m, e = _weight_at(w, step_w, r, like), loaded_part(_later(r0, r * step_r), j, k, like)
+                m, e = _weight_at(w, step_w, r, like), loaded_part(later(r0, r * step_r), j, k, like)
                 g, d = load_part(shifted(dy, r * step_dy), j, k, gh), load_part(shifted(x, r * step_x), j, k, dh)
                 g, d = bent(how, g, d, z[0], z[1], z[2], e)
                 g, d = joined(k, counted(how, g, m) - gh, zero), joined(k, counted(how, d - dh, m), zero)
@@ -299,11 +299,6 @@ def _add_products(
         _add(p, j, c)
         _add(q, j, u)
         _add(f, j, v)
-
-
-@unless_none()
-def _later(p, offset):  # type: ignore[no-untyped-def]
-    return shifted(p, offset)
 
 
 @part()

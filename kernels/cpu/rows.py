@@ -26,7 +26,7 @@ from .activations import (
     put_part,
     read_as,
 )
-from .blocks import paired, run_deviations, run_normalize, run_products, run_weighted, write
+from .blocks import paired, run_deviations, run_normalize, run_products, run_weighted, together, write
 from .lanes import (
     LANES,
     before_line,
@@ -135,12 +135,12 @@ def add_up(sums, s):  # type: ignore[no-untyped-def]
 
 @part()
 def _add_plain_run(*args):  # type: ignore[no-untyped-def]
-    _, x, n, pivot, sums, c = args
-    run_deviations(x, n, pivot, _lanes(sums, 0, c), _lanes(sums, 1, c))
+    _, x, n, pivot, sums, c, runs, step = args
+    run_deviations(x, n, pivot, _lanes(sums, 0, c), _lanes(sums, 1, c), runs, step)
 
 
 @unless_none(0, lambda *args: _add_plain_run(*args))
-def _add_run(w, x, n, pivot, sums, c):  # type: ignore[no-untyped-def]
+def _add_run(w, x, n, pivot, sums, c, _runs, _step):  # type: ignore[no-untyped-def]
     run_weighted(x, w, n, pivot, _lanes(sums, 0, c), _lanes(sums, 1, c), _lanes(sums, 2, c))
 
 
@@ -154,8 +154,9 @@ def rows_deviations(x, k, c0, pivot, sums, plan, scratch, few, w, order):  # typ
     o0, o1, i0, n = _borders(k, x.shape, plan)
     o1 = min(o1, o0 + (few + n - 1) // n)
     gather = plan[7] & GATHER
-    for o in range(o0, o0 + 1 if gather else o1):
-        p = index(order, o)
+    at_once = together(n)[0] if absent(w) and order.size == 0 and not gather else 1
+    for o in range(o0, o0 + 1 if gather else o1, at_once):
+        p, runs = index(order, o), min(at_once, o1 - o)
         for c in range(pivot.size):
             if gather:
                 run = gathered(x, c0 + c, o0, o1, i0, n, order, scratch[0][0])
@@ -163,13 +164,24 @@ def rows_deviations(x, k, c0, pivot, sums, plan, scratch, few, w, order):  # typ
             else:
                 run, count = _at(x, p, c0 + c, i0), n
             run_w = gathered(w, 0, o0, o1, i0, n, order, scratch[2][0]) if gather else _at(w, p, 0, i0)
-            _add_run(run_w, run, count, pivot[c], sums, c)
+            _add_run(run_w, run, count, pivot[c], sums, c, runs, x.strides[0])
 
 
 @part()
 def lens(numbers, c):  # type: ignore[no-untyped-def]
     """h, a, b of z = a (x - h) + b, in all lanes."""
     return spread(numbers[0, c]), spread(numbers[1, c]), spread(numbers[2, c])
+
+
+@unless_none(0, lambda *args: 0)
+def _step(a):  # type: ignore[no-untyped-def]
+    return a.strides[0]
+
+
+@part()
+def _steps(dy, x, r, w):  # type: ignore[no-untyped-def]
+    """Bytes from a run to that of the next outer index."""
+    return dy.strides[0], x.strides[0], _step(r), _step(w)
 
 
 @part()
@@ -179,8 +191,9 @@ def rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch, few, how, r, w, 
     o0, o1, i0, n = _borders(k, x.shape, plan)
     o1 = min(o1, o0 + (few + n - 1) // n)
     gather = plan[7] & GATHER
-    for o in range(o0, o0 + 1 if gather else o1):
-        p = index(order, o)
+    at_once, steps = together(n)[1] if order.size == 0 and not gather else 1, _steps(dy, x, r, w)
+    for o in range(o0, o0 + 1 if gather else o1, at_once):
+        p, runs = index(order, o), min(at_once, o1 - o)
         for c in range(pivot.size):
             if gather:
                 run_dy = gathered(dy, c0 + c, o0, o1, i0, n, order, scratch[1][0])
@@ -191,10 +204,10 @@ def rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch, few, how, r, w, 
             else:
                 run_dy, run_x, count = _at(dy, p, c0 + c, i0), _at(x, p, c0 + c, i0), n
                 run_r, run_w = _at(r, p, c0 + c, i0), _at(w, p, 0, i0)
-            s = _lanes(sums, 0, c), _lanes(sums, 1, c), _lanes(sums, 2, c), _lanes(sums, 3, c), _lanes(sums, 4, c)
             run_products(
-                run_dy, run_x, count, pivot[c], hi[c], s[0], s[1], s[2], s[3], s[4], how, run_r, run_w, lens(lenses, c)
-            )
+                run_dy, run_x, count, pivot[c], hi[c], _lanes(sums, 0, c), sums.strides[0], how, run_r, run_w,
+                lens(lenses, c), runs, steps,
+            )  # fmt: skip
 
 
 @part()

@@ -1,0 +1,282 @@
+"""The backward kernel: sums of a tile, what they make of a channel, the map."""
+
+import numpy as np
+from numba import prange
+
+from .activations import absent, is_frozen, is_plain, used_of
+from .blocks import merge_comoments, settle
+from .coefficients import backward_coefficients, columns_of, lenses_of
+from .columns import columns_gradient, spread_column, spread_columns
+from .compile import Kernel, compiled
+from .lanes import borrowed, call, fence, hold, keep_whole, narrowest, outer, place
+from .parts import by_type, part, unless_none
+from .rows import EXACT, NEXT, rows_gradient
+from .schedule import (
+    ALL,
+    DOUBLE,
+    FINISH,
+    MAP,
+    SINGLE,
+    SUM,
+    adopt,
+    borders,
+    by_channel,
+    claimed,
+    count_of,
+    divide,
+    few_of,
+    lent,
+    listed,
+    mean_of,
+    memory_of,
+    near_enough,
+    part_sizes,
+    planned,
+    products,
+    start_of,
+    tile_width,
+)
+
+
+@part(inline="always")
+def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order):  # type: ignore[no-untyped-def]
+    """part (P, 5, G) of piece p of a tile: count, mean of dy as hi and lo, mean of x - hi, co-moment."""
+    k0, k1 = p * plan[3], min((p + 1) * plan[3], plan[2])
+    g = min(plan[1], x.shape[1] - c0)
+    numbers, all_sums, near64, singles, near, scratch = memory
+    totals, sums, pivot, hi = numbers[5:10, :g], all_sums[:, : tile_width(g, plan)], singles[0, :g], singles[1, :g]
+    lenses, spread_lenses = numbers[10:13, :g], columns_of(how, r, near64[5:], near[8:])
+    part[p, 0] = 0.0
+    if k0 >= k1:
+        part[p] = 0.0
+        return
+    again = plan[7] & EXACT != 0
+    if not again:
+        few = few_of(x.shape, plan)
+        for c in range(g):
+            hi[c] = stats[0, s0 + c]
+        if plan[0]:
+            spread_column(hi, near[1], plan)
+        _mean_of_dy(
+            dy, x, k0, c0, pivot, hi, totals, sums, near, scratch, plan, few, how, r, w, order, lenses, spread_lenses
+        )
+        n = 0.0
+        for k in range(k0, k1):
+            products(dy, x, k, c0, pivot, hi, sums, near, scratch, plan, ALL, how, r, w, order, lenses, spread_lenses)
+            n += count_of(k, x.shape, plan, ALL)
+        by_channel(sums, totals, plan)
+        for c in range(g):
+            var, off = stats[2, s0 + c], totals[1, c] / n
+            # A value with all of the variance has a gradient near 0, the difference of two terms: v must be exact then.
+            spread_out = totals[4, c] <= (x.shape[0] * x.shape[2] * var) ** 2 / 64.0 and 1e-15 < var < 1e15
+            if near_enough(totals[0, c], totals[3, c], n, 0.1, SINGLE) and spread_out and off * off <= var:
+                part[p, 0, c], part[p, 1, c], part[p, 2, c] = n, pivot[c], totals[0, c] / n
+                part[p, 3, c] = off - (stats[0, s0 + c] - hi[c])
+                part[p, 4, c] = totals[2, c] - totals[0, c] * off
+            again |= part[p, 0, c] == 0.0
+    if again:
+        mean, merged, hi64 = numbers[0, :g], numbers[1:5, :g], stats[0, s0 : s0 + g]
+        own, far = numbers[13, :g], numbers[14, :g]
+        merged[:] = 0.0
+        if plan[0]:
+            spread_column(hi64, near64[1], plan)
+        _mean_of_dy(
+            dy, x, k0, c0, mean, hi64, totals, sums, near64, scratch, plan, few_of(x.shape, plan), how, r, w, order,
+            lenses, spread_lenses,
+        )  # fmt: skip
+        n = 0.0
+        for k in range(k0, k1):
+            products(
+                dy, x, k, c0, mean, hi64, sums, near64, scratch, plan, ALL, how, r, w, order, lenses, spread_lenses
+            )
+            by_channel(sums, totals, plan)
+            m = count_of(k, x.shape, plan, ALL)
+            if _join(mean, totals, merged, far, n, m):
+                _mean_of_dy(
+                    dy, x, k, c0, own, hi64, totals, sums, near64, scratch, plan, ALL, how, r, w, order, lenses,
+                    spread_lenses,
+                )  # fmt: skip
+                products(
+                    dy, x, k, c0, own, hi64, sums, near64, scratch, plan, ALL, how, r, w, order, lenses, spread_lenses
+                )
+                by_channel(sums, totals, plan)
+                for c in range(g):
+                    if far[c] != 0.0:
+                        _merge(c, own[c], totals, merged, n, m)
+                adopt(own, far, mean, near64[0], plan)
+            n += m
+        for c in range(g):
+            if plan[7] & EXACT or part[p, 0, c] == 0.0:
+                part[p, 0, c], part[p, 1, c], part[p, 2, c] = n, merged[0, c], merged[1, c]
+                part[p, 3, c], part[p, 4, c] = merged[2, c], merged[3, c]
+
+
+@part()
+def _join(pivot, totals, merged, far, n, m):  # type: ignore[no-untyped-def]
+    """As forward's: merged (4, G) of n values, and a block of m; dy may be 1.7 standard deviations from the pivot."""
+    some = False
+    for c in range(pivot.size):
+        far[c] = 0.0
+        if near_enough(totals[0, c], totals[3, c], m, 0.25, DOUBLE):
+            _merge(c, pivot[c], totals, merged, n, m)
+        else:
+            far[c], some = 1.0, True
+    return some
+
+
+@part()
+def _merge(c, pivot, totals, merged, n, m):  # type: ignore[no-untyped-def]
+    s, d, e = totals[0, c] / m, totals[1, c] / m, totals[2, c] - totals[0, c] * totals[1, c] / m
+    _, merged[0, c], merged[1, c], merged[2, c], merged[3, c] = merge_comoments(
+        n, merged[0, c], merged[1, c], merged[2, c], merged[3, c], m, pivot, s, d, e
+    )
+
+
+@by_type
+def _mean_of_dy(*args):  # type: ignore[no-untyped-def]
+    """As `_mean`, of dy f'(z) where there is an activation."""
+    return _mean_of_dy_itself if args[12].simple else _mean_of_dy_bent
+
+
+def _mean_of_dy_itself(
+    dy, x, k, c0, pivot, hi, totals, sums, near, scratch, plan, few, how, r, w, order, lenses, spread_lenses
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    own = scratch[1], scratch[1], scratch[2]  # dy's type, not x's
+    mean_of(dy, k, c0, pivot, totals[:2], sums[:2], near, own, plan, few, None, order)
+
+
+def _mean_of_dy_bent(
+    dy, x, k, c0, pivot, hi, totals, sums, near, scratch, plan, few, how, r, w, order, lenses, spread_lenses
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    pivot[:] = 0
+    near[0] = 0
+    products(dy, x, k, c0, pivot, hi, sums, near, scratch, plan, few, how, r, w, order, lenses, spread_lenses)
+    by_channel(sums, totals, plan)
+    n = count_of(k, x.shape, plan, few)
+    divide(pivot, totals, n, None)
+    if few < ALL:
+        # Where most slopes are 0, the mean of a few values is more than a standard deviation off now and then, in one
+        # of a tile's channels nearly always, and all would be summed again.
+        for c in range(pivot.size):
+            if pivot[c] * pivot[c] <= 0.25 * (totals[3, c] / n - pivot[c] * pivot[c]):
+                pivot[c] = 0.0
+    if plan[0]:
+        spread_column(pivot, near[0], plan)
+
+
+@part(inline="always")
+def _backward_finish(c, s, stats, grads, part):  # type: ignore[no-untyped-def]
+    """grads (6, G C): mean of dy as hi and lo, covariance, mean of x - mean; in training dgamma, and dbeta."""
+    n = hi = lo = t = m = 0.0
+    for p in range(part.shape[0]):
+        n, hi, lo, t, m = merge_comoments(
+            n, hi, lo, t, m, part[p, 0, c], part[p, 1, c], part[p, 2, c], part[p, 3, c], part[p, 4, c]
+        )
+    grads[0, s], grads[1, s] = settle(hi, lo)
+    grads[2, s] = m / n if n > 0.0 else 0.0
+    grads[3, s] = t - stats[1, s]
+    grads[4, s] = n * grads[2, s] * stats[3, s]
+    grads[5, s] = n * grads[0, s] + n * grads[1, s]
+
+
+@part(inline="always")
+def _backward_map(
+    p0, p1, s0, c0, ca, dy, x, dx, stats, affine, grads, plan, memory, how, r, w, dr, order, mass
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Pieces p0 to p1 of a tile, backwards; the channels from ca on are fetched meanwhile, if it is >= 0."""
+    g = min(plan[1], x.shape[1] - c0)
+    all_numbers, _, spread_numbers, all_singles, spread_singles, scratch = memory
+    numbers, singles, lenses, spread_lenses = (
+        all_numbers[:5, :g],
+        all_singles[2:, :g],
+        all_numbers[10:13, :g],
+        columns_of(how, r, spread_numbers[5:], spread_singles[8:]),
+    )
+    n, exact = float(x.shape[0] * x.shape[2]), plan[7] & EXACT != 0
+    rare = backward_coefficients(s0, c0, stats, affine, grads, numbers, singles, n, mass, is_frozen(how) != 0.0, exact)
+    used = used_of(how, r, w, x, numbers, singles)
+    if used.itemsize == 8:
+        rare = 0
+    spread_used = used_of(how, r, w, x, spread_numbers, spread_singles)
+    if plan[0]:
+        spread_columns(used, spread_used, plan)
+        if rare:
+            spread_columns(numbers, spread_numbers, plan)
+    k0, k1 = p0 * plan[3], min(p1 * plan[3], plan[2])
+    for k in range(k1 - 1, k0 - 1, -1):
+        if plan[0]:
+            columns_gradient(
+                dy, x, dx, k, c0, g, spread_numbers, spread_used, rare, plan, how, r, w, dr, order, spread_lenses
+            )
+        else:
+            rows_gradient(dy, x, dx, k, c0, ca, numbers, used, rare, plan, scratch, how, r, w, dr, order, lenses)
+
+
+@compiled
+def backward_item(
+    k, items, dy, x, dx, stats, affine, grads, part, claims, plan, stage, starts, order, how, r, w, dr, mass
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """dy, x, dx (O, C, I), stats (4, G C), affine (2, C), grads (6, G C), part (cells or items, P, 5, channels).
+
+    starts (G + 1,), order (O,) or (0,), r and dr (O, C, I) or None, w (O, 1, I) or None, mass (G,) or None.
+    """
+    keep_whole()
+    dy, x, dx, part, claims = borrowed(dy), borrowed(x), borrowed(dx), borrowed(part), borrowed(claims)
+    stats, affine, grads, starts = borrowed(stats), borrowed(affine), borrowed(grads), borrowed(starts)
+    order, r, w, dr, mass = borrowed(order), borrowed(r), borrowed(w), borrowed(dr), borrowed(mass)
+    owned = memory_of(x, dx, plan, stage, narrowest(x), 5, 8, 11, not absent(w))
+    memory = lent(owned)
+    pieces, tiles = part_sizes(x.shape, plan)
+    u, seen = claimed(k, items, claims), -1
+    while u >= 0:
+        first, last, stop = borders(u, items, (starts.size - 1) * tiles, pieces, stage)
+        for cell in range(first // pieces, (last + pieces - 1) // pieces):
+            g, t = cell // tiles, cell % tiles
+            count, c0 = starts[g + 1] - starts[g], t * plan[1]
+            n0 = start_of(order, starts[g])
+            s0, channels = g * x.shape[1] + c0, min(plan[1], x.shape[1] - c0)
+            xs, dys, dxs = outer(x, n0, count), outer(dy, n0, count), outer(dx, n0, count)
+            rs, ws, drs = outer(r, n0, count), outer(w, n0, count), outer(dr, n0, count)
+            own, order_of = planned(xs.shape, plan), listed(order, starts[g], count)
+            p0, p1 = max(0, first - cell * pieces), min(pieces, last - cell * pieces)
+            sums = place(part, k if stage & SUM and stage & FINISH else cell)
+            if not is_plain(how) and cell != seen:
+                seen, lenses = cell, memory[0][10:13, :channels]
+                lenses_of(how, r, s0, c0, stats, affine, lenses, memory[3], not absent(w) or plan[7] & EXACT != 0)
+                if plan[0]:
+                    spread_columns(lenses, columns_of(how, r, memory[2][5:], memory[4][8:]), plan)
+            if stage & SUM:
+                for p in range(p0, p1):
+                    _backward_sum(p, s0, c0, dys, xs, stats, sums, own, memory, how, rs, ws, order_of)
+            if stage & FINISH:
+                for c in range(channels):
+                    _backward_finish(c, s0 + c, stats, grads, sums)
+            if stage & MAP:
+                ahead = c0 + plan[1] if (cell + 1) * pieces < stop and t + 1 < tiles and plan[7] & NEXT else -1
+                _backward_map(
+                    p0, p1, s0, c0, ahead, dys, xs, dxs, stats, affine, grads, own, memory, how, rs, ws, drs, order_of,
+                    _mass_of(mass, g),
+                )  # fmt: skip
+        u = claimed(k, items, claims)
+    fence()
+    hold(owned)
+
+
+@unless_none(0, lambda *args: 0.0)
+def _mass_of(mass, g):  # type: ignore[no-untyped-def]
+    return mass[g]
+
+
+@Kernel
+def backward_kernel(
+    items, item, dy, x, dx, stats, affine, grads, part, claims, plan, stage, starts, order, how, r, w, dr, mass
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """`backward_item`, whose address is `item`, for all items."""
+    for k in prange(items):
+        call(
+            item,
+            (
+                np.int64(k), items, dy, x, dx, stats, affine, grads, part, claims, plan, stage, starts, order, how, r,
+                w, dr, mass,
+            ),
+        )  # fmt: skip

@@ -1,0 +1,124 @@
+"""How a shape is cut into tiles, pieces and blocks: read off shape, strides and sizes of elements alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+from .lanes import LANES
+from .rows import EXACT, GATHER, NEXT, PAST
+from .schedule import MAP, SUM
+
+WEIGHTED, ORDERED = 1, 2  # what is special about a call
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # to hash twelve numbers takes 1 us
+class Sizes:
+    """What a plan cuts a shape by. Borders depend on these and on the shape; tests make them tiny."""
+
+    block: int = 16384  # values of a channel in a block of rows: a block costs 50 ns, these 1.4 us
+    piece: int = 64  # blocks of a piece at most: its pivot fits where data doesn't drift within 4 MB of float32
+    slab: int = 400_000  # bytes of a tile of rows, so that it and the next one fit into L2 (1 MB)
+    line: int = 2048  # bytes of a tile of rows that follow each other in memory, at least
+    columns: int = 1024  # columns of a tile: its sums and coefficients stay in L1 and L2
+    height: int = 64  # rows of a block of columns: as many are added in a lane
+    few: int = 256  # values of a channel below which all is done in float64
+    serial: int = 500_000  # of `Plan.work`: less runs on one thread, which takes 40 us: a region costs 2 to 120
+    asleep: int = 3_200_000  # the same where threads sleep between regions: until 0.3 ms a woken one brings nothing
+    ahead: int = 1_000_000  # bytes of a tile above which the next one isn't fetched: both don't fit into L2 (2 MB)
+    past: int = 30_000_000  # bytes of all arrays above which stores go past the caches: they are slower below
+
+
+class Plan(NamedTuple):
+    """How a shape is cut, read off the shape and the strides alone."""
+
+    tiles: int
+    pieces: int  # of a tile
+    numbers: tuple[int, ...]  # as the kernels read them
+    work: int  # bytes that all passes go through, half types' as float32: what they take is alike
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_of(
+    shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], sized: tuple[int, int, int], stages: int,
+    sizes: Sizes, least: int, most: int, special: int,
+) -> Plan:  # fmt: skip
+    """Of the largest set; the smallest has `least` outer indices, all have `most`; `special` has the flags below.
+
+    `sized`: bytes of an element of x and of the other arrays, and which of the strides are x's.
+    """
+    own, other, at = sized
+    items = tuple(own if i == at else other for i in range(len(strides)))
+    _, channels, inner = shape
+    size, itemsize = most * channels * inner, items[0]
+    flags = EXACT if itemsize == 8 or least * inner < sizes.few else 0
+    # Memory decides: across the channels where they are next to each other, else along the inner axis.
+    each = list(zip(strides, items, strict=True))
+    across = channels > 1 and all(s[1] == n and (inner == 1 or s[2] != n) for s, n in each)
+    short = 1 < inner < LANES and all(s[2] == n and s[1] == inner * n for s, n in each) and not special & WEIGHTED
+    flags |= PAST if size * sum(items) > sizes.past else 0
+    passes = ((stages & SUM != 0) + (stages & MAP != 0)) * (3 if at else 2)  # backward's take half as long again
+    work = size * max(4, itemsize) * passes // 2
+    if across or short:
+        return _by_columns(shape, strides, items, flags, inner if short else 1, sizes, special, work)
+    return _by_rows(shape, strides, items, flags, stages, sizes, work)
+
+
+def _by_rows(
+    shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], items: tuple[int, ...], flags: int,
+    stages: int, sizes: Sizes, work: int,
+) -> Plan:  # fmt: skip
+    outer, channels, inner = shape
+    itemsize = items[0]
+    apart = inner > 1 and any(s[2] != n for s, n in zip(strides, items, strict=True))
+    if apart or inner < min(LANES, sizes.block):
+        flags |= GATHER
+    reads = max(1, len(strides) - 1)
+    if stages & SUM or flags & GATHER:
+        segments = _ceil(inner, sizes.block)
+        length = inner if segments == 1 else _ceil(_ceil(inner, segments), 2 * LANES) * 2 * LANES
+        runs = min(outer, max(1, sizes.block // inner))
+        tile = max(sizes.slab // (reads * outer * inner * itemsize), sizes.line // (inner * itemsize), 1)
+        if inner * itemsize >= 2 * sizes.line:
+            tile = 1
+        if flags & GATHER:
+            tile = max(tile, 16)  # whose elements share lines
+        tile = min(tile, _ceil(channels, 16))
+        flags |= NEXT if reads * tile * outer * inner * itemsize <= sizes.ahead else 0
+    else:  # a map alone goes in the order of memory
+        length, runs = min(inner, 16 * sizes.block), 1
+        tile = channels if outer >= 16 else _ceil(channels, 16)
+    segments = _ceil(inner, length)
+    blocks = _ceil(outer, runs) * segments
+    piece = 1 if not stages & SUM else sizes.piece if channels >= 64 * tile else min(sizes.piece, _ceil(blocks, 16))
+    numbers = 0, tile, blocks, piece, runs, segments, length, flags
+    return Plan(_ceil(channels, tile), _ceil(blocks, piece), numbers, work)
+
+
+def _by_columns(
+    shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], items: tuple[int, ...], flags: int,
+    period: int, sizes: Sizes, special: int, work: int,
+) -> Plan:  # fmt: skip
+    outer, channels, inner = shape
+    rows = outer if period > 1 else outer * inner
+    fold, width = 1, channels * period
+    folded = sizes.columns // max(1, len(strides) - 1)  # coefficients of a gradient are twice as large
+    across = [s[0] if period > 1 or inner == 1 else s[2] for s in strides]
+    gapless = all(s == width * n for s, n in zip(across, items, strict=True)) and not special
+    level = period > 1 or inner == 1 or outer == 1 or all(s[0] == inner * s[2] for s in strides)
+    if gapless and level and 2 * width <= folded:
+        fold = max(1, min(folded // width, rows // 16))
+    # Not fewer to keep a tile in L2: rows of 256 bytes took 2 to 5 times as long, as loads wait for stores of other
+    # rows to the same place in a page.
+    tile = channels if fold > 1 else min(max(1, sizes.columns // period), channels)
+    if fold == 1 and tile < channels:  # alike: 1040 channels as 1024 and 16 took twice as long as 1024
+        tile = min(tile, _ceil(_ceil(channels, _ceil(channels, tile)), LANES) * LANES)
+    blocks = _ceil(_ceil(rows, fold), sizes.height)
+    piece = max(min(8, _ceil(blocks, 16)), _ceil(blocks, max(1, min(64, 32768 // channels))))
+    numbers = 1, tile, blocks, piece, sizes.height, period, fold, flags
+    return Plan(_ceil(channels, tile), _ceil(blocks, piece), numbers, work)

@@ -1,0 +1,192 @@
+"""Second order and forward mode: the kernel of `jvp` and of `backward_backward`, on the views of `fastbn.kernels`.
+
+Both are one map from (u, g, x) to (r, z), whose coefficients by channel come from five sums. With d = x - mean,
+s = invstd, a = gamma s, weights w with sum W (1 and n where there are none), backward's results are
+
+``dx = a (g - w G / W - w d s^2 D / W)``, ``dgamma = s D``, ``dbeta = G``, with G = sum g and D = sum g d.
+
+For cotangents u, p, q of these, the loss L = sum u dx + p dgamma + q dbeta has, with M = sum w u / W, E = sum w u d
+and A = sum g (u - M),
+
+``dL/dg = a (u - M - d s^2 E / W) + p s d + q``, which is r, and also y's tangent for those u, p, q of x, gamma, beta;
+``dL/dgamma = s (A - s^2 D E / W)``;
+``dL/dx = e g + w (f u - s^3 / W (dL/ds) d - (e G + f W M) / W)``, which is z, with
+e = p s - a s^2 E / W, f = -a s^2 D / W and dL/ds = gamma A - 3 a s D E / W + p D.
+
+(dL/dx: L depends on x by d and by s, where ds/dx = -s^3 w d / W, and d by x itself and by the mean, dmean/dx = w / W.)
+Frozen statistics are constants: r = a u + p s d + q, z = p s g, dL/dgamma = s sum g u.
+
+All is computed in float64 lanes, whatever the elements. For the sums u and g are taken relative to pivots, means of
+some first values, so that products stay small at any offset; x relative to its known mean. So they are in the map of
+float64 data; in that of the others pivots go to the constants, where float64 has eight digits to spare (11 coefficients
+by column took 1.2 times as long as 7).
+
+A unit of work is a piece of a tile of channels of a group, or a tile with all its pieces, which is mapped while it is
+in cache. Borders depend on the shape alone, and partial sums merge in order.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+
+from .. import threads
+from ..lanes import LANES
+from .columns import ROWS
+from .kernel import COEFFICIENTS, FINISH, MAP, SUM, second_item, second_kernel
+from .runs import FROZEN, GATHER, KEEP, NO_R, NO_Z, PAST, PIVOTED, SKIP
+
+DEPTH = 9  # of partial sums
+HEIGHT = 64  # folded rows of a block
+
+
+class Sizes(NamedTuple):
+    """What a plan cuts a shape by; tests make them tiny."""
+
+    block: int = 4096  # elements of a run at most, and of what is gathered
+    slab: int = 600_000  # bytes of three arrays' tile of rows
+    line: int = 2048  # bytes of a tile of rows that follow each other in memory, at least
+    columns: int = 256  # columns of a tile: their sums and coefficients stay in L1
+    few: int = 512  # values of a channel that make a pivot
+    serial: int = 65536  # elements below which all runs on one thread
+    past: int = 30_000_000  # bytes of all arrays above which stores go past the caches
+
+
+SIZES = Sizes()
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], itemsize: int, largest: int, flags: int,
+    orderly: bool, weighted: bool, sizes: Sizes,
+) -> tuple[int, ...]:  # fmt: skip
+    """`largest`: outer indices of the largest group; `orderly`: those of a group follow each other."""
+    outer, channels, inner = shape
+    if itemsize == 8:
+        flags |= PIVOTED
+    if outer * channels * inner * itemsize * len(strides) > sizes.past:
+        flags |= PAST
+    across = channels > 1 and all(s[1] == itemsize and (inner == 1 or s[2] != itemsize) for s in strides)
+    short = 1 < inner < LANES and all(s[2] == itemsize and s[1] == inner * itemsize for s in strides) and not weighted
+    few_channels = weighted and channels < LANES  # whose rows can't be folded: each has its weight
+    if (across and not few_channels) or short:
+        period = inner if short else 1
+        rows, width = largest if short else largest * inner, channels * period
+        gapless = all((s[0] if short or inner == 1 else s[2]) == width * itemsize for s in strides)
+        level = short or inner == 1 or outer == 1 or all(s[0] == inner * s[2] for s in strides)
+        fold = 1
+        if gapless and level and orderly and not weighted and 2 * width <= sizes.columns:
+            fold = max(1, min(sizes.columns // width, rows // ROWS))
+        tile = channels if fold > 1 else max(1, min(channels, sizes.columns // period))
+        blocks = _ceil(_ceil(rows, fold), HEIGHT)
+        few = _ceil(sizes.few, fold * period)
+        pieces = max(1, min(64, blocks // 4, 8192 // channels))
+        return 1, tile, pieces, blocks, HEIGHT, 1, 1, period, fold, flags, few, inner
+    gather = (inner > 1 and any(s[2] != itemsize for s in strides)) or inner < min(LANES, sizes.block)
+    if gather:
+        flags |= GATHER
+    segments = _ceil(inner, sizes.block)
+    length = inner if segments == 1 else min(sizes.block, _ceil(_ceil(inner, segments), 2 * LANES) * 2 * LANES)
+    segments = _ceil(inner, length)
+    runs = max(1, min(largest, sizes.block // length))
+    tile = max(sizes.slab // (3 * largest * inner * itemsize), sizes.line // (inner * itemsize), 1)
+    if gather:
+        tile = max(tile, 16)  # whose elements share lines
+    tile = min(tile, _ceil(channels, 16))
+    blocks = _ceil(largest, runs) * segments
+    pieces = max(1, min(64, blocks // 4, 8192 // channels))
+    return 0, tile, pieces, blocks, runs, segments, length, 1, 1, flags, sizes.few, inner
+
+
+def second(
+    u: np.ndarray | None,
+    g: np.ndarray | None,
+    x: np.ndarray | None,
+    r: np.ndarray | None,
+    z: np.ndarray | None,
+    table: np.ndarray,
+    tangents: np.ndarray,
+    frozen: bool,
+    need_gamma: bool,
+    more: Any = None,
+) -> np.ndarray | None:
+    """r and z written, those that are not None; returns dL/dgamma (Q, C) by set, if it is needed.
+
+    u, g, x, r, z (O, C, I): None for u, g or x stands for 0. table (6, Q C); tangents (2, C): p and q; `more`: weights,
+    masked, mass, order and starts as in `fastbn.kernels`. r and z may be u, g or x, and not each other.
+    """
+    arrays = [a for a in (u, g, x, r, z) if a is not None]
+    like = arrays[0]
+    shape, channels = like.shape, like.shape[1]
+    absent = np.empty((0, *shape[1:]), like.dtype)
+    weights = order = None
+    starts, skip = np.array([0, shape[0]]), "normalize"
+    if more is not None:
+        order, skip = more.order, more.masked
+        starts = starts if more.starts is None else more.starts
+        weights = more.weights
+    sets = len(starts) - 1
+    flags = (FROZEN if frozen else 0) | (NO_R if r is None else 0) | (NO_Z if z is None else 0)
+    flags |= {"normalize": 0, "zero": SKIP, "keep": SKIP | KEEP}[skip]
+    sizes = np.empty((2, sets))
+    sizes[:] = np.diff(starts) * shape[2]
+    if weights is not None:
+        sizes[1] = more.mass
+        if skip != "normalize":
+            counts = np.count_nonzero(weights if order is None else weights[order], axis=(1, 2))
+            sizes[0] = np.diff(np.concatenate([[0], np.cumsum(counts)])[starts])
+    largest = max(1, int(np.diff(starts).max()))
+    plan = _plan(
+        shape, tuple([a.strides for a in arrays]), like.itemsize, largest, flags, order is None, weights is not None,
+        SIZES,
+    )  # fmt: skip
+    tiles, pieces = sets * _ceil(channels, plan[1]), plan[2]
+    stages = FINISH | (0 if frozen and not need_gamma else SUM) | (0 if r is z is None else MAP)
+    part = (np.empty if stages & SUM else np.zeros)((sets * pieces, DEPTH, channels))
+    co, ggamma = np.empty((sets, COEFFICIENTS, channels)), np.empty((sets, channels))
+    places = np.empty(0, np.int64) if order is None else order
+    given = [absent if a is None else a for a in (u, g, x, r, z)]
+    numbers = np.ascontiguousarray(table.reshape(6, sets, channels).swapaxes(0, 1))
+    twins = _twins(like.dtype, None if weights is None else weights.dtype)
+    count = 1 if like.size < SIZES.serial else threads.threads()
+
+    def run(items: int, some: int) -> None:
+        args = (*given, weights, places, starts, numbers, tangents, sizes, part, co, ggamma, np.zeros(1, np.int64))
+        threads.run(twins, items, *args, plan, some, parallel=items > 1)
+
+    if count == 1:
+        run(1, stages)
+    elif tiles >= 4 * count or (tiles >= count and tiles % count == 0) or pieces == 1:
+        run(min(count, tiles), stages)
+    else:
+        if stages & SUM:
+            run(min(count, tiles * pieces), SUM)
+        run(1, FINISH)
+        if stages & MAP:
+            run(min(count, tiles * pieces), MAP)
+    return ggamma if need_gamma else None
+
+
+@functools.cache
+def _twins(dtype: np.dtype[Any], weights: np.dtype[Any] | None) -> Any:
+    from .. import _Twins  # which imports nothing of this module
+
+    integer, real = numba.types.int64, numba.types.float64
+    given, written = (numba.types.Array(numba.from_dtype(dtype), 3, "A", readonly=b) for b in (True, False))
+    kind = numba.types.none if weights is None else numba.types.Array(numba.from_dtype(weights), 3, "C", readonly=True)
+    list_, numbers, three = (numba.types.Array(t, n, "C") for t, n in ((integer, 1), (real, 2), (real, 3)))
+    return _Twins(
+        second_item,
+        second_kernel,
+        (
+            given, given, given, written, written, kind, list_, list_, three, numbers, numbers, three, three, numbers,
+            list_, numba.types.UniTuple(integer, 12), integer,
+        ),
+    )  # fmt: skip

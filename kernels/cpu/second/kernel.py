@@ -1,0 +1,210 @@
+"""The kernel of second order: sums of a tile, coefficients of its channels, the map."""
+
+from typing import Any
+
+import numpy as np
+from numba import prange, types
+from numba.extending import intrinsic
+
+from ..compile import Kernel, compiled
+from ..lanes import borrowed, call, claim, fence, hold, keep_whole
+from ..parts import part
+from .columns import ROWS, SUMS, columns_map, columns_sums, group_rows, tile_width, to_channels, to_columns
+from .runs import FROZEN, GATHER, PIVOTED, rows_borders, rows_map, rows_sums
+
+SUM, FINISH, MAP = 1, 2, 4
+COEFFICIENTS = 11
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def weight_of(_typing: Any, w: Any) -> Any:
+    """0 in the type of the weights, float64 where there are none."""
+    kind = types.float64 if w == types.none else w.dtype
+    return kind(w), lambda context, _builder, _signature, _args: context.get_constant(kind, 0)
+
+
+@part(inline="always")
+def _block(arrays, w, order, starts, q, k, c0, near, memory, plan, few):  # type: ignore[no-untyped-def]
+    u, g, x, r, z = arrays
+    sums, columns, scratch, weights, places = memory[1], memory[2], memory[3], memory[4], memory[5]
+    if plan[0]:
+        columns_sums(
+            u, g, x, w, r, z, order, starts, q, k, c0, near.shape[1], columns, sums, plan, scratch, weights, places, few
+        )
+    else:
+        rows_sums(u, g, x, w, order, starts, q, k, c0, near, sums, plan, scratch, weights, few)
+
+
+@part()
+def _pivots(arrays, w, order, starts, q, c0, table, near, totals, memory, plan):  # type: ignore[no-untyped-def]
+    """near (3, G) <- means of the first values of u and g, and hi; the same whichever piece asks."""
+    near[:] = 0.0
+    if plan[0]:
+        memory[2][:3] = 0.0
+    if not plan[9] & FROZEN:
+        _block(arrays, w, order, starts, q, np.int64(0), c0, near, memory, plan, plan[10])
+        to_channels(memory[1], totals, plan)
+        if plan[0]:
+            count = min(min(plan[10], plan[4]) * plan[8], group_rows(q, starts, plan)) * plan[7]
+        else:
+            o0, o1, _, n = rows_borders(0, q, starts, plan)
+            count = min(o1 - o0, (plan[10] + n - 1) // n) * n
+        for c in range(near.shape[1]):
+            near[0, c], near[1, c] = totals[0 if w is None else 5, c] / max(1, count), totals[1, c] / max(1, count)
+    for c in range(near.shape[1]):
+        near[2, c] = table[q, 0, c0 + c]
+    if plan[0]:
+        to_columns(near, memory[2], plan)
+
+
+@part()
+def _sums(arrays, w, order, starts, q, p, c0, near, totals, memory, plan, part):  # type: ignore[no-untyped-def]
+    """part (9, C) of piece p: the sums and the pivots."""
+    for k in range(p * plan[3] // plan[2], (p + 1) * plan[3] // plan[2]):
+        _block(arrays, w, order, starts, q, np.int64(k), c0, near, memory, plan, np.int64(1 << 62))
+    to_channels(memory[1], totals, plan)
+    row = q * plan[2] + p
+    for c in range(near.shape[1]):
+        for m in range(SUMS):
+            part[row, m, c0 + c] = totals[m, c]
+        part[row, 7, c0 + c], part[row, 8, c0 + c] = near[0, c], near[1, c]
+
+
+@part()
+def _coefficients(q, c, table, tangents, sizes, part, co, ggamma, weighted, plan):  # type: ignore[no-untyped-def]
+    """Of a channel of a set. Pivots go to the constants, but for float64 data, which has no digits to spare."""
+    _finish(q, c, table, tangents, sizes, part, co, ggamma, weighted, plan)
+    if plan[9] & PIVOTED == 0:
+        pu, pg, hi = co[q, 0, c], co[q, 1, c], co[q, 2, c]
+        co[q, 5, c] -= co[q, 3, c] * pu + co[q, 4, c] * hi
+        co[q, 9, c] -= co[q, 7, c] * pu + co[q, 8, c] * hi
+        co[q, 10 if weighted else 9, c] -= co[q, 6, c] * pg
+
+
+@part()
+def _finish(q, c, table, tangents, sizes, part, co, ggamma, weighted, plan):  # type: ignore[no-untyped-def]
+    """Coefficients (11, C) of a channel of a group, and dL/dgamma. The letters are those of this module's docstring."""
+    v = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    for row in range(q * plan[2], (q + 1) * plan[2]):
+        v = (
+            v[0] + part[row, 0, c], v[1] + part[row, 1, c], v[2] + part[row, 2, c], v[3] + part[row, 3, c],
+            v[4] + part[row, 4, c], v[5] + part[row, 5, c], v[6] + part[row, 6, c],
+        )  # fmt: skip
+    wu, g, wud, gd, gu, u, d = v
+    pu, pg = part[q * plan[2], 7, c], part[q * plan[2], 8, c]
+    hi, lo, s, gamma = table[q, 0, c], table[q, 1, c], table[q, 3, c], table[q, 4, c]
+    a, p = gamma * s, tangents[0, c]
+    co[q, 0, c], co[q, 1, c], co[q, 2, c], co[q, 3, c] = pu, pg, hi, a
+    co[q, 10, c] = 0.0
+    if plan[9] & FROZEN:  # pivots are 0
+        co[q, 4, c], co[q, 5, c], co[q, 6, c] = p * s, tangents[1, c] - p * s * lo, p * s
+        co[q, 7, c] = co[q, 8, c] = co[q, 9, c] = 0.0
+        ggamma[q, c] = s * gu
+        return
+    n, W = sizes[0, q], sizes[1, q]
+    if W == 0.0:  # y is beta
+        co[q, 4, c] = co[q, 6, c] = co[q, 7, c] = co[q, 8, c] = co[q, 9, c] = ggamma[q, c] = 0.0
+        co[q, 5, c] = tangents[1, c]
+        return
+    mean = wu / W  # of u, less its pivot; deviations of x add up to 0
+    E, D, A = (wud - lo * wu) / W, gd - lo * g, gu - mean * g
+    if weighted:
+        D += pg * (d - n * lo)
+        A += pg * (u - n * mean)
+    K = s * s * E
+    f = -a * s * s * D / W
+    e = p * s - a * K
+    ggamma[q, c] = s * (A - D * K)
+    h = -(s * s * s) * (gamma * A - 3.0 * gamma * D * K + p * D) / W
+    b = p * s - a * K
+    co[q, 4, c], co[q, 5, c] = b, tangents[1, c] - a * mean - b * lo
+    co[q, 6, c], co[q, 7, c], co[q, 8, c] = e, f, h
+    if weighted:
+        co[q, 9, c], co[q, 10, c] = -(e * (g + n * pg) + f * wu) / W - h * lo, e * pg
+    else:
+        co[q, 9, c] = -(e * g + f * wu) / W - h * lo
+
+
+@part()
+def _map(arrays, w, order, starts, q, p, c0, g, co, memory, plan):  # type: ignore[no-untyped-def]
+    """Piece p of a tile, backwards."""
+    u, g_, x, r, z = arrays
+    columns, scratch, weights, places = memory[2], memory[3], memory[4], memory[5]
+    for k in range((p + 1) * plan[3] // plan[2] - 1, p * plan[3] // plan[2] - 1, -1):
+        if plan[0]:
+            columns_map(
+                u, g_, x, w, r, z, order, starts, q, k, c0, g, columns, plan, scratch, weights, places
+            )  # fmt: skip
+        else:
+            rows_map(u, g_, x, w, r, z, order, starts, q, k, c0, g, co[q], plan, scratch, weights)
+
+
+@part(_nrt=True)
+def _memory(x, like, some, plan):  # type: ignore[no-untyped-def]
+    """Of a work item: `borrowed` says why nothing below it may own an array."""
+    tile = plan[1]
+    width = tile_width(tile, plan)
+    run = max(plan[6], width) if plan[0] else plan[4] * plan[6] if plan[9] & GATHER else plan[6]
+    scratch = np.zeros((5, run if plan[9] & GATHER or some else 0), x.dtype)
+    weights = np.full(run if plan[9] & GATHER else ROWS, like)
+    columns = np.zeros((COEFFICIENTS, width if plan[0] else 0))
+    return np.zeros((10, tile)), np.zeros((SUMS, width)), columns, scratch, weights, np.zeros((5, ROWS), np.int64)
+
+
+@part(inline="always")
+def _lent(m):  # type: ignore[no-untyped-def]
+    return borrowed(m[0]), borrowed(m[1]), borrowed(m[2]), borrowed(m[3]), borrowed(m[4]), borrowed(m[5])
+
+
+@compiled
+def second_item(
+    _k, _items, u, g, x, r, z, w, order, starts, table, tangents, sizes, part, co, ggamma, claims, plan, stage
+):  # type: ignore[no-untyped-def]
+    """u, g, x, r, z (O, C, I), u, g, r, z or none of it; w (O, 1, I) or None; order (O,) or (0,), starts (Q + 1,),
+    table (Q, 6, C), tangents (2, C), sizes (2, Q): count and sum of weights; part (Q P, 9, C), co (Q, 11, C),
+    ggamma (Q, C)."""
+    keep_whole()
+    arrays = (borrowed(u), borrowed(g), borrowed(x), borrowed(r), borrowed(z))
+    w, order, starts, claims = borrowed(w), borrowed(order), borrowed(starts), borrowed(claims)
+    table, tangents, sizes, part = borrowed(table), borrowed(tangents), borrowed(sizes), borrowed(part)
+    co, ggamma = borrowed(co), borrowed(ggamma)
+    some = u.shape[0] == 0 or g.shape[0] == 0 or r.shape[0] == 0 or z.shape[0] == 0 or x.shape[0] == 0
+    owned = _memory(x, weight_of(w), some, plan)
+    memory = _lent(owned)
+    channels = table.shape[2]
+    tiles, split = (channels + plan[1] - 1) // plan[1], 1 if stage & FINISH else plan[2]
+    work = sizes.shape[1] * tiles * split
+    unit = claim(claims, 0)
+    while unit < work:
+        q, rest = unit // (tiles * split), unit % (tiles * split)
+        c0, p = rest // split * plan[1], rest % split
+        p0, p1 = (0, plan[2]) if stage & FINISH else (p, p + 1)
+        c1 = min(c0 + plan[1], channels)
+        near, totals = memory[0][:3, : c1 - c0], memory[0][3:, : c1 - c0]
+        if stage & SUM:
+            _pivots(arrays, w, order, starts, q, c0, table, near, totals, memory, plan)
+            for p in range(p0, p1):
+                _sums(arrays, w, order, starts, q, p, c0, near, totals, memory, plan, part)
+        if stage & FINISH:
+            for c in range(c0, c1):
+                _coefficients(q, c, table, tangents, sizes, part, co, ggamma, w is not None, plan)
+        if stage & MAP:
+            if plan[0]:
+                to_columns(co[q, :, c0:c1], memory[2], plan)
+            for p in range(p1 - 1, p0 - 1, -1):
+                _map(arrays, w, order, starts, q, p, c0, c1 - c0, co, memory, plan)
+        unit = claim(claims, 0)
+    fence()
+    hold(owned)
+
+
+@Kernel
+def second_kernel(
+    items, item, u, g, x, r, z, w, order, starts, table, tangents, sizes, part, co, ggamma, claims, plan, stage
+):  # type: ignore[no-untyped-def]
+    """`second_item`, whose address is `item`, for all items."""
+    for k in prange(items):
+        call(item, (
+            np.int64(k), items, u, g, x, r, z, w, order, starts, table, tangents, sizes, part, co, ggamma, claims, plan,
+            stage,
+        ))  # fmt: skip
