@@ -16,6 +16,7 @@ from .arrays import FLOAT32, FLOAT64, Span, dense_strides, on_device
 from .dispatch import Kernels, kernels
 from .extras import Extras
 from .layout import Channels, Collapse, channels_of, collapse, is_aligned
+from .moments import Moments
 from .runs import elements
 from .saved import number_type
 
@@ -67,7 +68,15 @@ class Way(NamedTuple):
 
 def _apart(out: np.ndarray, *others: np.ndarray) -> bool:
     flags = out.flags
-    return flags.writeable and flags.aligned and not any(np.may_share_memory(out, other) for other in others)
+    if not (flags.writeable and flags.aligned):
+        return False
+    own = flags.owndata
+    for other in others:
+        if own and other is not out and other.flags.owndata:  # each has memory of its own: nine times 0.3 us saved
+            continue
+        if np.may_share_memory(out, other):
+            return False
+    return True
 
 
 @functools.lru_cache(maxsize=4096)
@@ -99,6 +108,14 @@ def forward_plainly(
     read, written = way.views(backend, x, y)
     backend.forward(read, written, table, (gamma, beta, mean, var), eps, more)
     return table
+
+
+def moments_plainly(where: str, way: Way, x: np.ndarray) -> Moments:
+    """What `fastbn.moments` gives."""
+    backend, table, count = kernels(where, x), np.empty((6, way.channels.number)), way.channels.values
+    backend.forward(*way.views(backend, x), None, table, (None, None, None, None), 1.0)
+    with np.errstate(all="ignore"):
+        return Moments.found(count, table[0], count * table[2], way.sums, table[1])
 
 
 def backward_plainly(

@@ -132,6 +132,8 @@ def run_products(dy, x, n, pivot, hi, sums, line, how, r, w, lens, runs, steps):
         while i < n:
             stop = min(n, i + CHAIN)
             while i + LANES <= stop:
+                fetch(dy, i + AHEAD)
+                fetch(x, i + AHEAD)
                 m = loaded(w, i, near_x)
                 g, d = load(dy, i, near_dy), load(x, i, near_x)
                 g, d = bent(how, g, d, lens[0], lens[1], lens[2], loaded(r, i, near_x))

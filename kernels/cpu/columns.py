@@ -48,6 +48,7 @@ from .lanes import (
 from .parts import by_type, part, unless_none
 from .rows import EXACT, PAST, index
 
+FULL = 1024  # columns of a row from which it is stored past the caches alone: its ends are parts of lines
 ROWS = 16  # whose sums stay in registers; no more are added in float32 (see `blocks.CHAIN`)
 
 
@@ -370,15 +371,24 @@ def _weights_from(w, step, row, last, left, like):  # type: ignore[no-untyped-de
 
 
 @part()
-def _normalize_run(x, y, n, width, like, doubles, fast, mode, past, ahead, how, r, w, step_w):  # type: ignore[no-untyped-def]
-    """n elements from column 0 on, of rows of `width` columns without a gap; with weights, of a vector at least."""
-    i, row, last = 0, 0, (n - 1) // width
+def _within(j, width):  # type: ignore[no-untyped-def]
+    """j % width, where it is a few rows at most: divisions took a third of the time of rows of 64."""
+    while j >= width:
+        j -= width
+    return j
+
+
+@part()
+def _normalize_run(x, y, n, width, last, like, doubles, fast, mode, past, ahead, how, r, w, step_w):  # type: ignore[no-untyped-def]
+    """n elements from column 0 on, of rows 0 to `last` of `width` columns without a gap; with weights, of a vector at
+    least."""
+    i, row = 0, 0
     if past:
         i = min(n, before_line(y))
     if i > 0:
         v, f = load_part(x, 0, i, like), _weight_at(w, step_w, 0, like)
         save_part(y, 0, i, _normalized(how, v, 0, doubles, fast, mode, loaded_part(r, 0, i, like), f))
-    j = i % width
+    j = _within(i, width)
     while i + LANES <= n:
         for _ in range(min((width - j + LANES - 1) // LANES, (n - i) // LANES)):
             fetch(ahead, i)
@@ -387,7 +397,7 @@ def _normalize_run(x, y, n, width, like, doubles, fast, mode, past, ahead, how, 
             write(y, i, v, past)
             i, j = i + LANES, j + LANES
         if j >= width:
-            j, row = j % width, row + 1
+            j, row = _within(j, width), row + 1
     if i < n:
         v, k, f = load_part(x, i, n - i, like), n - i, _weights_from(w, step_w, row, last, width - j, like)
         save_part(y, i, k, _normalized(how, v, j, doubles, fast, mode, loaded_part(r, i, k, like), f))
@@ -412,9 +422,15 @@ def columns_normalize(x, y, k, c0, channels, doubles, singles, rare, plan, how, 
         run_r, sr, _ = _part_of(res, r0, c0, plan, order)
         weight, sw = _weight(w, r0, plan, order)
         gapless = sx == width * x.itemsize and sy == width * y.itemsize and (sr == sy or sr == 0)
-        rows = min(left, r1 - r0) if gapless and (absent(w) or width >= LANES) else 1
-        n = (rows - 1) * width + _width(r0 + rows - 1, x.shape, channels, plan)
-        _normalize_run(run, target, n, width, like, d, f, mode, past, shifted(run, reach * sx), how, run_r, weight, sw)
+        rows = min(left, r1 - r0)
+        at_once = rows if gapless and (absent(w) or width >= LANES) else 1
+        for i in range(0, rows, at_once):
+            n = (at_once - 1) * width + _width(r0 + i + at_once - 1, x.shape, channels, plan)
+            _normalize_run(
+                shifted(run, i * sx), shifted(target, i * sy), n, width, at_once - 1, like, d, f, mode,
+                past and (at_once > 1 or width >= FULL), shifted(run, (i + reach) * sx), how, later(run_r, i * sr),
+                later(weight, i * sw), sw,
+            )  # fmt: skip
         r0 += rows
 
 
@@ -467,10 +483,11 @@ def _seven(how, r, w, numbers, j):  # type: ignore[no-untyped-def]
 
 @part()
 def _gradient_run(
-    dy, x, dx, n, width, like, doubles, used, mode, past, ahead_dy, ahead_x, how, r, w, step_w, dr, lenses
+    dy, x, dx, n, width, last, like, doubles, used, mode, past, ahead_dy, ahead_x, how, r, w, step_w, dr, lenses
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    """n elements from column 0 on, of rows of `width` columns without a gap; with weights, of a vector at least."""
-    i, row, last = 0, 0, (n - 1) // width
+    """n elements from column 0 on, of rows 0 to `last` of `width` columns without a gap; with weights, of a vector at
+    least."""
+    i, row = 0, 0
     if past:
         i = min(n, before_line(dx))
     if i > 0:
@@ -478,7 +495,7 @@ def _gradient_run(
         s, b = _slope(how, g, v, 0, doubles, used, mode, lenses, loaded_part(r, 0, i, like), f)
         save_part(dx, 0, i, s)
         put_part(dr, 0, i, b)
-    j = i % width
+    j = _within(i, width)
     while i + LANES <= n:
         for _ in range(min((width - j + LANES - 1) // LANES, (n - i) // LANES)):
             fetch(ahead_dy, i)
@@ -489,7 +506,7 @@ def _gradient_run(
             put(dr, i, b)
             i, j = i + LANES, j + LANES
         if j >= width:
-            j, row = j % width, row + 1
+            j, row = _within(j, width), row + 1
     if i < n:
         k, f = n - i, _weights_from(w, step_w, row, last, width - j, like)
         g, v = load_part(dy, i, k, like), load_part(x, i, k, like)
@@ -520,11 +537,14 @@ def columns_gradient(
         weight, step_w = _weight(w, r0, plan, order)
         step = width * x.itemsize
         gapless = step_dy == step_x == step_dx == step and step_r in (0, step) and step_dr in (0, step)
-        rows = min(left, r1 - r0) if gapless and together else 1
-        n = (rows - 1) * width + _width(r0 + rows - 1, x.shape, channels, plan)
-        ahead_dy, ahead_x = shifted(run_dy, reach * step_dy), shifted(run_x, reach * step_x)
-        _gradient_run(
-            run_dy, run_x, target, n, width, like, d, f, mode, past and (absent(w) or rows > 1), ahead_dy, ahead_x, how,
-            run_r, weight, step_w, run_dr, z,
-        )  # fmt: skip
+        rows = min(left, r1 - r0)
+        at_once = rows if gapless and together else 1
+        for i in range(0, rows, at_once):
+            n = (at_once - 1) * width + _width(r0 + i + at_once - 1, x.shape, channels, plan)
+            _gradient_run(
+                shifted(run_dy, i * step_dy), shifted(run_x, i * step_x), shifted(target, i * step_dx), n, width,
+                at_once - 1, like, d, f, mode, past and (at_once > 1 or width >= FULL),
+                shifted(run_dy, (i + reach) * step_dy), shifted(run_x, (i + reach) * step_x), how,
+                later(run_r, i * step_r), later(weight, i * step_w), step_w, later(run_dr, i * step_dr), z,
+            )  # fmt: skip
         r0 += rows

@@ -10,7 +10,7 @@ from .columns import columns_gradient, spread_column, spread_columns
 from .compile import Kernel, compiled
 from .lanes import borrowed, call, fence, hold, keep_whole, narrowest, outer, place
 from .parts import by_type, part, unless_none
-from .rows import EXACT, NEXT, rows_gradient
+from .rows import EXACT, NEXT, NOTHING, rows_gradient
 from .schedule import (
     ALL,
     DOUBLE,
@@ -252,7 +252,7 @@ def backward_item(
                 for c in range(channels):
                     _backward_finish(c, s0 + c, stats, grads, sums)
             if stage & MAP:
-                ahead = c0 + plan[1] if (cell + 1) * pieces < stop and t + 1 < tiles and plan[7] & NEXT else -1
+                ahead = c0 + plan[1] if (cell + 1) * pieces < stop and t + 1 < tiles and plan[7] & NEXT else NOTHING
                 _backward_map(
                     p0, p1, s0, c0, ahead, dys, xs, dxs, stats, affine, grads, own, memory, how, rs, ws, drs, order_of,
                     _mass_of(mass, g),

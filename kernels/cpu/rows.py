@@ -26,7 +26,7 @@ from .activations import (
     put_part,
     read_as,
 )
-from .blocks import paired, run_deviations, run_normalize, run_products, run_weighted, together, write
+from .blocks import AHEAD, paired, run_deviations, run_normalize, run_products, run_weighted, together, write
 from .lanes import (
     LANES,
     before_line,
@@ -41,6 +41,7 @@ from .lanes import (
     pointer,
     save,
     save_part,
+    shifted,
     spread,
     total,
     wide,
@@ -51,6 +52,7 @@ from .parts import by_type, part, unless_none
 
 # Flags of a plan: store past the caches; gather; all in float64; fetch the next tile while one is mapped.
 PAST, GATHER, EXACT, NEXT = 1, 2, 4, 8
+NOTHING, UNREAD = -1, -2  # in place of the channels to be fetched: none; these themselves, which nobody has read yet
 
 
 @part()
@@ -302,7 +304,7 @@ def _adjacent(a, n):  # type: ignore[no-untyped-def]
 
 @part()
 def rows_normalize(x, y, k, c0, ca, doubles, singles, rare, plan, scratch, how, r, w, order):  # type: ignore[no-untyped-def]
-    """y of block k of the channels from c0 on, backwards; those from ca on are fetched, forwards, if >= 0."""
+    """y of block k of the channels from c0 on, backwards; those from ca on are fetched, if >= 0 (see UNREAD)."""
     keep_whole()
     o0, o1, i0, n = _borders(k, x.shape, plan)
     oa, _, ia, _ = _borders(plan[2] - 1 - k, x.shape, plan)
@@ -324,6 +326,8 @@ def rows_normalize(x, y, k, c0, ca, doubles, singles, rare, plan, scratch, how, 
         run_w = _repeated(w, p, i0, n, scratch[2][0]) if whole else _at(w, p, 0, i0)
         for c in range(0, g, g if whole else 1):
             ahead = run = _at(x, p, c0 + c, i0)
+            if ca == UNREAD:
+                ahead = shifted(run, AHEAD * x.itemsize)
             if ca >= 0:
                 there = index(order, min(oa + o1 - 1 - o, x.shape[0] - 1))
                 ahead = _at(x, there, min(ca + c, x.shape[1] - 1), ia)
