@@ -113,7 +113,8 @@ def forward_plainly(
 def moments_plainly(where: str, way: Way, x: np.ndarray) -> Moments:
     """What `fastbn.moments` gives."""
     backend, table, count = kernels(where, x), np.empty((6, way.channels.number)), way.channels.values
-    backend.forward(*way.views(backend, x), None, table, (None, None, None, None), 1.0)
+    (read,) = way.views(backend, x)
+    backend.forward(read, None, table, (None, None, None, None), 1.0)
     with np.errstate(all="ignore"):
         return Moments.found(count, table[0], count * table[2], way.sums, table[1])
 
