@@ -228,21 +228,20 @@ def _carry_out(
         job = _job(kernel, arrays, [*walked, *(a for a in (extras[2], more.dresidual) if a is not None)], stages, how,
                    more, extras)  # fmt: skip
     twins, plan, cells, starts = job
-    numbers_of_plan, pieces = plan.numbers, plan.pieces
     sums = 1 if stages & SUM else 0
     least = SIZES.asleep if threads.SLEEPY else SIZES.serial
     count = threads.threads() if plan.work >= least else 1
     # Cell by cell, all stages of each; where cells are too few for the threads, stage by stage, piece by piece.
-    whole = count == 1 or cells >= 4 * count or (cells >= count and cells % count == 0) or pieces == 1
+    whole = cells >= 4 * count or (cells >= count and cells % count == 0) or plan.pieces == 1
     if count == 1 or (not whole and plan.work < 2 * least):  # as threads are woken for sums and for the map
-        part = np.empty((sums, pieces, depth, numbers_of_plan[1]))
-        twins.serial(1, *arrays, *numbers, part, np.zeros(1, np.int64), numbers_of_plan, stages, starts, *extras)
+        part = np.empty((sums, plan.pieces, depth, plan.numbers[1]))
+        twins.serial(1, *arrays, *numbers, part, np.zeros(1, np.int64), plan.numbers, stages, starts, *extras)
         return
-    items = min(count, cells if whole else cells * pieces)
-    part = np.empty((sums * (items if whole else cells), pieces, depth, numbers_of_plan[1]))
+    items = min(count, cells if whole else cells * plan.pieces)
+    part = np.empty((sums * (items if whole else cells), plan.pieces, depth, plan.numbers[1]))
 
     def run(items: int, some: int) -> None:
-        args = (*arrays, *numbers, part, np.zeros(items, np.int64), numbers_of_plan, some, starts, *extras)
+        args = (*arrays, *numbers, part, np.zeros(items, np.int64), plan.numbers, some, starts, *extras)
         threads.run(twins, items, *args, parallel=items > 1)
 
     if whole:

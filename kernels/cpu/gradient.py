@@ -134,7 +134,7 @@ def _merge(c, pivot, totals, merged, n, m):  # type: ignore[no-untyped-def]
 
 @by_type
 def _mean_of_dy(*args):  # type: ignore[no-untyped-def]
-    """As `_mean`, of dy f'(z) where there is an activation."""
+    """As `mean_of`, of dy f'(z) where there is an activation."""
     return _mean_of_dy_itself if args[12].simple else _mean_of_dy_bent
 
 

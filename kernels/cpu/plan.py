@@ -55,7 +55,7 @@ class Plan(NamedTuple):
     work: int  # bytes that all passes go through, half types' as float32: what they take is alike
 
 
-def _ceil(a: int, b: int) -> int:
+def ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
@@ -64,7 +64,7 @@ def plan_of(
     shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], sized: tuple[int, int, int], stages: int,
     sizes: Sizes, least: int, most: int, special: int,
 ) -> Plan:  # fmt: skip
-    """Of the largest set; the smallest has `least` outer indices, all have `most`; `special` has the flags below.
+    """Of the largest set; the smallest has `least` outer indices, all have `most`; `special` has the flags above.
 
     `sized`: bytes of an element of x and of the other arrays, and which of the strides are x's.
     """
@@ -81,14 +81,16 @@ def plan_of(
     passes = ((stages & SUM != 0) + (stages & MAP != 0)) * (3 if at else 2)  # backward's take half as long again
     work = size * max(4, itemsize) * passes // 2
     if across or short:
-        return _by_columns(shape, strides, items, flags, inner if short else 1, sizes, special, work)
-    return _by_rows(shape, strides, items, flags, stages, sizes, work)
+        found = _by_columns(shape, strides, items, flags, inner if short else 1, sizes, special)
+    else:
+        found = _by_rows(shape, strides, items, flags, stages, sizes)
+    return Plan(*found, work)
 
 
 def _by_rows(
     shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], items: tuple[int, ...], flags: int,
-    stages: int, sizes: Sizes, work: int,
-) -> Plan:  # fmt: skip
+    stages: int, sizes: Sizes,
+) -> tuple[int, int, tuple[int, ...]]:  # fmt: skip
     outer, channels, inner = shape
     itemsize = items[0]
     apart = inner > 1 and any(s[2] != n for s, n in zip(strides, items, strict=True))
@@ -96,30 +98,30 @@ def _by_rows(
         flags |= GATHER
     reads = max(1, len(strides) - 1)
     if stages & SUM or flags & GATHER:
-        segments = _ceil(inner, sizes.block)
-        length = inner if segments == 1 else _ceil(_ceil(inner, segments), 2 * LANES) * 2 * LANES
+        segments = ceil(inner, sizes.block)
+        length = inner if segments == 1 else ceil(ceil(inner, segments), 2 * LANES) * 2 * LANES
         runs = min(outer, max(1, sizes.block // inner))
         tile = max(sizes.slab // (reads * outer * inner * itemsize), sizes.line // (inner * itemsize), 1)
         if inner * itemsize >= 2 * sizes.line:
             tile = 1
         if flags & GATHER:
             tile = max(tile, 16)  # whose elements share lines
-        tile = min(tile, _ceil(channels, 16))
+        tile = min(tile, ceil(channels, 16))
         flags |= NEXT if reads * tile * outer * inner * itemsize <= sizes.ahead else 0
     else:  # a map alone goes in the order of memory
         length, runs = min(inner, 16 * sizes.block), 1
-        tile = channels if outer >= 16 else _ceil(channels, 16)
-    segments = _ceil(inner, length)
-    blocks = _ceil(outer, runs) * segments
-    piece = 1 if not stages & SUM else sizes.piece if channels >= 64 * tile else min(sizes.piece, _ceil(blocks, 16))
+        tile = channels if outer >= 16 else ceil(channels, 16)
+    segments = ceil(inner, length)
+    blocks = ceil(outer, runs) * segments
+    piece = 1 if not stages & SUM else sizes.piece if channels >= 64 * tile else min(sizes.piece, ceil(blocks, 16))
     numbers = 0, tile, blocks, piece, runs, segments, length, flags
-    return Plan(_ceil(channels, tile), _ceil(blocks, piece), numbers, work)
+    return ceil(channels, tile), ceil(blocks, piece), numbers
 
 
 def _by_columns(
     shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], items: tuple[int, ...], flags: int,
-    period: int, sizes: Sizes, special: int, work: int,
-) -> Plan:  # fmt: skip
+    period: int, sizes: Sizes, special: int,
+) -> tuple[int, int, tuple[int, ...]]:  # fmt: skip
     outer, channels, inner = shape
     rows = outer if period > 1 else outer * inner
     fold, width = 1, channels * period
@@ -133,8 +135,8 @@ def _by_columns(
     # rows to the same place in a page.
     tile = channels if fold > 1 else min(max(1, sizes.columns // period), channels)
     if fold == 1 and tile < channels:  # alike: 1040 channels as 1024 and 16 took twice as long as 1024
-        tile = min(tile, _ceil(_ceil(channels, _ceil(channels, tile)), LANES) * LANES)
-    blocks = _ceil(_ceil(rows, fold), sizes.height)
-    piece = max(min(8, _ceil(blocks, 16)), _ceil(blocks, max(1, min(64, 32768 // channels))))
+        tile = min(tile, ceil(ceil(channels, ceil(channels, tile)), LANES) * LANES)
+    blocks = ceil(ceil(rows, fold), sizes.height)
+    piece = max(min(8, ceil(blocks, 16)), ceil(blocks, max(1, min(64, 32768 // channels))))
     numbers = 1, tile, blocks, piece, sizes.height, period, fold, flags
-    return Plan(_ceil(channels, tile), _ceil(blocks, piece), numbers, work)
+    return ceil(channels, tile), ceil(blocks, piece), numbers

@@ -35,8 +35,10 @@ import numpy as np
 
 from .. import threads
 from ..lanes import LANES
+from ..plan import ceil
+from ..schedule import FINISH, MAP, SUM
 from .columns import ROWS
-from .kernel import COEFFICIENTS, FINISH, MAP, SUM, second_item, second_kernel
+from .kernel import COEFFICIENTS, second_item, second_kernel
 from .runs import FROZEN, GATHER, KEEP, NO_R, NO_Z, PAST, PIVOTED, SKIP
 
 DEPTH = 9  # of partial sums
@@ -56,10 +58,6 @@ class Sizes(NamedTuple):
 
 
 SIZES = Sizes()
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -85,22 +83,22 @@ def _plan(
         if gapless and level and orderly and not weighted and 2 * width <= sizes.columns:
             fold = max(1, min(sizes.columns // width, rows // ROWS))
         tile = channels if fold > 1 else max(1, min(channels, sizes.columns // period))
-        blocks = _ceil(_ceil(rows, fold), HEIGHT)
-        few = _ceil(sizes.few, fold * period)
+        blocks = ceil(ceil(rows, fold), HEIGHT)
+        few = ceil(sizes.few, fold * period)
         pieces = max(1, min(64, blocks // 4, 8192 // channels))
         return 1, tile, pieces, blocks, HEIGHT, 1, 1, period, fold, flags, few, inner
     gather = (inner > 1 and any(s[2] != itemsize for s in strides)) or inner < min(LANES, sizes.block)
     if gather:
         flags |= GATHER
-    segments = _ceil(inner, sizes.block)
-    length = inner if segments == 1 else min(sizes.block, _ceil(_ceil(inner, segments), 2 * LANES) * 2 * LANES)
-    segments = _ceil(inner, length)
+    segments = ceil(inner, sizes.block)
+    length = inner if segments == 1 else min(sizes.block, ceil(ceil(inner, segments), 2 * LANES) * 2 * LANES)
+    segments = ceil(inner, length)
     runs = max(1, min(largest, sizes.block // length))
     tile = max(sizes.slab // (3 * largest * inner * itemsize), sizes.line // (inner * itemsize), 1)
     if gather:
         tile = max(tile, 16)  # whose elements share lines
-    tile = min(tile, _ceil(channels, 16))
-    blocks = _ceil(largest, runs) * segments
+    tile = min(tile, ceil(channels, 16))
+    blocks = ceil(largest, runs) * segments
     pieces = max(1, min(64, blocks // 4, 8192 // channels))
     return 0, tile, pieces, blocks, runs, segments, length, 1, 1, flags, sizes.few, inner
 
@@ -147,7 +145,7 @@ def second(
         shape, tuple([a.strides for a in arrays]), like.itemsize, largest, flags, order is None, weights is not None,
         SIZES,
     )  # fmt: skip
-    tiles, pieces = sets * _ceil(channels, plan[1]), plan[2]
+    tiles, pieces = sets * ceil(channels, plan[1]), plan[2]
     stages = FINISH | (0 if frozen and not need_gamma else SUM) | (0 if r is z is None else MAP)
     part = (np.empty if stages & SUM else np.zeros)((sets * pieces, DEPTH, channels))
     co, ggamma = np.empty((sets, COEFFICIENTS, channels)), np.empty((sets, channels))

@@ -9,10 +9,10 @@ from numba.extending import intrinsic
 from ..compile import Kernel, compiled
 from ..lanes import borrowed, call, claim, fence, hold, keep_whole
 from ..parts import part
+from ..schedule import FINISH, MAP, SUM
 from .columns import ROWS, SUMS, columns_map, columns_sums, group_rows, tile_width, to_channels, to_columns
 from .runs import FROZEN, GATHER, PIVOTED, rows_borders, rows_map, rows_sums
 
-SUM, FINISH, MAP = 1, 2, 4
 COEFFICIENTS = 11
 
 

@@ -1,6 +1,6 @@
 """Sums and maps of second order along runs inside a channel, in float64 lanes."""
 
-from ..blocks import write
+from ..blocks import AHEAD, write
 from ..lanes import (
     LANES,
     before_line,
@@ -21,7 +21,6 @@ from ..parts import part
 from ..rows import gathered, index, scatter
 
 PAST, GATHER, FROZEN, SKIP, KEEP, NO_R, NO_Z, PIVOTED = 1, 2, 4, 8, 16, 32, 64, 128  # SKIP, KEEP: for weights of 0
-AHEAD = 64 * LANES
 
 # Sums: 0 w u, 1 g, 2 w u d, 3 g d, 4 g u; with weights also 5 u, 6 d; all less their pivots, which `part` has as 7, 8.
 # Coefficients: 0 pivot of u, 1 of g, 2 hi; r = a u + b d + c: 3 a, 4 b, 5 c;
