@@ -25,6 +25,7 @@ from .lanes import (
     load_part,
     nothing,
     pointer,
+    reserve,
     save,
     save_part,
     shifted,
@@ -41,6 +42,7 @@ from .parts import part, unless_none
 CHAIN = 16 * LANES
 
 AHEAD = 64 * LANES  # elements: reading 103 MB took 3.0 ms without fetching, 2.5 with
+SOON = 16 * LANES  # elements ahead of a store: infer of 26 MB that no cache had took 2.1 ms without reserving, 1.5 with
 
 
 @part()
@@ -173,6 +175,7 @@ def write(y, i, lanes, past):  # type: ignore[no-untyped-def]
     if past:
         stream(y, i, lanes)
     else:
+        reserve(y, i + SOON)
         save(y, i, lanes)
 
 
