@@ -53,18 +53,19 @@ def add_lanes(sums, lanes):  # type: ignore[no-untyped-def]
 
 
 @part()
-def run_deviations(x, n, pivot, sums, squares, runs, step):  # type: ignore[no-untyped-def]
+def run_deviations(x, n, pivot, sums, squares, runs, step, then):  # type: ignore[no-untyped-def]
     """Lanes of sums and squares (16,) float64 += x - pivot and its square, in the pivot's type; for n elements of each
-    of `runs` runs, `step` bytes apart."""
+    of `runs` runs, `step` bytes apart. Behind them, those from then[n] on are fetched."""
     near = spread(pivot)
     s = t = q = r = nothing(near)
     for _ in range(runs):
         i = 0
         while i < n:
             stop = min(n, i + 2 * CHAIN)
+            after = x if i + AHEAD < n else then
             while i + 2 * LANES <= stop:
-                fetch(x, i + AHEAD)
-                fetch(x, i + AHEAD + LANES)
+                fetch(after, i + AHEAD)
+                fetch(after, i + AHEAD + LANES)
                 d = load(x, i, near) - near
                 e = load(x, i + LANES, near) - near
                 s, t, q, r = s + d, t + e, fma(d, d, q), fma(e, e, r)
@@ -77,7 +78,7 @@ def run_deviations(x, n, pivot, sums, squares, runs, step):  # type: ignore[no-u
                 add_lanes(sums, s + t)
                 add_lanes(squares, q + r)
                 s = t = q = r = nothing(near)
-        x = shifted(x, step)
+        x, then = shifted(x, step), shifted(then, step)
     add_lanes(sums, s + t)
     add_lanes(squares, q + r)
 
@@ -120,9 +121,10 @@ def later(a, offset):  # type: ignore[no-untyped-def]
 
 
 @part()
-def run_products(dy, x, n, pivot, hi, sums, line, how, r, w, lens, runs, steps):  # type: ignore[no-untyped-def]
+def run_products(dy, x, n, pivot, hi, sums, line, how, r, w, lens, runs, steps, then_dy, then_x):  # type: ignore[no-untyped-def]
     """Lanes of five sums, `line` bytes apart, += g = dy - pivot, d = x - hi, g d, g^2 and d^4, in the pivot's type; for
-    n pairs of each of `runs` runs; `steps` are bytes from run to run of dy, x, r and w.
+    n pairs of each of `runs` runs; `steps` are bytes from run to run of dy, x, r and w. What is fetched behind them is
+    from then_dy[n] and then_x[n] on.
 
     With an activation dy is dy f'(z), by `activations.bent`, whose lens is h, a, b in float64.
     """
@@ -133,9 +135,10 @@ def run_products(dy, x, n, pivot, hi, sums, line, how, r, w, lens, runs, steps):
         i = 0
         while i < n:
             stop = min(n, i + CHAIN)
+            after_dy, after_x = (dy, x) if i + AHEAD < n else (then_dy, then_x)
             while i + LANES <= stop:
-                fetch(dy, i + AHEAD)
-                fetch(x, i + AHEAD)
+                fetch(after_dy, i + AHEAD)
+                fetch(after_x, i + AHEAD)
                 m = loaded(w, i, near_x)
                 g, d = load(dy, i, near_dy), load(x, i, near_x)
                 g, d = bent(how, g, d, lens[0], lens[1], lens[2], loaded(r, i, near_x))
@@ -157,6 +160,7 @@ def run_products(dy, x, n, pivot, hi, sums, line, how, r, w, lens, runs, steps):
                 _pass_on(sums, line, s, t, p, q, f)
                 s = t = p = q = f = zero
         dy, x, r, w = shifted(dy, steps[0]), shifted(x, steps[1]), later(r, steps[2]), later(w, steps[3])
+        then_dy, then_x = shifted(then_dy, steps[0]), shifted(then_x, steps[1])
     _pass_on(sums, line, s, t, p, q, f)
 
 
@@ -288,7 +292,7 @@ def _run(array):  # type: ignore[no-untyped-def]
 def _sums(run, n, pivot):  # type: ignore[no-untyped-def]
     lanes = np.zeros(2 * LANES)
     s, q = pointer(lanes, 0), pointer(lanes, 8 * LANES)
-    run_deviations(run, n, pivot, s, q, 1, 0)
+    run_deviations(run, n, pivot, s, q, 1, 0, run)
     like = spread(0.0)
     return total(load(s, 0, like)), total(load(q, 0, like))
 
@@ -312,7 +316,8 @@ def block_comoments(dy, x, hi):  # type: ignore[no-untyped-def]
     pivot = _sums(run, n, 0.0)[0] / n
     lanes, like, line = np.zeros(5 * LANES), spread(0.0), 8 * LANES
     sums, steps = pointer(lanes, 0), (0, 0, 0, 0)
-    run_products(run, _run(x), n, pivot, np.float64(hi), sums, line, plain(), None, None, (like, like, like), 1, steps)
+    runs = run, _run(x)
+    run_products(*runs, n, pivot, np.float64(hi), sums, line, plain(), None, None, (like, like, like), 1, steps, *runs)
     s, t, p = total(load(sums, 0, like)), total(load(sums, LANES, like)), total(load(sums, 2 * LANES, like))
     return pivot, s / n, t / n, p - s * t / n
 

@@ -10,7 +10,7 @@ from .columns import columns_gradient, spread_column, spread_columns
 from .compile import Kernel, compiled
 from .lanes import borrowed, call, fence, hold, keep_whole, narrowest, outer, place
 from .parts import by_type, part, unless_none
-from .rows import EXACT, NEXT, NOTHING, rows_gradient
+from .rows import EXACT, rows_gradient
 from .schedule import (
     ALL,
     DOUBLE,
@@ -181,9 +181,9 @@ def _backward_finish(c, s, stats, grads, part):  # type: ignore[no-untyped-def]
 
 @part(inline="always")
 def _backward_map(
-    p0, p1, s0, c0, ca, dy, x, dx, stats, affine, grads, plan, memory, how, r, w, dr, order, mass
+    p0, p1, s0, c0, dy, x, dx, stats, affine, grads, plan, memory, how, r, w, dr, order, mass
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Pieces p0 to p1 of a tile, backwards; the channels from ca on are fetched meanwhile, if it is >= 0."""
+    """Pieces p0 to p1 of a tile, backwards."""
     g = min(plan[1], x.shape[1] - c0)
     all_numbers, _, spread_numbers, all_singles, spread_singles, scratch = memory
     numbers, singles, lenses, spread_lenses = (
@@ -209,7 +209,7 @@ def _backward_map(
                 dy, x, dx, k, c0, g, spread_numbers, spread_used, rare, plan, how, r, w, dr, order, spread_lenses
             )
         else:
-            rows_gradient(dy, x, dx, k, c0, ca, numbers, used, rare, plan, scratch, how, r, w, dr, order, lenses)
+            rows_gradient(dy, x, dx, k, c0, numbers, used, rare, plan, scratch, how, r, w, dr, order, lenses)
 
 
 @compiled
@@ -252,9 +252,8 @@ def backward_item(
                 for c in range(channels):
                     _backward_finish(c, s0 + c, stats, grads, sums)
             if stage & MAP:
-                ahead = c0 + plan[1] if (cell + 1) * pieces < stop and t + 1 < tiles and plan[7] & NEXT else NOTHING
                 _backward_map(
-                    p0, p1, s0, c0, ahead, dys, xs, dxs, stats, affine, grads, own, memory, how, rs, ws, drs, order_of,
+                    p0, p1, s0, c0, dys, xs, dxs, stats, affine, grads, own, memory, how, rs, ws, drs, order_of,
                     _mass_of(mass, g),
                 )  # fmt: skip
         u = claimed(k, items, claims)

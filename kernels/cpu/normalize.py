@@ -12,7 +12,7 @@ from .columns import columns_normalize, spread_columns
 from .compile import Kernel, compiled
 from .lanes import borrowed, call, fence, hold, keep_whole, narrowest, outer, place
 from .parts import by_type, part
-from .rows import EXACT, NEXT, NOTHING, UNREAD, rows_normalize
+from .rows import EXACT, NEXT, rows_normalize
 from .schedule import (
     ALL,
     DOUBLE,
@@ -134,7 +134,7 @@ def _unless_unused(how, w):  # type: ignore[no-untyped-def]
 def _forward_map(p0, p1, s0, c0, ca, x, y, stats, affine, summed, plan, memory, how, r, w, order):  # type: ignore[no-untyped-def]
     """Pieces p0 to p1 of a tile, backwards if they were summed: what was read last is in cache.
 
-    The channels from ca on are fetched meanwhile, if it is >= 0 (see `rows.UNREAD`).
+    The channels from ca on are fetched meanwhile, if it is >= 0.
     """
     g = min(plan[1], x.shape[1] - c0)
     all_numbers, _, spread_numbers, all_singles, spread_singles, scratch = memory
@@ -192,7 +192,7 @@ def forward_item(
                 for c in range(channels):
                     _forward_finish(c, s0 + c, stats, sums, eps, part.shape[0] > 0)
             if stage & MAP:
-                ahead = NOTHING if stage & SUM else UNREAD
+                ahead = -1
                 if (cell + 1) * pieces < stop and t + 1 < tiles and plan[7] & NEXT:
                     ahead = c0 + plan[1]
                 _forward_map(
