@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,9 +90,10 @@ class Row:
 def take_turns(calls: Mapping[str, Callable[[], Any]], budget: Budget) -> dict[str, tuple[list[float], int]]:
     """Seconds per call of each sample, and calls in a sample, by name.
 
-    Each round calls all, in an order that rotates and turns round, so that none always follows the same one.
+    Each round calls all, in an order of its own, and each as often as the others: what a call finds in the caches is
+    what the one before has left there. One that is called again, where others aren't, finds its own data.
     """
-    names = list(calls)
+    names, shuffled = list(calls), random.Random(0)
     repeats: dict[str, int] = {}
     estimate: dict[str, float] = {}
     collecting = gc.isenabled()
@@ -102,14 +104,15 @@ def take_turns(calls: Mapping[str, Callable[[], Any]], budget: Budget) -> dict[s
             repeats[name], estimate[name] = _warm(call)
         quickest = min(estimate[name] / repeats[name] for name in names)
         slow = {name for name in names if estimate[name] > max(0.1, SLOW * quickest)}
+        often = max(repeats[name] for name in names if name not in slow)
+        estimate |= {name: estimate[name] / repeats[name] * often for name in names if name not in slow}
+        repeats |= {name: often for name in names if name not in slow}
         a_round = sum(estimate[name] for name in names if name not in slow)
         rounds = min(budget.most, max(budget.rounds, int(budget.seconds / max(a_round, 1e-6))))
         thirds = {0, rounds // 2, rounds - 1}
         samples: dict[str, list[float]] = {name: [] for name in names}
         for number in range(rounds):
-            first = number % len(names)
-            order = names[first:] + names[:first]
-            for name in order if number % 2 else reversed(order):
+            for name in shuffled.sample(names, len(names)):
                 if name not in slow or number in thirds:
                     samples[name].append(_seconds(calls[name], repeats[name]))
     finally:

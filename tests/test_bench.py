@@ -231,6 +231,14 @@ def test_short_calls_are_repeated_within_a_sample():
     assert len(seconds) == 2
 
 
+def test_all_are_repeated_as_often_within_a_sample():
+    """A call that alone is repeated finds its own data in the caches, and the others each other's."""
+    calls = {"short": lambda: None, "longer": lambda: sum(range(20_000)), "slow": lambda: time.sleep(0.11)}
+    repeats = {name: often for name, (_, often) in measure.take_turns(calls, Budget(0.0, 2, 2)).items()}
+    assert repeats["short"] == repeats["longer"] > 100
+    assert repeats["slow"] == 1
+
+
 def row(case, function="forward", out=True, library="fastbn", ms=1.0, copy=1.0, **more):
     about = (case.name, case.shape.name, case.shape.dims, case.shape.group, case.layout, case.dtype)
     return Row(*about, function, out, library, ms, ms or 0, ms or 0, 7, 1, case.bytes / 1e6, copy, "numpy", **more)

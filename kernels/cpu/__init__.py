@@ -233,7 +233,8 @@ def _carry_out(
     count = threads.threads() if plan.work >= least else 1
     # Cell by cell, all stages of each; where cells are too few for the threads, stage by stage, piece by piece.
     whole = cells >= 4 * count or (cells >= count and cells % count == 0) or plan.pieces == 1
-    if count == 1 or (not whole and plan.work < 2 * least):  # as threads are woken for sums and for the map
+    twice = not whole and stages & SUM and stages & MAP  # threads are woken for the sums, and for the map
+    if count == 1 or (twice and plan.work < 2 * least):
         part = np.empty((sums, plan.pieces, depth, plan.numbers[1]))
         twins.serial(1, *arrays, *numbers, part, np.zeros(1, np.int64), plan.numbers, stages, starts, *extras)
         return
