@@ -180,28 +180,30 @@ def _backward_finish(c, s, stats, grads, part):  # type: ignore[no-untyped-def]
 
 
 @part(inline="always")
-def _backward_map(
-    p0, p1, s0, c0, dy, x, dx, stats, affine, grads, plan, memory, how, r, w, dr, order, mass
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Pieces p0 to p1 of a tile, backwards."""
-    g = min(plan[1], x.shape[1] - c0)
-    all_numbers, _, spread_numbers, all_singles, spread_singles, scratch = memory
-    numbers, singles, lenses, spread_lenses = (
-        all_numbers[:5, :g],
-        all_singles[2:, :g],
-        all_numbers[10:13, :g],
-        columns_of(how, r, spread_numbers[5:], spread_singles[8:]),
-    )
-    n, exact = float(x.shape[0] * x.shape[2]), plan[7] & EXACT != 0
+def _backward_numbers(s0, c0, x, stats, affine, grads, plan, memory, how, r, w, mass):  # type: ignore[no-untyped-def]
+    """What the map of a tile takes of its channels, in `memory`; and for how many of them float32 won't do."""
+    g, exact, n = min(plan[1], x.shape[1] - c0), plan[7] & EXACT != 0, float(x.shape[0] * x.shape[2])
+    numbers, singles = memory[0][:5, :g], memory[3][2:, :g]
     rare = backward_coefficients(s0, c0, stats, affine, grads, numbers, singles, n, mass, is_frozen(how) != 0.0, exact)
     used = used_of(how, r, w, x, numbers, singles)
     if used.itemsize == 8:
         rare = 0
-    spread_used = used_of(how, r, w, x, spread_numbers, spread_singles)
     if plan[0]:
-        spread_columns(used, spread_used, plan)
+        spread_columns(used, used_of(how, r, w, x, memory[2], memory[4]), plan)
         if rare:
-            spread_columns(numbers, spread_numbers, plan)
+            spread_columns(numbers, memory[2], plan)
+    return rare
+
+
+@part(inline="always")
+def _backward_map(p0, p1, c0, dy, x, dx, rare, plan, memory, how, r, w, dr, order):  # type: ignore[no-untyped-def]
+    """Pieces p0 to p1 of a tile, backwards."""
+    g = min(plan[1], x.shape[1] - c0)
+    all_numbers, _, spread_numbers, all_singles, spread_singles, scratch = memory
+    numbers, lenses = all_numbers[:5, :g], all_numbers[10:13, :g]
+    spread_lenses = columns_of(how, r, spread_numbers[5:], spread_singles[8:])
+    used = used_of(how, r, w, x, numbers, all_singles[2:, :g])
+    spread_used = used_of(how, r, w, x, spread_numbers, spread_singles)
     k0, k1 = p0 * plan[3], min(p1 * plan[3], plan[2])
     for k in range(k1 - 1, k0 - 1, -1):
         if plan[0]:
@@ -227,7 +229,7 @@ def backward_item(
     owned = memory_of(x, dx, plan, stage, narrowest(x), 5, 8, 11, not absent(w))
     memory = lent(owned)
     pieces, tiles = part_sizes(x.shape, plan)
-    u, seen = claimed(k, items, claims), -1
+    u, seen, ready, rare = claimed(k, items, claims), -1, -1, 0
     while u >= 0:
         first, last, stop = borders(u, items, (starts.size - 1) * tiles, pieces, stage)
         for cell in range(first // pieces, (last + pieces - 1) // pieces):
@@ -252,10 +254,12 @@ def backward_item(
                 for c in range(channels):
                     _backward_finish(c, s0 + c, stats, grads, sums)
             if stage & MAP:
-                _backward_map(
-                    p0, p1, s0, c0, dys, xs, dxs, stats, affine, grads, own, memory, how, rs, ws, drs, order_of,
-                    _mass_of(mass, g),
-                )  # fmt: skip
+                if stage & SUM or cell != ready:
+                    rare = _backward_numbers(
+                        s0, c0, xs, stats, affine, grads, own, memory, how, rs, ws, _mass_of(mass, g)
+                    )
+                    ready = cell
+                _backward_map(p0, p1, c0, dys, xs, dxs, rare, own, memory, how, rs, ws, drs, order_of)
         u = claimed(k, items, claims)
     fence()
     hold(owned)

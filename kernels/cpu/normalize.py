@@ -131,7 +131,19 @@ def _unless_unused(how, w):  # type: ignore[no-untyped-def]
 
 
 @part(inline="always")
-def _forward_map(p0, p1, s0, c0, ca, x, y, stats, affine, summed, plan, memory, how, r, w, order):  # type: ignore[no-untyped-def]
+def _forward_numbers(s0, c0, g, stats, affine, plan, memory, double):  # type: ignore[no-untyped-def]
+    """What the map of a tile takes of its channels, in `memory`; and whether `forward_coefficients` found a rare one."""
+    numbers, singles, exact = memory[0][:3, :g], memory[3][2:8, :g], plan[7] & EXACT != 0
+    rare = forward_coefficients(s0, c0, stats, affine, numbers, singles, exact, double)
+    if plan[0]:
+        spread_columns(numbers, memory[2], plan)
+        if not exact:
+            spread_columns(singles, memory[4], plan)
+    return rare
+
+
+@part(inline="always")
+def _forward_map(p0, p1, c0, ca, x, y, rare, summed, plan, memory, how, r, w, order):  # type: ignore[no-untyped-def]
     """Pieces p0 to p1 of a tile, backwards if they were summed: what was read last is in cache.
 
     The channels from ca on are fetched meanwhile, if it is >= 0.
@@ -139,12 +151,6 @@ def _forward_map(p0, p1, s0, c0, ca, x, y, stats, affine, summed, plan, memory, 
     g = min(plan[1], x.shape[1] - c0)
     all_numbers, _, spread_numbers, all_singles, spread_singles, scratch = memory
     numbers, singles = all_numbers[:3, :g], all_singles[2:8, :g]
-    exact = plan[7] & EXACT != 0
-    rare = forward_coefficients(s0, c0, stats, affine, numbers, singles, exact, x.itemsize == 8)
-    if plan[0]:
-        spread_columns(numbers, spread_numbers, plan)
-        if not exact:
-            spread_columns(singles, spread_singles, plan)
     k0, k1 = p0 * plan[3], min(p1 * plan[3], plan[2])
     for i in range(k1 - k0):
         k = k1 - 1 - i if summed else k0 + i
@@ -168,7 +174,7 @@ def forward_item(
     owned = memory_of(x, y, plan, stage, narrowest(x), 2 if absent(w) else 3, 3, 6, not absent(w))
     memory = lent(owned)
     pieces, tiles = part_sizes(x.shape, plan)
-    u = claimed(k, items, claims)
+    u, ready, rare = claimed(k, items, claims), -1, False
     while u >= 0:
         first, last, stop = borders(u, items, (starts.size - 1) * tiles, pieces, stage)
         for cell in range(first // pieces, (last + pieces - 1) // pieces):
@@ -192,12 +198,15 @@ def forward_item(
                 for c in range(channels):
                     _forward_finish(c, s0 + c, stats, sums, eps, part.shape[0] > 0)
             if stage & MAP:
+                if stage & SUM or cell != ready:  # a tile's map is cut into many units where there is nothing else
+                    rare = _forward_numbers(s0, c0, channels, stats, affine, own, memory, x.itemsize == 8)
+                    ready = cell
                 ahead = -1
                 if (cell + 1) * pieces < stop and t + 1 < tiles and plan[7] & NEXT:
                     ahead = c0 + plan[1]
                 _forward_map(
-                    p0, p1, s0, c0, ahead, xs, ys, stats, affine, part.shape[0] > 0, own, memory, how, rs,
-                    _unless_unused(how, ws), order_of,
+                    p0, p1, c0, ahead, xs, ys, rare, part.shape[0] > 0, own, memory, how, rs, _unless_unused(how, ws),
+                    order_of,
                 )  # fmt: skip
         u = claimed(k, items, claims)
     fence()
