@@ -19,7 +19,9 @@ def tiny(monkeypatch):
     """Blocks, pieces and tiles so small that a small array has many of each, and always runs on all threads."""
     from fastbn.kernels import cpu
 
-    sizes = cpu.Sizes(block=20, piece=3, slab=400, line=64, columns=16, height=4, serial=0, asleep=0, past=2000)
+    sizes = cpu.Sizes(
+        block=20, piece=3, slab=400, line=64, far=(9, 1500), columns=16, height=4, serial=0, asleep=0, past=2000
+    )
     monkeypatch.setattr(cpu, "SIZES", sizes)
 
 

@@ -29,7 +29,9 @@ def results(x, axis, rng):
     return digest(y, *saved.moments.exact(), *fastbn.backward(dy, saved))
 
 out = {}
-tiny = cpu.Sizes(block=50, piece=3, slab=400, line=64, columns=16, height=4, serial=0, asleep=0, past=2000)
+tiny = cpu.Sizes(
+    block=50, piece=3, slab=400, line=64, far=(9, 1500), columns=16, height=4, serial=0, asleep=0, past=2000
+)
 sizes = {"real": cpu.SIZES, "tiny": tiny}
 for name, size in sizes.items():
     cpu.SIZES = size
@@ -44,6 +46,7 @@ for name, size in sizes.items():
                 ((701 * n, 3), 1, (0, 1)),            # three channels, columns folded
                 ((90, 40 * n, 5), 1, (0, 2, 1)),      # channels-last strides
                 ((200 * n, 33), 1, (1, 0)),           # transposed
+                ((20 * n, 2, 260 * n), 1, (0, 1, 2)),  # far runs
             ]):
                 rng = np.random.default_rng(case)
                 x = (rng.normal(size=shape) + 3).astype(dtype)
@@ -70,7 +73,7 @@ def test_same_bits_for_any_number_of_threads(tmp_path):
     many = run("1,2,3,4,8,1", "8", tmp_path)  # compiles its kernels
     different = {name: digests for name, digests in many.items() if len(set(digests)) != 1}
     assert not different
-    assert len(many) == 24
+    assert len(many) == 28
     compiled = set(tmp_path.rglob("*.kernel"))
     again = run("2", "2", tmp_path)  # another process, whose kernels come from the cache
     assert compiled
@@ -81,8 +84,14 @@ def test_same_bits_for_any_number_of_threads(tmp_path):
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize(
     ("shape", "order"),
-    [((8, 60, 31), (0, 1, 2)), ((5, 2, 700), (0, 1, 2)), ((300, 70), (0, 1)), ((301, 3), (1, 0))],
-    ids=["tiles of rows", "pieces of rows", "columns", "transposed"],
+    [
+        ((8, 60, 31), (0, 1, 2)),
+        ((5, 2, 700), (0, 1, 2)),
+        ((40, 70, 33), (0, 1, 2)),
+        ((300, 70), (0, 1)),
+        ((301, 3), (1, 0)),
+    ],
+    ids=["tiles of rows", "pieces of rows", "far runs", "columns", "transposed"],
 )
 @pytest.mark.parametrize("order_of_items", [[0], [3], [2, 0, 1, 3], [3, 3, 0]], ids=str)
 def test_items_do_what_others_leave(shape, order, order_of_items, rng, monkeypatch):

@@ -231,7 +231,7 @@ def backward_item(
     pieces, tiles = part_sizes(x.shape, plan)
     u, seen, ready, rare = claimed(k, items, claims), -1, -1, 0
     while u >= 0:
-        first, last, stop = borders(u, items, (starts.size - 1) * tiles, pieces, stage)
+        first, last, _ = borders(u, items, (starts.size - 1) * tiles, pieces, stage)
         for cell in range(first // pieces, (last + pieces - 1) // pieces):
             g, t = cell // tiles, cell % tiles
             count, c0 = starts[g + 1] - starts[g], t * plan[1]

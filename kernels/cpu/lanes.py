@@ -427,7 +427,7 @@ def fetch(_typing: Any, pointer: Any, i: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def reserve(_typing: Any, pointer: Any, i: Any) -> Any:
-    """Ask for sixteen elements that will be overwritten: a store that misses the caches waits until it owns its line."""
+    """Ask for sixteen elements that will be overwritten: a store that misses the caches waits for its line."""
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         _ask(builder, args[0], args[1], _bytes(pointer.dtype), 1, 3)

@@ -132,7 +132,7 @@ def _unless_unused(how, w):  # type: ignore[no-untyped-def]
 
 @part(inline="always")
 def _forward_numbers(s0, c0, g, stats, affine, plan, memory, double):  # type: ignore[no-untyped-def]
-    """What the map of a tile takes of its channels, in `memory`; and whether `forward_coefficients` found a rare one."""
+    """What the map of a tile takes of its channels, in `memory`; and whether float32 won't do for one of them."""
     numbers, singles, exact = memory[0][:3, :g], memory[3][2:8, :g], plan[7] & EXACT != 0
     rare = forward_coefficients(s0, c0, stats, affine, numbers, singles, exact, double)
     if plan[0]:
