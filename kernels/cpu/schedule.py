@@ -30,7 +30,9 @@ SUM, FINISH, MAP = 1, 2, 4
 # thread's processor, finds its share done. With fixed shares, two threads that had slept took as long as one.
 UNITS = 8
 
-FEW = 1024, 16  # values of a channel (or an eighth of them), or rows of columns, whose mean is the pivot of a piece
+# Values of a channel (or an eighth of them), or rows of columns, whose mean is the pivot of a piece. Of 16 rows of which
+# a mask leaves 11, one in a thousand is a standard deviation off: with 1024 channels nearly all was summed twice.
+FEW = 1024, 32
 SINGLE, DOUBLE = 1e30, 1e250  # what squares in lanes of float32 and float64 may be at most, and at least its inverse
 ALL = np.int64(1 << 62)  # a literal would be a type of its own, and all that takes it compiled again
 
@@ -167,7 +169,7 @@ def near_enough(s, q, n, share, most):  # type: ignore[no-untyped-def]
     """That the variance is `share` of the squares around the pivot at least, and these are of 1 / most to most.
 
     By a half the pivot is one standard deviation off at most, by a tenth three: enough where the squares serve for
-    nothing else. Slopes of 0 and 1 let the mean of 16 values be more than one off in one of 512 channels, often.
+    nothing else. Slopes of 0 and 1 let the mean of a few values be more than one off in one of many channels, often.
     """
     return (q - s * s / n >= share * q and n / most < q < most * n) or (q == 0.0 and s == 0.0)
 
