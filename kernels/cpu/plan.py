@@ -19,7 +19,8 @@ def _past() -> int:
     """An eighth of the last cache, as others use it, too; 30 MB at least, and where its size isn't told.
 
     Below, stores through the caches are as fast, and leave results there. With 480 MB of L3, beside PyTorch: infer of
-    arrays of 51 MB in all took 1.0 to 1.2 copies through the caches and 1.4 past them, of 103 MB 1.2 to 1.8 and 1.0.
+    arrays of 51 MB in all took 1.0 to 1.2 copies through the caches and 1.4 past them. A map alone, as infer's, has
+    twice as much: of 67 and 103 MB it took 0.9 to 1.0 copies and 1.1 to 1.2 past them; forward of 103 MB 1.5 and 1.3.
     """
     most = 0
     for level in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
@@ -78,7 +79,7 @@ def plan_of(
     each = list(zip(strides, items, strict=True))
     across = channels > 1 and all(s[1] == n and (inner == 1 or s[2] != n) for s, n in each)
     short = 1 < inner < LANES and all(s[2] == n and s[1] == inner * n for s, n in each) and not special & WEIGHTED
-    flags |= PAST if size * sum(items) > sizes.past else 0
+    flags |= PAST if size * sum(items) > sizes.past * (1 if stages & SUM else 2) else 0
     passes = ((stages & SUM != 0) + (stages & MAP != 0)) * (3 if at else 2)  # backward's take half as long again
     work = size * max(4, itemsize) * passes // 2
     if across or short:

@@ -30,8 +30,8 @@ SUM, FINISH, MAP = 1, 2, 4
 # thread's processor, finds its share done. With fixed shares, two threads that had slept took as long as one.
 UNITS = 8
 
-# Values of a channel (or an eighth of them), or rows of columns, whose mean is the pivot of a piece. Of 16 rows of which
-# a mask leaves 11, one in a thousand is a standard deviation off: with 1024 channels nearly all was summed twice.
+# Values of a channel (or an eighth of them), or rows of columns, whose mean is the pivot of a piece. Of 16 rows, of
+# which a mask leaves 11, one in a thousand is a standard deviation off: with 1024 channels nearly all was summed twice.
 FEW = 1024, 32
 SINGLE, DOUBLE = 1e30, 1e250  # what squares in lanes of float32 and float64 may be at most, and at least its inverse
 ALL = np.int64(1 << 62)  # a literal would be a type of its own, and all that takes it compiled again
