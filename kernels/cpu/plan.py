@@ -16,18 +16,19 @@ WEIGHTED, ORDERED = 1, 2  # what is special about a call
 
 
 def _past() -> int:
-    """An eighth of the last cache, as others use it, too; 30 MB at least, and where its size isn't told.
+    """A twelfth of the last cache; 15 MB at least, and where its size isn't told.
 
-    Below, stores through the caches are as fast, and leave results there. With 480 MB of L3, beside PyTorch: infer of
-    arrays of 51 MB in all took 1.0 to 1.2 copies through the caches and 1.4 past them. A map alone, as infer's, has
-    twice as much: of 67 and 103 MB it took 0.9 to 1.0 copies and 1.1 to 1.2 past them; forward of 103 MB 1.5 and 1.3.
+    Below, stores through the caches are as fast, and leave results there. With 480 MB of L3, beside four other
+    libraries: backward of arrays of 26 MB took 1.5 to 2.4 copies through the caches and 2.2 to 2.9 past them, forward
+    of 34 MB 1.8 and 2.0, of 51 MB 1.4 and 1.3. A map alone, as infer's, has twice as much: of 51 MB it took 1.0 copies,
+    and 1.2 past the caches.
     """
     most = 0
     for level in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         with contextlib.suppress(OSError, ValueError):
             size = level.read_text().strip()
             most = max(most, int(size.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(size[-1:], 0))
-    return max(30_000_000, most // 8)
+    return max(15_000_000, most // 12)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # to hash twelve numbers takes 1 us
@@ -45,7 +46,7 @@ class Sizes:
     serial: int = 500_000  # of `Plan.work`: less runs on one thread, which takes 40 us: a region costs 2 to 120
     asleep: int = 3_200_000  # the same where threads sleep between regions: until 0.3 ms a woken one brings nothing
     ahead: int = 1_000_000  # bytes of a tile above which the next one isn't fetched: both don't fit into L2 (2 MB)
-    past: int = dataclasses.field(default_factory=_past)  # bytes of all arrays from which stores go past the caches
+    past: int = dataclasses.field(default_factory=_past)  # bytes of an array from which stores go past the caches
 
 
 class Plan(NamedTuple):
@@ -79,7 +80,7 @@ def plan_of(
     each = list(zip(strides, items, strict=True))
     across = channels > 1 and all(s[1] == n and (inner == 1 or s[2] != n) for s, n in each)
     short = 1 < inner < LANES and all(s[2] == n and s[1] == inner * n for s, n in each) and not special & WEIGHTED
-    flags |= PAST if size * sum(items) > sizes.past * (1 if stages & SUM else 2) else 0
+    flags |= PAST if size * sum(items) > sizes.past * len(items) * (1 if stages & SUM else 2) else 0
     passes = ((stages & SUM != 0) + (stages & MAP != 0)) * (3 if at else 2)  # backward's take half as long again
     work = size * max(4, itemsize) * passes // 2
     if across or short:
