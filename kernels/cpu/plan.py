@@ -39,7 +39,7 @@ class Sizes:
     piece: int = 64  # blocks of a piece at most: its pivot fits where data doesn't drift within 4 MB of float32
     slab: int = 400_000  # bytes of a tile of rows, so that it and the next one fit into L2 (1 MB)
     line: int = 2048  # bytes of a tile of rows that follow each other in memory, at least
-    far: tuple[int, int] = (256, 4_000_000)  # runs and bytes of a channel from which a tile takes 64, and not the cache
+    far: tuple[int, int] = (256, 4_000_000)  # runs and bytes of a channel that no cache holds: 64 are a tile then
     columns: int = 1024  # columns of a tile: its sums and coefficients stay in L1 and L2
     height: int = 64  # rows of a block of columns: as many are added in a lane
     few: int = 256  # values of a channel below which all is done in float64
