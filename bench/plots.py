@@ -61,6 +61,7 @@ def roofline(rows: Sequence[Row], path: Path) -> Path:
 def against_peers(rows: Sequence[Row], path: Path) -> Path | None:
     """Each peer's time over fastbn's, case by case; None where nothing was compared."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     pairs = [(row, ratios) for row, ratios in speeds(rows) if any(isinstance(r, float) for r in ratios.values())]
     if not pairs:
@@ -75,6 +76,9 @@ def against_peers(rows: Sequence[Row], path: Path) -> Path | None:
         ax.bar_label(drawn, fmt="%.1f", fontsize=6, padding=2)
     ax.axvline(1, color="black", linewidth=1)
     ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # the labels of all nine ran into each other
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
     names = [f"{row.case.removesuffix(' ' + row.dtype)}{', out=' if row.out else ''}" for row, _ in pairs]
     ax.set_yticks(np.arange(len(pairs)) + 0.4, names, fontsize=7)
     ax.set_ylim(len(pairs), -0.2)
