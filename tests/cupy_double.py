@@ -29,6 +29,8 @@ HOPPER = {
     "sharedMemPerMultiprocessor": 228 << 10,
     "cooperativeLaunch": 1,
     "l2CacheSize": 50 << 20,
+    "memoryClockRate": 2_619_000,
+    "memoryBusWidth": 5120,
     "major": 9,
     "minor": 0,
 }

@@ -234,8 +234,8 @@ def execute(
             edge = 16 if plan.walk.layout == planner.WINDOWS else 1
             low, high = low // edge * edge, -(-high // edge) * edge
             readable += [low, high - low]
-    for a in (workspace, weights):
-        if a.size:
+    for a in (workspace, weights, *given[:2], flat if plan.backward else None):
+        if a is not None and a.size:
             readable += [a.ctypes.data, a.nbytes]
     writable = [n for a in (y, dr) if a is not None for n in (a.span[0], a.span[1] - a.span[0])]
 

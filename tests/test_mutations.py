@@ -34,8 +34,8 @@ BLOCK, CLUSTER, GRID, SPLIT = (
 MUTANTS = [
     Mutant(
         "no barrier before rows are read",
-        "        __syncthreads();\n        const int cells",
-        "        const int cells",
+        "        __syncthreads();\n        const int S =",
+        "        const int S =",
         "RUNS", False, BLOCK, "wrong",
     ),
     Mutant(
@@ -52,14 +52,14 @@ MUTANTS = [
     ),
     Mutant(
         "rows' means without their counts",
-        "mean = fma((double)k, ((double)s.m - (double)from) + (double)s.lo, mean);",
-        "mean += ((double)s.m - (double)from) + (double)s.lo;",
+        "n += k[u], mean = fma(k[u], d, mean);",
+        "n += k[u], mean += d;",
         "RUNS", False, BLOCK, "wrong",
     ),
     Mutant(
         "rows' products about another mean",
-        "(((double)s.m - (double)from) + (double)s.lo) - mean;",
-        "((double)s.m - (double)from) + (double)s.lo;",
+        "total.c = fma(-mean * one_of, BACKWARD ? e : mean, products);",
+        "total.c = products;",
         "COLUMNS", False, BLOCK, "wrong",
     ),
     Mutant(
@@ -94,26 +94,26 @@ MUTANTS = [
     ),
     Mutant(
         "a barrier in one warp alone",
-        "if (g == 0) part_count->all = (double)n;",
-        "if (g == 0) { __syncthreads(); part_count->all = (double)n; }",
+        "if (g == 0) part_count->all = n;",
+        "if (g == 0) { __syncthreads(); part_count->all = n; }",
         "RUNS", False, BLOCK, "meets line",
     ),
     Mutant(
         "a shuffle in half a warp",
-        "n = sum_lanes(n, lanes), mean = sum_lanes(mean, lanes), products",
-        "if (lane < 16) n = sum_lanes(n, lanes);\n        mean = sum_lanes(mean, lanes), products",
+        "  else sum_lanes(lanes, n, mean, products);",
+        "  else if (threadIdx.x % 32 < 16) sum_lanes(lanes, n, mean, products);",
         "RUNS", False, SPLIT, "deadlock",
     ),
     Mutant(
         "one vector too many",
-        "(int)((left - t + threads - 1) / threads)",
-        "(int)((left - t + threads) / threads)",
+        "const i64 most = left + p.apart.by - 1;",
+        "const i64 most = left + p.apart.by;",
         "RUNS", False, BLOCK, "outside every array",
     ),
     Mutant(
         "one row too many",
-        "(int)((left + p.ty - 1) / p.ty)",
-        "(int)((left + p.ty) / p.ty)",
+        "const i64 most = left + p.apart.by - 1;",
+        "const i64 most = left + p.apart.by;",
         "COLUMNS", False, BLOCK, "outside every array",
     ),
     Mutant(
@@ -123,6 +123,24 @@ MUTANTS = [
         "RUNS", False, BLOCK, "isn't aligned",
     ),
     Mutant(
+        "gamma and beta are read before they have landed",
+        "landed<AHEAD>();  // what",
+        "// what",
+        "RUNS", False, SPLIT, "wrong",
+    ),
+    Mutant(
+        "the first stretch is read before it has landed",
+        "  landed_but(flying);\n  if (!BY_WEIGHT)",
+        "  if (!BY_WEIGHT)",
+        "RUNS", True, BLOCK, "wrong",
+    ),
+    Mutant(
+        "batches of what flies at once aren't waited for",
+        "else landed_but(i < FIRST ? flying : --flying);",
+        "else landed_but(flying);",
+        "RUNS", False, BLOCK, "has landed",
+    ),
+    Mutant(
         "a neighbour's kept vector",
         "load_shared(a.raw, ring.x + slot);",
         "load_shared(a.raw, ring.x + slot + (t & 1 ? -1 : 1));",
@@ -130,7 +148,7 @@ MUTANTS = [
     ),
     Mutant(
         "dy kept over x",
-        "ring.x = ring.dy + (BACKWARD ? p.slots * threads : 0);",
+        "ring.x = ring.dy + (!BACKWARD || (WAY == APPLY && !wants_x) ? 0 : p.slots * threads);",
         "ring.x = ring.dy;",
         "RUNS", True, BLOCK, "wrong",
     ),
@@ -142,7 +160,7 @@ MUTANTS = [
     ),
     Mutant(
         "folded rows on the wrong channels",
-        "if (p.fold > 1) c %= p.C * (int)p.S;",
+        "if (p.fold > 1) return c % (p.C * (int)p.S) / (int)p.S;",
         "",
         "COLUMNS", False, BLOCK, "wrong",
     ),
@@ -168,12 +186,12 @@ MUTANTS = [
         "the second pass begins one late",
         "auto q = share.at(share.n - 1), back",
         "auto q = share.at(share.n - 2), back",
-        "RUNS", False, SPLIT, "outside every array",
+        "RUNS", False, SPLIT, "has landed",
     ),
     Mutant(
         "a batch is summed before it has landed",
-        "landed<STAGES - 1>();",
-        "landed<STAGES>();",
+        "if (!all) landed<STAGES - 1>();",
+        "if (!all) landed<STAGES>();",
         "COLUMNS", False, SPLIT, "has landed",
     ),
     Mutant(
@@ -184,15 +202,21 @@ MUTANTS = [
     ),
     Mutant(
         "what flies in again is one beside",
+        "back = q, share.template move<-AHEAD>(back);",
+        "back = q, share.template move<1 - AHEAD>(back);",
+        "COLUMNS", False, SPLIT, "has landed",
+    ),
+    Mutant(
+        "what flies in again is of the run beside",
         "back = share.at(share.n - 1 - AHEAD);",
         "back = share.at(share.n - AHEAD);",
-        "COLUMNS", False, SPLIT, "wrong",
+        "RUNS", False, SPLIT, "has landed",
     ),
     Mutant(
         "vectors fly one slot beside",
-        "share.template move<1>(there), to = ring.next(to), wanted--;",
-        "share.template move<1>(there), wanted--;",
-        "RUNS", False, GRID, "wrong",
+        "ring.send(share, there, ring.slot(there.i), true);",
+        "ring.send(share, there, ring.slot(there.i + 1), true);",
+        "RUNS", False, GRID, "outside shared memory",
     ),
     Mutant(
         "runs that follow each other without their gap",
@@ -244,8 +268,8 @@ MUTANTS = [
     ),
     Mutant(
         "ranks' means without their counts",
-        "n += w, mean = fma(w, d, mean);",
-        "n += w, mean += d;",
+        "n += k[u], mean = fma(k[u], d, mean);",
+        "n += k[u], mean += d;",
         "RUNS", False, SPLIT, "wrong",
     ),
     Mutant(
@@ -269,7 +293,7 @@ MUTANTS = [
     Mutant(
         "lo left in the mean of x - hi",
         "sums[j].e -= off[j];",
-        "",
+        "sums[j].e -= 0;",
         "RUNS", True, BLOCK, "wrong dgamma",
     ),
     Mutant(
@@ -301,8 +325,8 @@ MORE = [
     ),
     Mutant(
         "a neighbour's residual beside kept vectors",
-        "load(r.raw, share.vector(q.r, q));",
-        "load(r.raw, share.vector(q.r, q) - V);",
+        "KEPT)) load(r.raw, share.vector(q.r, q));",
+        "KEPT)) load(r.raw, share.vector(q.r, q) - V);",
         "RUNS", False, BLOCK, "outside every array", "relu",
     ),
     Mutant(
@@ -319,14 +343,20 @@ MORE = [
     ),
     Mutant(
         "the slope counts twice where g was kept",
-        "constexpr bool DONE = !SLOPED || (KEPT && IN_PLACE<T>);",
-        "constexpr bool DONE = !SLOPED;",
+        "const bool done = !SLOPED || (IN_PLACE<T> && (KEPT || summed));",
+        "const bool done = !SLOPED;",
+        "RUNS", True, BLOCK, "wrong", "leaky_relu",
+    ),
+    Mutant(
+        "the slope counts twice where g still was in the ring",
+        "emit(q, slot, Flag<false>(), WAY != APPLY && q.i >= share.n - AHEAD);",
+        "emit(q, slot, Flag<false>(), false);",
         "RUNS", True, BLOCK, "wrong", "leaky_relu",
     ),
     Mutant(
         "g taken for dy where it wasn't kept",
-        "constexpr bool DONE = !SLOPED || (KEPT && IN_PLACE<T>);",
-        "constexpr bool DONE = true;",
+        "const bool done = !SLOPED || (IN_PLACE<T> && (KEPT || summed));",
+        "const bool done = true;",
         "COLUMNS", True, SPLIT, "wrong", "relu",
     ),
     Mutant(
@@ -397,14 +427,14 @@ MORE = [
     ),
     Mutant(
         "weights in their columns' number",
-        "part_count->n = (double)n;",
+        "part_count->n = n;",
         "part_count->n = (double)share.rows(rank);",
         "COLUMNS", False, CLUSTER, "wrong", "normalize",
     ),
     Mutant(
         "the variance over a count",
-        "var = s.c / (WEIGHTED ? mass : share.count());",
-        "var = s.c / share.count();",
+        "var = s.c * (WEIGHTED ? 1 / mass : share.one_of());",
+        "var = s.c * share.one_of();",
         "RUNS", False, GRID, "wrong", "normalize",
     ),
     Mutant(
@@ -433,8 +463,8 @@ MORE = [
     ),
     Mutant(
         "the mean of x - mean is taken for 0",
-        "part * fma(mean, (double)s.e, s.c / count)",
-        "part * (s.c / count)",
+        "part * fma(mean, (double)s.e, s.c * share.one_of())",
+        "part * (s.c * share.one_of())",
         "RUNS", True, SPLIT, "wrong", "normalize",
     ),
     Mutant(

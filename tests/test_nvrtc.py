@@ -59,11 +59,12 @@ BUILDS = [
     Build(90, "e", ("COLUMNS",), ("BLOCK", "STATS"), ("true",), planner.More("relu", weights="keep").options("r")),
 ]
 
-# Bytes of a thread's registers that are put away, at most. Between the phases of a fused kernel lie an item's addresses
-# and counts, which are put away where the phases' own loops need the 64 registers: 1024 threads a multiprocessor with
-# that are faster than 512 without (an H100's sums: 80 us for 113). The split path's kernels have one loop each; what is
-# put away there is about the first batch, which is summed twice, and with half types' columns or an activation.
-SPILLS = {"BLOCK": 300, "CLUSTER": 400, "GRID": 400, "STATS": 300, "APPLY": 200}
+# Bytes of a thread's registers that are put away, at most: about the first stretch, and where four channels' sums, an
+# activation or weights need more than the 64 registers. 1024 threads a multiprocessor with that are faster than 512
+# without (an H100's sums: 80 us for 113).
+SPILLS = {"RUNS": 0, "WINDOWS": 24, "COLUMNS": 80}
+SPILLS_BEYOND = {"RUNS": 16, "WINDOWS": 40, "COLUMNS": 300}  # with options
+SPILLS_OLD = 80  # before sm_80, which has no copies past the registers
 
 
 class Compiled(NamedTuple):
@@ -144,11 +145,15 @@ each_build = pytest.mark.parametrize("build", BUILDS, ids=lambda b: "-".join((f"
 
 @each_build
 def test_registers_are_as_many_as_planned(compiled, build):
-    """1024 threads a multiprocessor, of float64 512; and the split path's walk of plain runs spills four at most."""
+    """1024 threads a multiprocessor, of float64 512; walks of plain runs put none away."""
     found = result(compiled, build)
     for name, size in found.spills.items():
-        way, plain = name.split("::")[-1].rstrip(">"), not build.options and "RUNS" in name
-        limit = 0 if build.letter == "d" else 16 if plain and way in ("STATS", "APPLY") else SPILLS[way]
+        layout = next(layout for layout in LAYOUTS if layout in name)
+        limit = (SPILLS_BEYOND if build.options else SPILLS)[layout]
+        if build.letter == "d":
+            limit = 0
+        elif build.capability < 80:
+            limit = SPILLS_OLD
         assert size <= limit, name
         assert found.registers[name] <= (64 << 10) // planner.resident(build.letter)
 
@@ -171,10 +176,14 @@ def test_elements_move_in_whole_vectors(compiled, build):
             assert f"ld.global.L1::no_allocate.{access}" in loads, name
         else:
             flying = set(re.findall(r"cp\.async\.c.\.shared\.global \[\S+\], \[\S+\], \d+", text))
-            assert {op.split(", ")[-1] for op in flying} == {"8" if half else "16"}, name
+            early = set() if "STATS" in name else {"8"} if "true" in name else {"4", "8"}  # numbers of the channel
+            assert {op.split(", ")[-1] for op in flying} == early | {"8" if half else "16"}, name
         assert "STATS" in name or f"st.global.cs.{access}" in stores, name
         if "WINDOWS" not in name or "STATS" in name:
-            assert narrow == [], name
+            old = (
+                build.capability < 80 and "false" in name and "STATS" not in name
+            )  # gamma and beta, by registers there
+            assert narrow == ["ld.global.u32"] * 2 * old, name
         else:
             assert {op for op in narrow if op.startswith("ld")} == set(), name
         assert half or "ld.shared.v4.u32" in text, name

@@ -1,7 +1,11 @@
 """The planner by its properties, on random arrays and devices: launches fit, cover everything once, agree."""
 
+import itertools
+import json
+import math
 import struct
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,7 +178,7 @@ def test_accesses_are_as_wide_as_they_can_be(call):
 @settings(settings.get_profile("plan"), max_examples=1000)
 @given(st.integers(1, (1 << 32) - 1), st.integers(0, (1 << 32) - 1))
 def test_division_by_multiplication(d, j):
-    multiplier, shift = planner._division(d)
+    _, multiplier, shift = planner._divisor(d)
     for n in (j, j // d * d, max(0, j // d * d - 1)):
         assert (((n * multiplier) >> 32) + n) >> shift == n // d
 
@@ -235,16 +239,22 @@ def test_ways_can_be_forced():
 
 
 def test_known_arrays_are_planned_as_measured():
-    """As in bench/results/gpu-h100.jsonl; on chip each array is read once from its memory, by the model."""
-    measured = {
-        (32, 512, 784): ("BLOCK", True), (32, 1024, 196): ("BLOCK", True), (32, 2048, 49): ("BLOCK", True),
-        (128, 1024, 1): ("BLOCK", True), (256, 64, 3136): ("GRID", True), (256, 512, 784): ("CLUSTER", True),
-        (65536, 256, 1): ("GRID", False), (802816, 64, 1): ("GRID", False),
-    }  # fmt: skip
-    for shape, (way, on_chip) in measured.items():
-        p = planner.plan(contiguous(*shape, 4), "f", False)
-        _, moved, floor = planner.model(p)
-        assert (p.way, moved == floor) == (way, on_chip), shape
+    """All rows of bench/results/gpu-h200.jsonl are of the plans that are chosen there now."""
+    results = Path(__file__).parents[1] / "bench" / "results" / "gpu-h200.jsonl"
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    (facts,) = [row["planner"] for row in rows if row["case"] == "machine"]
+    device = eval(facts, {"Device": planner.Device})
+    timed = [row for row in rows if row["stage"] == "speed" and "plan_forward" in row]
+    assert len(timed) == 46
+    for row, backward in itertools.product(timed, (False, True)):
+        dims, layout, dtype = row["case"].split()
+        outer, C, *inner = map(int, dims.split("x"))
+        shape = (outer, C, math.prod(inner)) if layout == "first" else (outer * math.prod(inner), C, 1)
+        letter, size = {"float32": ("f", 4), "float16": ("e", 2)}[dtype]
+        p = planner.plan(contiguous(*shape, size, backward), letter, backward, device)
+        direction = "backward" if backward else "forward"
+        assert f"{p.walk.layout} V{p.walk.V} {p.way} K{p.K}" == row[f"plan_{direction}"], (row["case"], direction)
+        assert planner.model(p, device)[0] == pytest.approx(row[f"model_{direction}"], rel=1e-3)
 
 
 def test_groups_that_take_turns_begin_apart():
@@ -254,9 +264,10 @@ def test_groups_that_take_turns_begin_apart():
     rounds = walk.C / (many.grid / many.K)
     assert rounds == 8
     assert many.reread == 0
-    round_us = 2 * 256 * 64 * 3136 * 4 / rounds / (132 * planner.BANDWIDTH)
+    round_us = 2 * 256 * 64 * 3136 * 4 / rounds / (planner.HOPPER.bandwidth * planner.BANDWIDTH)
     assert many.delay == pytest.approx(round_us * planner.CLOCK, rel=1e-3)
-    assert planner.pack(many, planner.Pointers())[-4:] == struct.pack("<I", many.delay)
+    divisors = 4 * 12  # bytes, behind it
+    assert planner.pack(many, planner.Pointers())[-divisors - 4 : -divisors] == struct.pack("<I", many.delay)
     assert many.split().delay == 0
     few = planner.build(walk, "f", False, planner.HOPPER, "GRID", 8, threads=512)
     assert 1 < walk.C / (few.grid / few.K) <= 2
@@ -301,14 +312,15 @@ def test_the_argument_byte_by_byte():
     p = planner.build(planner.walk(view), "f", True, way="GRID", K=3, threads=96)
     pointers = planner.Pointers(*range(16, 16 * 19, 16))
     argument = planner.pack(p, pointers, 1e-3, True, 0.25)
-    assert len(argument) == planner.PARAMS_SIZE == 408
-    numbers = struct.unpack("<18Q2dQ17qd4q10i6I", argument)
+    assert len(argument) == planner.PARAMS_SIZE == 448
+    numbers = struct.unpack("<18Q2dQ17q2d4q8i16I", argument)
     assert numbers[:21] == (*range(16, 16 * 19, 16), 1e-3, 0.25, 1)
     numbers = numbers[2:]
     assert numbers[19:28] == (4000, 0, 600, 4016, 0, 600, 2620, 0, 524)  # 96 threads are less than a run of 131 vectors
     assert numbers[28:36] == (0,) * 6 + (524, 0)
-    assert numbers[36:41] == (6 * 131, 6, 131, p.per, 1)
-    assert numbers[41:51] == (1, 5, 5, 5, 3, p.slots, 1, 1, 1, 1)
-    assert numbers[51] == p.walk.vectors == 131
+    assert numbers[36:42] == (6 * 131, 1 / (6 * 131), 6, 131, p.per, 1)
+    assert numbers[42:50] == (1, 5, 5, 5, p.slots, 1, 1, 1)
+    assert numbers[50:54] == (5, 96, 0, 0)
+    assert [numbers[i] for i in (54, 57, 60, 63)] == [3, 1, 96, p.walk.vectors]  # divisors, each with how to divide
+    assert p.walk.vectors == 131
     assert p.walk.layout == "RUNS"  # y disagrees with x modulo 16
-    assert numbers[54:] == (96, 0, 0)

@@ -23,9 +23,9 @@
 //
 // Sums are right at any offset. A thread sums deviations from a pivot, and their squares, over a stretch of its
 // elements; the stretch joins what came before by Chan, Golub & LeVeque (1983), and the pivot moves to the mean so far.
-// The first stretch is one batch about its own mean, and no other is longer than all before it: a pivot that is D off
-// costs a stretch's squares a few eps D^2 for each of its elements, but as many elements lie D off from the others, so
-// the variance has D^2 for each of them, too. By weights that doesn't follow: each batch is summed about its own mean,
+// The first stretch is about its own mean, and no other is longer than three times all before it: a pivot that is D off
+// costs a stretch's squares a few eps D^2 for each of its elements, but a third as many lie D off from the others, so
+// the variance has D^2 for each of those, too. By weights that doesn't follow: each batch is summed about its own mean,
 // found from its heaviest element on, and of two means that merge the heavier one counts as exact. Threads of a warp
 // merge in the elements' own arithmetic, rows, blocks and ranks in float64, each in a fixed tree; sums that go beyond
 // float32 are done again in float64. There are no float atomics, and every contraction is spelled out as fma (compile
@@ -56,26 +56,29 @@ __global__ void FASTBN_DIMS __launch_bounds__(sizeof(T) == 8 ? 512 : 1024, 1) bn
   constexpr int RANKS = WIDE ? 1 : WEIGHTED ? 2 : 4;  // other ranks' sums that a thread loads at once
   constexpr bool AGAIN_WIDE = !BACKWARD && !WIDE, BY_WEIGHT = WEIGHTED && !BACKWARD;
   const int t = threadIdx.x, threads = blockDim.x, lane = t & 31, warp = t >> 5, warps = threads >> 5;
-  const int K = p.K, rank = blockIdx.x % K, group = blockIdx.x / K, groups = gridDim.x / K, G = p.G;
+  const int K = p.ranks.by, group = p.ranks.of(blockIdx.x), groups = p.ranks.of(gridDim.x), G = p.G;
+  const int rank = blockIdx.x - group * K, tx = p.across.by;
 
-  // Shared memory: part (G), count (1), coefficients (G), row counts (rows), row sums (rows, pitch), rings of dy and x.
+  // Shared memory: part (G), count (1), coefficients (G), early (G, EARLY), row counts (rows), row sums (rows, pitch),
+  // rings of dy and x.
   // A row is a warp where the warp's threads of a column meet in shuffles first, else a row of threads.
   FASTBN_SHARED(shared);
-  const bool by_warp = LAYOUT != COLUMNS || 32 % p.tx == 0;
+  const bool by_warp = LAYOUT != COLUMNS || (tx <= 32 && (tx & (tx - 1)) == 0);
   const int rows = by_warp ? warps : p.ty;
-  const int pitch = LAYOUT == COLUMNS ? p.tx * V + 1 : 1;  // a row's; the odd one keeps rows in other banks
-  int lanes = 32;  // threads that merge the sums of one channel
-  while (lanes > 1 && lanes * G > threads) lanes /= 2;
+  const int pitch = LAYOUT == COLUMNS ? tx * V + 1 : 1;  // a row's; the odd one keeps rows in other banks
+  const int lanes = 1 << p.lanes, own_lane = t & (lanes - 1);  // threads that merge the sums of one channel
   Part *part = (Part *)shared;
   Count *part_count = (Count *)(part + G);
   Coef *coefficients = (Coef *)(part_count + 1);
-  Amount *row_count = (Amount *)(coefficients + G);
+  double *early = (double *)(coefficients + G);
+  Amount *row_count = (Amount *)(early + G * EARLY<BACKWARD>);
   unsigned char *row_parts = (unsigned char *)row_count + (rows * sizeof(Amount) + 15) / 16 * 16;
   Ring<T, V, BACKWARD> ring;
-  ring.dy = (Vec *)(row_parts + rows * pitch * sizeof(Part)) + t;
-  ring.x = ring.dy + (BACKWARD ? p.slots * threads : 0);
-  ring.step = threads, ring.end = p.slots * threads;
+  ring.dy = (Vec *)(row_parts + rows * pitch * sizeof(Part));
   const bool centred = !p.frozen, wants_x = !BACKWARD || SLOPED || centred;  // in the second pass
+  // Of two equal places x is read, but not used, where it isn't wanted: a read on a condition keeps what was read before.
+  ring.x = ring.dy + (!BACKWARD || (WAY == APPLY && !wants_x) ? 0 : p.slots * threads);
+  ring.kept = p.slots - AHEAD;
 
   // Groups that read, agree and write at the same time leave memory idle while they all agree: 0.82 to 1.04 of the time
   // where they begin apart, on an H100.
@@ -85,34 +88,32 @@ __global__ void FASTBN_DIMS __launch_bounds__(sizeof(T) == 8 ? 512 : 1024, 1) bn
   }
   for (int item = group, round = 0; item < p.items; item += groups, round ^= 1) {
     const Share<T, V, BACKWARD, LAYOUT> share(p, item, rank);
-    const bool fits = share.n <= p.slots;
-    const int keep = WAY == STATS || WAY == APPLY ? 0 : fits ? share.n : p.slots - AHEAD;
-    ring.turn = fits ? 0 : keep * threads;
-    for (int g = t; g < G && share.parameter(g) < p.C; g += threads) foresee<BACKWARD>(share, g);
+    const int keep = WAY == STATS || WAY == APPLY ? 0 : share.n <= p.slots ? share.n : ring.kept;
+    for (int g = t; WAY != STATS && g < G && share.parameter(g) < p.C; g += threads)
+      foresee<BACKWARD>(share, g, early + g * EARLY<BACKWARD>);
+    take_off();
 
     // Ranks' sums. GRID: two sets of them, because those of a round are still read while the next round's are written.
     const i64 slot = WAY == GRID ? round * groups + group : item;
     const i64 slots = WAY == GRID ? 2 * groups : p.items;
     Part *partials = (Part *)p.partials + slot * G * K;
     Amount *counts = (Amount *)((Part *)p.partials + slots * G * K) + slot * K;
-    auto finish = [&](int g, const Sum<A, BACKWARD> &s, Amount n) {  // in the place of what will be made of it
+    auto finish = [&](int g, const Sum<A, BACKWARD> &s, double n) {  // in the place of what will be made of it
       shut(*(Part *)(coefficients + g), s);
-      if (g == 0) part_count->all = (double)n;
+      if (g == 0) part_count->all = n;
     };
 
     // The second pass goes from the last vector to the first, because the last ones are the likeliest to be in L2 still.
-    // What isn't kept flies in again, the first of it while sums are merged.
-    const int again = WAY != STATS && (p.y || (DRESIDUAL && p.dr)) ? share.n - keep : 0;
-    auto look_back = [&]() {
+    // What isn't kept flies in again, in two launches the first of it while sums are merged.
+    const bool maps = p.y || (DRESIDUAL && p.dr);
+    if (WAY == APPLY) {
       auto q = share.at(share.n - 1);
-      int slot = keep * threads;
 #pragma unroll 1
-      for (int i = 0; i < AHEAD && again > 0; i++) {
-        if (i < again) ring.send(share, q, slot, wants_x);
-        take_off(), slot = ring.next(slot), share.template move<-1>(q);
+      for (int i = 0; i < AHEAD; i++) {
+        if (maps && q.i >= 0) ring.send(share, q, ring.shared(q.i), wants_x);
+        take_off(), share.template move<-1>(q);
       }
-    };
-    if (WAY == APPLY) look_back();
+    }
 
     if (WAY != APPLY) {
       // ---- first pass: this thread's sums
@@ -133,69 +134,41 @@ __global__ void FASTBN_DIMS __launch_bounds__(sizeof(T) == 8 ? 512 : 1024, 1) bn
       });
 #pragma unroll
       for (int j = 0; j < N; j++) sums[j].e -= off[j];
-      look_back();
 
       // ---- the block's: warps by shuffles, then a channel's rows and columns, by `lanes` threads each
       auto block = [&](auto &s) {
         typedef decltype(s[0].m) M;
         typedef Partial<A, BACKWARD, M> Row;
         Row *row_part = (Row *)row_parts;
-        const int last = LAYOUT == COLUMNS ? p.tx : 1;
+        const int last = LAYOUT == COLUMNS ? tx : 1;
         if (by_warp) merge_lanes(s, n, last);
-        const int row = by_warp ? warp : t / p.tx;
+        const int row = by_warp ? warp : p.across.of(t);
         if (by_warp ? lane < last : row < p.ty) {
           if (share.across == 0) row_count[row] = n;
 #pragma unroll
           for (int j = 0; j < N; j++) shut(row_part[row * pitch + share.across * N + j], s[j]);
         }
         __syncthreads();
-        const int cells = LAYOUT == COLUMNS ? p.fold * (int)p.S : 1, width = p.C * (int)p.S;  // columns of a channel
-        const int down = cells > 1 ? lanes / cells : lanes, across = cells > 1 ? lanes % cells : 0;
+        const int S = (int)p.S, cells = LAYOUT == COLUMNS ? p.inner.by : 1, width = p.C * S;  // columns of a channel
         int some = 0;  // a row that has elements if any has: the first, by weights the heaviest
         for (int r = 1; BY_WEIGHT && r < rows; r++)
           if (row_count[r] > row_count[some]) some = r;
         bool beyond = false;
 #pragma unroll 1
-        for (int g = t / lanes; g - lane / lanes < G; g += threads / lanes) {
+        for (int g = t >> p.lanes; g - (lane >> p.lanes) < G; g += threads >> p.lanes) {
           auto at = [&](int r, int c) -> const Row & {
-            const int S = (int)p.S;
             return row_part[r * pitch + (p.fold == 1 ? g * cells + c : c / S * width + g * S + c % S)];
           };
-          auto each = [&](auto f) {
-            int r = t % lanes, c = 0;
-            if (cells > 1) c = r % cells, r /= cells;
-#pragma unroll 1
-            while (g < G && r < rows) {
-              Sum<A, BACKWARD, M> s;
-              open(s, at(r, c));
-              f(row_count[r], s);
-              r += down, c += across;
-              if (c >= cells) c -= cells, r++;
-            }
-          };
-          // Two rounds: means, relative to one of them, then products about the mean. In float64: these are few.
-          const M from = g < G ? at(some, 0).m : (M)0;
-          Amount n = 0;
-          double mean = 0, products = 0, e = 0;
-          each([&](Amount k, const Sum<A, BACKWARD, M> &s) {
-            n += k;
-            mean = fma((double)k, ((double)s.m - (double)from) + (double)s.lo, mean);
-            if (BACKWARD) e = fma((double)k, (double)s.e, e);
-          });
-          n = sum_lanes(n, lanes);
-          const double one_of = n > 0 ? 1 / (double)n : 0;
-          mean = sum_lanes(mean, lanes) * one_of;
-          if (BACKWARD) e = sum_lanes(e, lanes) * one_of;
-          each([&](Amount k, const Sum<A, BACKWARD, M> &s) {
-            const double d = (((double)s.m - (double)from) + (double)s.lo) - mean;
-            products += fma((double)k * d, BACKWARD ? (double)s.e - e : d, (double)s.c);
-          });
-          products = sum_lanes(products, lanes);
-          if (g >= G || t % lanes) continue;
+          Sum<A, BACKWARD, M> first;
+          if (g < G) open(first, at(some, 0));
           Sum<A, BACKWARD> total;
-          total.m = sizeof(A) == 8 ? (double)from : (double)from + mean;
-          total.lo = sizeof(A) == 8 ? mean : 0;
-          total.e = (A)e, total.c = products;
+          auto read = [&](int i, Sum<A, BACKWARD, M> &s) {
+            const int r = cells > 1 ? p.inner.of(i) : i;
+            open(s, at(r, i - r * cells));
+            return (double)row_count[r];
+          };
+          const double n = gather<1>(total, first, g < G ? rows * cells : 0, own_lane, lanes, read);
+          if (g >= G || own_lane) continue;
           if constexpr (AGAIN_WIDE) {
             Part &found = *(Part *)(coefficients + g);  // until there are any
             Sum<A, BACKWARD> narrow;
@@ -207,8 +180,8 @@ __global__ void FASTBN_DIMS __launch_bounds__(sizeof(T) == 8 ? 512 : 1024, 1) bn
           if (WAY == BLOCK) finish(g, total, n);
           if (WAY == CLUSTER) shut(part[g], total);
           if (WAY == STATS || WAY == GRID) shut(partials[(i64)g * K + rank], total);
-          if (WAY == CLUSTER && g == 0) part_count->n = (double)n;
-          if ((WAY == STATS || WAY == GRID) && g == 0) counts[rank] = n;
+          if (WAY == CLUSTER && g == 0) part_count->n = n;
+          if ((WAY == STATS || WAY == GRID) && g == 0) counts[rank] = (Amount)n;
         }
         return beyond;
       };
@@ -225,8 +198,7 @@ __global__ void FASTBN_DIMS __launch_bounds__(sizeof(T) == 8 ? 512 : 1024, 1) bn
     if (WAY == STATS) continue;
     if (WAY == CLUSTER) { cluster_arrive(); cluster_wait(); }
     if (WAY == GRID) group_barrier(p.barriers + group, K, rank);
-    // ---- all ranks: every block adds up the same partials in the same order, relative to the mean of one of them, in
-    // float64: what the difference at the end cancels is less than the number of ranks
+    // ---- all ranks: every block adds up the same partials in the same order
     if (WAY != BLOCK) {
       auto count_of = [&](int r) {
         if (!WEIGHTED && LAYOUT != WINDOWS) return (Amount)share.elements(r);
@@ -247,72 +219,47 @@ __global__ void FASTBN_DIMS __launch_bounds__(sizeof(T) == 8 ? 512 : 1024, 1) bn
           if (const Amount k = count_of(r); k > most) most = k, some = r;
       }
 #pragma unroll 1
-      for (int g = t / lanes; g - lane / lanes < G; g += threads / lanes) {
+      for (int g = t >> p.lanes; g - (lane >> p.lanes) < G; g += threads >> p.lanes) {
+        const bool here = given && g < G;
+        auto read = [&](int r, Sum<A, BACKWARD> &s) {
+          Bytes<Part> of;
+          part_of(of, g, r), open(s, of.value);
+          return (double)count_of(r);
+        };
         Sum<A, BACKWARD> first, total;
-        double n = 0, mean = 0, products = 0, e = 0;
-        if (given && g < G) {
-          Bytes<Part> from;
-          part_of(from, g, some), open(first, from.value);
-#pragma unroll 1
-          for (int r = t % lanes; r < K; r += lanes * RANKS) {
-            Bytes<Part> parts[RANKS];
-            Amount k[RANKS];
-#pragma unroll
-            for (int u = 0; u < RANKS; u++) {
-              k[u] = 0;
-              if (u > 0 && r + lanes * u >= K) continue;
-              part_of(parts[u], g, r + lanes * u);
-              k[u] = count_of(r + lanes * u);
-            }
-#pragma unroll
-            for (int u = 0; u < RANKS; u++) {
-              if (k[u] == 0) continue;
-              Sum<A, BACKWARD> s;
-              open(s, parts[u].value);
-              const double d = (s.m - first.m) + (s.lo - first.lo), w = (double)k[u];
-              n += w, mean = fma(w, d, mean);
-              if (BACKWARD) e = fma(w, (double)s.e, e);
-              products += fma(w * d, BACKWARD ? (double)s.e : d, (double)s.c);
-            }
-          }
-        }
-        n = sum_lanes(n, lanes), mean = sum_lanes(mean, lanes), products = sum_lanes(products, lanes);
-        if (BACKWARD) e = sum_lanes(e, lanes);
-        if (g >= G || t % lanes) continue;
-        const double one_of = n > 0 ? 1 / n : 0;
-        total.c = fma(-mean * one_of, BACKWARD ? e : mean, products);
-        total.e = (A)(e * one_of), mean *= one_of;
-        total.m = sizeof(A) == 8 ? first.m : first.m + mean;
-        total.lo = sizeof(A) == 8 ? first.lo + mean : 0;
-        finish(g, total, (Amount)n);
+        if (here) read(some, first);
+        const double n = gather<RANKS>(total, first, here ? K : 0, own_lane, lanes, read);
+        if (g >= G || own_lane) continue;
+        finish(g, total, n);
       }
     }
     __syncthreads();
     if (WAY == CLUSTER) cluster_arrive();  // this block has read its peers
+    landed<AHEAD>();  // what this thread will read of `early`
     for (int g = t; g < G && share.parameter(g) < p.C; g += threads) {  // by warps full of channels: it is long
       Sum<A, BACKWARD> s;
       open(s, *(const Part *)(coefficients + g));
-      conclude(share, g, s, part_count->all, rank == 0, coefficients[g]);
+      conclude(share, g, s, early + g * EARLY<BACKWARD>, part_count->all, rank == 0, coefficients[g]);
     }
     __syncthreads();
 
     // ---- second pass: the map
-    if (p.y || (DRESIDUAL && p.dr)) {
+    if (maps) {
       Coef k[N];
 #pragma unroll
       for (int j = 0; j < N; j++) {
         const int g = share.channel(share.across * V + j);
         k[j] = coefficients[g < G ? g : 0];
       }
-      auto emit = [&](const typename Share<T, V, BACKWARD, LAYOUT>::Place &q, int slot, auto is_kept) {
-        constexpr bool KEPT = decltype(is_kept)::value;
+      auto emit = [&](const typename Share<T, V, BACKWARD, LAYOUT>::Place &q, int slot, auto kept, bool summed) {
+        constexpr bool KEPT = decltype(kept)::value;
         if (!share.any(q)) return;
+        const bool done = !SLOPED || (IN_PLACE<T> && (KEPT || summed));  // dy f'(z) is in place of dy
         Vec a, d, r, to, dr;
         A weight[W];
         if (READS_R && !(BACKWARD && IN_PLACE<T> && KEPT)) load(r.raw, share.vector(q.r, q));
         if (READS_W) share.read_w(weight, q);
-        if (!KEPT) landed<AHEAD - 1>();
-        if (wants_x) load_shared(a.raw, ring.x + slot);
+        load_shared(a.raw, ring.x + slot);
         if (BACKWARD) load_shared(d.raw, ring.dy + slot);
 #pragma unroll
         for (int v = 0; v < V; v++) {
@@ -320,8 +267,7 @@ __global__ void FASTBN_DIMS __launch_bounds__(sizeof(T) == 8 ? 512 : 1024, 1) bn
           const A h = READS_W ? weight[W == 1 ? 0 : v] : (A)1;
           const bool absent = MASKED && h == 0;
           if constexpr (BACKWARD) {
-            constexpr bool DONE = !SLOPED || (KEPT && IN_PLACE<T>);
-            A g = DONE ? up(d.lane[v]) : by_z(own, a.lane[v], d.lane[v], r.lane[v], (A)p.parameter);
+            A g = done ? up(d.lane[v]) : by_z(own, a.lane[v], d.lane[v], r.lane[v], (A)p.parameter);
             if (absent) g = 0;
             down(to.lane[v], by_x(own, a.lane[v], g, centred, h));
             down(dr.lane[v], g);
@@ -335,18 +281,20 @@ __global__ void FASTBN_DIMS __launch_bounds__(sizeof(T) == 8 ? 512 : 1024, 1) bn
         if (!DRESIDUAL || p.y) share.write(q.y, to, q);
         if (DRESIDUAL && p.dr) share.write(q.dr, dr, q);
       };
-      auto q = share.at(share.n - 1), back = share.at(share.n - 1 - AHEAD);
+      auto q = share.at(share.n - 1), back = q;
+      if (!share.STRAIGHT) back = share.at(share.n - 1 - AHEAD);
 #pragma unroll 1
-      for (int i = 0, slot = keep * threads; i < again; i++) {
-        emit(q, slot, Flag<false>());
-        if (i + AHEAD < again) ring.send(share, back, slot, wants_x);
-        take_off(), slot = ring.next(slot), share.template move<-1>(q), share.template move<-1>(back);
+      while (q.i >= keep) {
+        const int slot = ring.shared(q.i);
+        landed<AHEAD - 1>();
+        emit(q, slot, Flag<false>(), WAY != APPLY && q.i >= share.n - AHEAD);
+        if (share.STRAIGHT) back = q, share.template move<-AHEAD>(back);
+        if (back.i >= keep) ring.send(share, back, slot, wants_x);
+        take_off(), share.template move<-1>(q);
+        if (!share.STRAIGHT) share.template move<-1>(back);
       }
 #pragma unroll 1
-      for (int slot = (keep - 1) * threads; slot >= 0; slot -= threads) {
-        emit(q, slot, Flag<true>());
-        share.template move<-1>(q);
-      }
+      for (; q.i >= 0; share.template move<-1>(q)) emit(q, ring.own(q.i), Flag<true>(), true);
     }
     if (WAY == CLUSTER) cluster_wait();  // its peers have read it: it may leave
   }

@@ -27,7 +27,22 @@ from cupy.cuda import driver, runtime
 from cupy.cuda.function import Module
 
 from .compile import machine_code
-from .plan import CLUSTER, GRID, PARAMS_SIZE, PLAIN, VECTOR, Device, More, Plan, Pointers, Unwalkable, View, pack, plan
+from .plan import (
+    CLUSTER,
+    GRID,
+    HOPPER,
+    PARAMS_SIZE,
+    PLAIN,
+    VECTOR,
+    Device,
+    More,
+    Plan,
+    Pointers,
+    Unwalkable,
+    View,
+    pack,
+    plan,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -88,6 +103,8 @@ def device(number: int) -> Device:
         cluster=8 if 9 <= facts["major"] < 12 else 1,
         cooperative=bool(facts["cooperativeLaunch"]),
         l2=facts["l2CacheSize"],
+        bandwidth=facts.get("memoryClockRate", 0) * facts.get("memoryBusWidth", 0) / 4e3  # kHz, bits, two a cycle
+        or HOPPER.bandwidth,
     )
 
 

@@ -85,21 +85,21 @@ template <class A, bool B> FASTBN_DEVICE void centre(Coefficients<A, B> &k, cons
 }
 
 // From sums of channel c of the share to its coefficients; the rank that reports writes the table, or dgamma and dbeta.
-// mass: forward, of the set's weights.
+// early: what `foresee` had fly there. mass: forward, of the set's weights.
 template <class S, class A>
-FASTBN_DEVICE void conclude(const S &share, int c, const Sum<A, false> &s, double mass, bool report,
-                            Coefficients<A, false> &k) {
+FASTBN_DEVICE void conclude(const S &share, int c, const Sum<A, false> &s, const double *early, double mass,
+                            bool report, Coefficients<A, false> &k) {
   const Params &p = share.p;
   const i64 own = share.statistic(c);
-  const double gamma = parameter(p.gamma, p.wide, share.parameter(c), 1);
-  const double beta = parameter(p.beta, p.wide, share.parameter(c), 0);
+  const double gamma = parameter(p.gamma ? early : nullptr, p.wide, 0, 1);
+  const double beta = parameter(p.beta ? early + 1 : nullptr, p.wide, 0, 0);
   double hi, lo = 0, var;
   if (p.frozen) {
     hi = parameter(p.mean, p.wide, own, 0), var = parameter(p.var, p.wide, own, 1);
   } else {
-    hi = (double)(A)(s.m + s.lo), lo = (s.m - hi) + s.lo, var = s.c / (WEIGHTED ? mass : share.count());
+    hi = (double)(A)(s.m + s.lo), lo = (s.m - hi) + s.lo, var = s.c * (WEIGHTED ? 1 / mass : share.one_of());
   }
-  double invstd = 1 / sqrt(var + p.eps);
+  double invstd = rsqrt(var + p.eps);
   if (SETS && share.height() == 0 && !p.frozen) hi = lo = var = invstd = 0;
   if (WEIGHTED && mass == 0 && !p.frozen) hi = lo = var = invstd = 0;
   centre(k, hi, lo, invstd, gamma, beta);
@@ -111,21 +111,21 @@ FASTBN_DEVICE void conclude(const S &share, int c, const Sum<A, false> &s, doubl
   }
 }
 template <class S, class A>
-FASTBN_DEVICE void conclude(const S &share, int c, const Sum<A, true> &s, double, bool report,
+FASTBN_DEVICE void conclude(const S &share, int c, const Sum<A, true> &s, const double *early, double, bool report,
                             Coefficients<A, true> &k) {
   const Params &p = share.p;
-  const i64 own = share.statistic(c);  // a width kept in a register for all rows of the table spills others
-  const double invstd = p.table[3 * share.statistics() + own], mean = s.m + s.lo, count = share.count();
-  centre(k, p.table + own, share.statistics());
+  const i64 own = share.statistic(c);
+  const double invstd = early[3], mean = s.m + s.lo, count = share.count();
+  centre(k, early, 1);
   k.invstd = (A)invstd;
   k.ghi = p.frozen ? (A)0 : (A)mean;
   k.glo = p.frozen ? (A)0 : (A)((s.m - (double)k.ghi) + s.lo);
-  k.slope = p.frozen ? (A)0 : (A)(-invstd * (s.c / count));
+  k.slope = p.frozen ? (A)0 : (A)(-invstd * (s.c * share.one_of()));
   if (WEIGHTED && !p.frozen) {  // the mean of x - mean, by which c is less than the sum of products, isn't 0 here
     const double mass = p.mass[share.set], part = mass > 0 ? count / mass : 0;
     k.ghi = (A)(mean * part);
     k.glo = (A)((s.m * part - (double)k.ghi) + s.lo * part);
-    k.slope = (A)(-invstd * (part * fma(mean, (double)s.e, s.c / count)));
+    k.slope = (A)(-invstd * (part * fma(mean, (double)s.e, s.c * share.one_of())));
   }
   if (report) {
     if (p.dgamma) ((A *)p.dgamma)[own] = (A)(invstd * fma(count * mean, (double)s.e, s.c));
@@ -133,14 +133,20 @@ FASTBN_DEVICE void conclude(const S &share, int c, const Sum<A, true> &s, double
   }
 }
 
-// What `conclude` will read of channel c comes into the cache.
-template <bool BACKWARD, class S> FASTBN_DEVICE void foresee(const S &share, int c) {
+// What `conclude` will read of channel c flies to `early`, of EARLY numbers: it comes from L2 at best, in 700 cycles.
+template <bool BACKWARD> constexpr int EARLY = BACKWARD ? 6 : 2;  // plan.py's `early`
+template <bool BACKWARD, class S> FASTBN_DEVICE void foresee(const S &share, int c, double *early) {
   const Params &p = share.p;
-  const i64 own = share.parameter(c) << (p.wide ? 3 : 2);
-  if (!BACKWARD && p.gamma) prefetch((const char *)p.gamma + own);
-  if (!BACKWARD && p.beta) prefetch((const char *)p.beta + own);
-  if (BACKWARD)
-    for (int i = 3; i < 6; i++) prefetch(p.table + i * share.statistics() + share.statistic(c));
+  if (BACKWARD) {
+    for (int i = 0; i < 6; i++)
+      if (i != 2) fly<8>(early + i, p.table + i * share.statistics() + share.statistic(c));  // all but var
+  } else {
+    for (int i = 0; i < 2; i++) {
+      const void *from = i == 0 ? p.gamma : p.beta;
+      if (from && p.wide) fly<8>(early + i, (const double *)from + share.parameter(c));
+      if (from && !p.wide) fly<4>(early + i, (const float *)from + share.parameter(c));
+    }
+  }
 }
 
 }  // namespace fastbn

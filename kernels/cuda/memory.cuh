@@ -54,6 +54,11 @@ constexpr Weights WEIGHTS = FASTBN_WEIGHTS;
 constexpr bool WEIGHTED = WEIGHTS != ABSENT, MASKED = WEIGHTS == ZERO || WEIGHTS == KEEP;
 constexpr bool RESIDUAL = FASTBN_RESIDUAL, DRESIDUAL = FASTBN_DRESIDUAL, SETS = FASTBN_SETS;
 
+struct Divisor {  // of any 32-bit number: Granlund & Montgomery (1994). The compiler's own takes 25 instructions
+  u32 by, multiplier, shift;
+  FASTBN_DEVICE u32 of(u32 n) const { return (u32)(((u64)__umulhi(n, multiplier) + n) >> shift); }
+};
+
 struct Params {                    // packed by plan.py; 8-byte fields first, so that there is no padding
   const void *x, *dy;              // dy: backward. x may be null where only dx = a dy is wanted
   void *y;                         // y, or dx; null: sums only
@@ -74,14 +79,16 @@ struct Params {                    // packed by plan.py; 8-byte fields first, so
   i64 x_row, x_step, x_channel, dy_row, dy_step, dy_channel;  // strides in bytes: of a row, of a thread's next vector as
   i64 y_row, y_step, y_channel, r_row, r_step, r_channel;     // far as it is whole rows (the rest: `rest`), of a channel
   i64 dr_row, dr_step, dr_channel, w_row, w_step;
-  double count;                    // O I
+  double count, one_of;            // O I, and 1 / that
   i64 M, S, per, rows;             // M: of the largest set; per: vectors, or rows of COLUMNS, of a rank
   int sets, tiles;                 // tiles: items of a set
-  int C, items, K, slots;          // slots: vectors of an array that a thread has room for in shared memory
-  int tx, ty, G, fold;             // COLUMNS: threads across and down; channels of an item; rows seen as one
-  u32 vectors, multiplier, shift;  // RUNS, WINDOWS: vectors of a run, and how to divide by that
-  u32 rest;                        // threads, modulo that
+  int C, items, slots, ty;         // slots: vectors of an array that a thread has room for in shared memory; ty: COLUMNS:
+  int G, fold;                     // threads down; G: channels of an item; fold: rows seen as one
+  u32 lanes, rest;                 // lanes: threads that merge the sums of a channel, as a power of 2; rest: of `move`
   u32 frozen, delay;               // delay: clock cycles by which the last group begins later than the first
+  Divisor ranks, across;           // K; COLUMNS: threads across
+  Divisor apart, inner;            // rows, or vectors, from one of a thread's to its next; columns of a channel (fold S),
+                                   // or vectors of a run
 };
 
 // ---------------------------------------------------------------------------------------------------- number types
@@ -205,7 +212,6 @@ FASTBN_DEVICE void hold(u32 cycles) {
   const i64 begin = clock64();
   while (clock64() - begin < cycles) asm volatile("nanosleep.u32 100;");
 }
-FASTBN_DEVICE void prefetch(const void *p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 FASTBN_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 FASTBN_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
@@ -234,10 +240,23 @@ FASTBN_DEVICE void load_peer(Raw<16> &r, const void *p, int rank) { emulator::lo
 FASTBN_DEVICE u32 arrive(u32 *p, u32 v) { return emulator::add(p, v); }
 FASTBN_DEVICE u32 poll(const u32 *p) { return emulator::poll(p); }
 FASTBN_DEVICE void hold(u32) {}
-FASTBN_DEVICE void prefetch(const void *) {}
 FASTBN_DEVICE void cluster_arrive() { emulator::cluster_arrive(); }
 FASTBN_DEVICE void cluster_wait() { emulator::cluster_wait(); }
 #endif
+
+// All but the last `left` groups, or more of them.
+FASTBN_DEVICE void landed_but(int left) {
+  switch (left) {
+    case 0: return landed<0>();
+    case 1: return landed<1>();
+    case 2: return landed<2>();
+    case 3: return landed<3>();
+    case 4: return landed<4>();
+    case 5: return landed<5>();
+    case 6: return landed<6>();
+    default: return landed<7>();
+  }
+}
 
 // A whole P from there, 16 bytes by 16.
 template <class P> union Bytes {

@@ -64,7 +64,7 @@ class Unwalkable(ValueError):
 
 @dataclass(frozen=True)
 class Device:
-    """What the planner needs to know of a GPU. The default is Hopper's (H100 SXM, H200)."""
+    """What the planner needs to know of a GPU. The default is an H100 (SXM)."""
 
     sms: int = 132
     smem_block: int = 227 << 10  # bytes of shared memory a block may have (opt-in)
@@ -72,6 +72,7 @@ class Device:
     cluster: int = 8  # largest portable cluster, 1 where there are none (below sm_90)
     cooperative: bool = True
     l2: int = 50 << 20  # bytes
+    bandwidth: float = 3.35e6  # of device memory, bytes in a microsecond, by its data sheet
 
     def slots(self, letter: str, threads: int) -> int:
         """Blocks that are resident at once."""
@@ -330,24 +331,26 @@ class Plan:
     def _tail(self) -> bytes:
         w, size = self.walk, _size(self.letter)
         count, sets = w.M * w.fold * w.S, w.more.sets
-        vectors = 1 if w.layout == COLUMNS else w.vectors
-        rows, rest = (self.ty, 0) if w.layout == COLUMNS else divmod(self.threads, vectors)
+        columns = w.layout == COLUMNS
+        apart, inner = (self.ty, w.fold * w.S) if columns else (self.threads, w.vectors)
+        rows, rest = (self.ty, 0) if columns else divmod(self.threads, w.vectors)
         strides = []
         for name in ("x", "dy", "y", "r", "dr"):
             row, channel = w.strides.get(name, (0, 0))
             strides += [size * row, size * rows * row, size * channel]
         weights = w.S * _number(self.letter)
         strides += [weights, rows * weights]
-        numbers = [sets, self.items // sets, w.C, self.items, self.K, self.slots, self.tx, self.ty, self.G, w.fold]
+        lanes = max(0, min(5, (self.threads // self.G).bit_length() - 1))
         return TAIL.pack(
-            *strides, count, w.M, w.S, self.per, w.more.rows, *numbers,
-            vectors, *_division(vectors), rest, self.frozen, self.delay,
+            *strides, count, 1 / count if count else 0.0, w.M, w.S, self.per, w.more.rows,
+            sets, self.items // sets, w.C, self.items, self.slots, self.ty, self.G, w.fold,
+            lanes, rest, self.frozen, self.delay, *itertools.chain(*map(_divisor, (self.K, self.tx, apart, inner))),
         )  # fmt: skip
 
 
 HEAD = struct.Struct("<18Q2dQ")  # Pointers; eps, parameter; wide
-# strides; count; M, S, per, rows; sets, tiles, C .. fold; vectors, multiplier, shift, rest, frozen, delay
-TAIL = struct.Struct("<17qd4q10i6I")
+# strides; count, 1 / count; M, S, per, rows; sets, tiles, C .. fold; lanes, rest, frozen, delay; four divisors
+TAIL = struct.Struct("<17q2d4q8i16I")
 PARAMS_SIZE = HEAD.size + TAIL.size
 
 
@@ -360,10 +363,10 @@ def pack(plan: Plan, pointers: Pointers, eps: float = 0.0, wide: bool = False, p
     return HEAD.pack(*pointers, eps, parameter, wide) + plan._tail
 
 
-def _division(d: int) -> tuple[int, int]:
-    """(m, s) so that j // d == (umulhi(j, m) + j) >> s for all 32-bit j (Granlund & Montgomery 1994)."""
+def _divisor(d: int) -> tuple[int, int, int]:
+    """(d, m, s) so that j // d == (umulhi(j, m) + j) >> s for all 32-bit j (Granlund & Montgomery 1994)."""
     s = (d - 1).bit_length()
-    return (((1 << 32) * ((1 << s) - d)) // d + 1) & 0xFFFFFFFF, s
+    return d, (((1 << 32) * ((1 << s) - d)) // d + 1) & 0xFFFFFFFF, s
 
 
 def _over(a: int, b: int) -> int:
@@ -439,7 +442,8 @@ def build(
     by_warp = not columns or WARP % tx == 0
     rows = threads // WARP if by_warp else ty
     counts = rows * (8 if w.more.weights and not backward else number)  # sums of weights are float64
-    fixed = G * (partial + (8 if backward else 4) * number) + 16 + _over(counts, 16) * 16
+    early = 6 if backward else 2  # numbers of a channel that fly in: bn.cu's EARLY
+    fixed = G * (partial + (8 if backward else 4) * number + 8 * early) + 16 + _over(counts, 16) * 16
     fixed += rows * (tx * w.V + 1 if columns else 1) * partial
 
     per = _over(work, K)
@@ -454,13 +458,10 @@ def build(
         groups = min(items, max(1, device.slots(letter, threads) // K))
     want = 0 if way in (SPLIT, MAP) or not _maps(w) else mine
     flying = ahead(letter, w.V, backward)
-    fits = min(want, room if mine <= room else room - flying)
-    keep = max(0, fits if keep is None else min(fits, keep, room - flying))
-    slots = min(mine, keep + flying)
-    if want and slots == mine:
-        keep = mine
+    fits = room if mine <= room else max(0, room - flying)
+    slots = min(mine, min(want, fits if keep is None else min(fits, keep, max(0, room - flying))) + flying)
     held = {GRID: 2 * groups, SPLIT: items}.get(way, 0)  # partial sums
-    kept = min(total, keep * (ty * tx if columns else threads) * K)
+    kept = min(total, (slots if want else 0) * (ty * tx if columns else threads) * K)
     again = 0 if way == MAP or not _maps(w) else (total - kept) * items
     made = Plan(
         walk=w,
@@ -485,7 +486,7 @@ def build(
     rounds = _over(items, groups)
     if rounds < APART:
         return made
-    return replace(made, delay=int(CLOCK * sum(_moved(made)) / (device.sms * BANDWIDTH) / rounds))
+    return replace(made, delay=int(CLOCK * sum(_moved(made)) / (device.bandwidth * BANDWIDTH) / rounds))
 
 
 def _moved(p: Plan) -> tuple[int, int]:
@@ -494,20 +495,21 @@ def _moved(p: Plan) -> tuple[int, int]:
     return len(w.strides) * _vectors(w, p.tx) * p.items * vector, p.reread * vector * (2 if p.backward else 1)
 
 
-# What the model believes, in microseconds and bytes: fitted to 1,475 timings of 76 calls on an H100 (2.9 TB/s a copy).
-# The plan that it takes is on average 3 % slower than the best candidate there, at worst 24 %.
-START = {BLOCK: 2.84, CLUSTER: 4.93, GRID: 4.87, SPLIT: 5.96, MAP: 2.84}  # a launch, or two
-ROUND = {BLOCK: 3.08, CLUSTER: 8.6, GRID: 8.96, SPLIT: 2.26, MAP: 0.0}  # of a block, in which it waits for no memory
-HIDDEN = 0.253  # other blocks of the multiprocessor work then: 1 / blocks ** HIDDEN of it counts
-MORE_SUMS = 1.5  # backward, of columns: four channels' sums are merged in each thread's place
-ROUND_APART = 7.88  # of groups that begin apart: the others work then
-MERGE = 3.21e-4  # for each partial sum that a block adds up, times the root of the blocks beside it
-FETCH = 1.22  # for each batch of them
-BANDWIDTH = 2.77e6 / 132  # a multiprocessor's share of device memory's
-L2_BANDWIDTH = 2.03e6 / 132  # the same of what L2 still has when it is read again in reverse,
-L2_SHARE = 0.703  # which is this part of L2
-TILES = {64: 0.598, 128: 0.749}  # bandwidth of narrow tiles: their rows lie far apart
-BUSY = 600  # threads that keep a multiprocessor's memory busy
+# What the model believes, in microseconds and bytes: fitted to 4,673 timings of 120 calls on an H200 (4.2 TB/s a copy).
+# The plan that it takes is on average 3 % slower than the best candidate there, at worst 22 %.
+START = {BLOCK: 2.26, CLUSTER: 1.94, GRID: 6.91, SPLIT: 7.43, MAP: 2.26}  # a launch, or two
+ROUND = {BLOCK: 3.0, CLUSTER: 6.91, GRID: 5.09, SPLIT: 6.92, MAP: 0.0}  # of a block, in which it waits for no memory:
+FEWER_THREADS = 0.313  # of 1024 threads, else (threads / 1024) ** FEWER_THREADS of it;
+HIDDEN = 0.088  # other blocks of the multiprocessor work then: 1 / blocks ** HIDDEN of it counts
+MORE_SUMS = 1.45  # backward, of columns: four channels' sums are merged in each thread's place
+ROUND_APART = 5.48  # of groups that begin apart: the others work then
+MERGE = 2.6e-4  # for each partial sum that a block adds up, times the root of the blocks beside it
+FETCH = 1.79  # for each batch of them
+BANDWIDTH = 0.776  # of the data sheet's
+L2_BANDWIDTH = 4.25e4  # a multiprocessor's share of what L2 still has when it is read again in reverse,
+L2_SHARE = 0.834  # which is this part of L2
+TILES = {32: 0.639, 64: 0.755, 128: 0.93}  # bandwidth of narrow tiles: their rows lie far apart
+BUSY = 614  # threads that keep a multiprocessor's memory busy
 APART = 3  # rounds from which groups of GRID begin apart: one of them can work then while others agree
 CLOCK = 1900  # cycles of a microsecond
 SUMS_IN_FLIGHT = 4  # other ranks' sums that a thread loads at once: bn.cu's RANKS
@@ -524,7 +526,7 @@ def model(p: Plan, device: Device = HOPPER) -> tuple[float, float, float]:
     if p.way == CLUSTER:  # a cluster stays inside a group of multiprocessors: of 33 clusters of four, 32 didn't fit
         blocks = max(p.K, min(blocks, (device.sms * 7 // 8 if p.K > 2 else device.sms) * on_sm) // p.K * p.K)
     tile = p.tx * w.V * _size(p.letter) if w.layout == COLUMNS else 256
-    bandwidth = device.sms * BANDWIDTH * next((part for most, part in TILES.items() if tile <= most), 1.0)
+    bandwidth = device.bandwidth * BANDWIDTH * next((part for most, part in TILES.items() if tile <= most), 1.0)
     rounds = p.grid / blocks if p.way != GRID else float(_over(p.items, p.grid // p.K))
     waste = math.ceil(rounds) / rounds if rounds < 4 else 1.0
     time = (floor + again - hot) / bandwidth / min(1.0, blocks * p.threads / (device.sms * BUSY)) * waste
@@ -532,6 +534,7 @@ def model(p: Plan, device: Device = HOPPER) -> tuple[float, float, float]:
     idle = ROUND_APART if p.delay else ROUND[p.way] / max(1.0, blocks / device.sms) ** HIDDEN
     if p.backward and w.layout == COLUMNS:
         idle *= MORE_SUMS
+    idle *= (p.threads / THREADS[-1]) ** FEWER_THREADS
     time += math.ceil(rounds) * idle
     if p.way in (GRID, SPLIT):
         batches = _over(p.K, SUMS_IN_FLIGHT * max(1, min(WARP, p.threads // p.G)))
@@ -542,7 +545,7 @@ def model(p: Plan, device: Device = HOPPER) -> tuple[float, float, float]:
 
 def candidates(w: Walk, letter: str, backward: bool, device: Device, frozen: bool) -> Iterator[Plan]:
     """Every plan worth a thought."""
-    tiles = (128, 256, 64) if w.layout == COLUMNS and w.fold == 1 else (128,)
+    tiles = (128, 256, 64, 32) if w.layout == COLUMNS and w.fold == 1 else (128,)
     for tile, threads in itertools.product(tiles, THREADS):
         if threads > resident(letter):
             continue
@@ -550,7 +553,7 @@ def candidates(w: Walk, letter: str, backward: bool, device: Device, frozen: boo
         slots = device.slots(letter, threads)
         most = _vectors(w, one.tx) // threads  # ranks whose threads have a vector each
         if threads > THREADS[0] and most < 4:
-            break
+            continue
         most = max(2, most)
 
         def of(way: str, K: int, given: int | None = threads, tile: int = tile) -> Plan:

@@ -30,29 +30,35 @@ template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
   }
   FASTBN_DEVICE i64 elements(int rank) const {  // of a channel in a rank, where no lane is masked
     if (LAYOUT == COLUMNS) return rows(rank) * p.fold * p.S;
-    const i64 left = height() * p.vectors - rank * p.per;
+    const i64 left = height() * p.inner.by - rank * p.per;
     return (left < 0 ? 0 : left < p.per ? left : p.per) * V;
   }
+  // How many of a thread's there are where so many are left from its first one on.
+  FASTBN_DEVICE int steps(i64 left) const {
+    if (left <= 0) return 0;
+    const i64 most = left + p.apart.by - 1;
+    return most >> 32 ? (int)(most / p.apart.by) : (int)p.apart.of((u32)most);
+  }
   FASTBN_DEVICE Share(const Params &params, int item, int rank) : p(params) {
-    const int t = threadIdx.x, threads = blockDim.x;
+    const int t = threadIdx.x;
     set = SETS ? item / p.tiles : 0, tile = SETS ? item % p.tiles : item;
     if (SETS) begin = set * p.M, end = begin + p.M;
     if (SETS && p.starts) begin = p.starts[set] * p.rows, end = p.starts[set + 1] * p.rows;
     const i64 skipped = (i64)rank * p.per;
     if (LAYOUT == COLUMNS) {
-      across = t % p.tx;
-      const int down = t / p.tx;
-      const i64 column = ((i64)tile * p.tx + across) * V, left = rows(rank) - down;
-      n = down < p.ty && left > 0 && column < (i64)p.fold * p.C * p.S ? (int)((left + p.ty - 1) / p.ty) : 0;
+      const int tx = p.across.by, down = p.across.of(t);
+      across = t - down * tx;
+      const i64 column = ((i64)tile * tx + across) * V, left = rows(rank) - down;
+      n = down < p.ty && column < (i64)p.fold * p.C * p.S ? steps(left) : 0;
       first = skipped + down;
       x = (const T *)p.x + column, dy = (const T *)p.dy + column, y = (T *)p.y + column;
       if (RESIDUAL) r = (const T *)p.r + column;
       if (DRESIDUAL) dr = (T *)p.dr + column;
     } else {
       across = 0;
-      i64 left = height() * p.vectors - skipped;
+      i64 left = height() * p.inner.by - skipped;
       left = left < p.per ? left : p.per;
-      n = left > t ? (int)((left - t + threads - 1) / threads) : 0;
+      n = steps(left - t);
       first = skipped + t;
       x = far((const T *)p.x, tile * p.x_channel), dy = far((const T *)p.dy, tile * p.dy_channel);
       y = far((T *)p.y, tile * p.y_channel);
@@ -62,6 +68,7 @@ template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
   }
   FASTBN_DEVICE i64 height() const { return SETS ? end - begin : p.M; }
   FASTBN_DEVICE double count() const { return SETS ? (double)height() * p.fold * p.S : p.count; }
+  FASTBN_DEVICE double one_of() const { return SETS ? 1 / count() : p.one_of; }
   // Where channel c of the tile has its numbers: in gamma and beta, and in all else.
   FASTBN_DEVICE i64 parameter(int c) const { return (i64)tile * p.G + c; }
   FASTBN_DEVICE i64 statistic(int c) const { return SETS ? (i64)set * p.C + parameter(c) : parameter(c); }
@@ -82,8 +89,8 @@ template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
     q.i = i, q.j = 0;
     i64 line = first + (i64)i * p.ty;  // of the set
     if (LAYOUT != COLUMNS) {
-      const u32 j = (u32)first + (u32)i * blockDim.x, run = (u32)(((u64)__umulhi(j, p.multiplier) + j) >> p.shift);
-      q.j = j - run * p.vectors, line = run;
+      const u32 j = (u32)first + (u32)i * blockDim.x, run = p.inner.of(j);
+      q.j = j - run * p.inner.by, line = run;
     }
     line = SETS && (i < 0 || i >= n) ? 0 : row(line);
     q.x = far(x, line * p.x_row), q.dy = far(dy, line * p.dy_row), q.y = far(y, line * p.y_row);
@@ -92,7 +99,8 @@ template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
     if (WEIGHTED) q.w = far((const Number<T> *)p.w, line * p.w_row);
     return q;
   }
-  template <int BY> FASTBN_DEVICE void move(Place &q) const {  // BY: 1 or -1
+  static constexpr bool STRAIGHT = LAYOUT == COLUMNS && !SETS;  // any step is as easy
+  template <int BY> FASTBN_DEVICE void move(Place &q) const {   // BY: 1 or -1, where STRAIGHT any
     q.i += BY;
     if (SETS) {  // their rows may lie anywhere
       if (q.i >= 0 && q.i < n) q = at(q.i);
@@ -100,8 +108,8 @@ template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
     }
     bool beyond = false;  // the run: the next one begins
     if (LAYOUT != COLUMNS) {
-      q.j += BY * p.rest, beyond = q.j >= p.vectors;  // below 0, too
-      if (beyond) q.j -= BY * p.vectors;
+      q.j += BY * p.rest, beyond = q.j >= p.inner.by;  // below 0, too
+      if (beyond) q.j -= BY * p.inner.by;
     }
     auto go = [&](auto &at, i64 step, i64 row) {
       at = far(at, BY * step);
@@ -166,22 +174,24 @@ template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
   // The channel, within the item, of column c of the tile.
   FASTBN_DEVICE int channel(int c) const {
     if (LAYOUT != COLUMNS) return 0;
-    if (p.fold > 1) c %= p.C * (int)p.S;
-    return p.S == 1 ? c : c / (int)p.S;
+    if (p.fold > 1) return c % (p.C * (int)p.S) / (int)p.S;
+    return (int)p.inner.of(c);
   }
 };
 
 // A thread's vectors in shared memory, which no other thread reads or writes: AHEAD of them fly in past the registers
-// while others are summed or mapped. An item's first `keep` stay for the second pass; those that don't take turns in the
-// last AHEAD slots.
+// while others are summed or mapped. An item's first `kept` stay for the second pass; the others take turns in the last
+// AHEAD slots, where the last of them still are when the second pass begins.
 template <class T, int V, bool BACKWARD> struct Ring {
   typedef Vector<T, V> Vec;
   static constexpr int MOST = 64 / (int)sizeof(Vec) / (BACKWARD ? 2 : 1);
   static constexpr int AHEAD = MOST < 8 ? MOST : 8;  // plan.py's `ahead`
-  Vec *x, *dy;          // slot 0
-  int step, end, turn;  // from a slot to the next; behind the last one; where those begin that are taken in turns
+  Vec *x, *dy;  // slot 0 of thread 0
+  int kept;     // below 0 where a thread has fewer than AHEAD
 
-  FASTBN_DEVICE int next(int slot) const { return slot + step < end ? slot + step : turn; }
+  FASTBN_DEVICE int own(int i) const { return i * blockDim.x + threadIdx.x; }  // of what stays
+  FASTBN_DEVICE int shared(int i) const { return own(kept + ((i - kept) & (AHEAD - 1))); }
+  FASTBN_DEVICE int slot(int i) const { return i < kept ? own(i) : shared(i); }
   template <class S> FASTBN_DEVICE void send(const S &share, const typename S::Place &q, int slot, bool wants_x) const {
     if (!share.any(q)) return;
     if (wants_x) fly<sizeof(Vec)>(x + slot, share.vector(q.x, q));
@@ -205,7 +215,8 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Ring
   constexpr int LANES = N > 1 ? N : V < ABREAST ? V : ABREAST;    // sums side by side: of N channels, or parts of one's
   constexpr int FULL = BATCH * V / N;                             // elements of a channel in a full batch
   constexpr int BATCHES = FULL < 32 ? 32 / FULL : 1;              // of a stretch, at most
-  constexpr int STAGES = Ring<T, V, BACKWARD>::AHEAD / BATCH;     // batches in flight
+  constexpr int AHEAD = Ring<T, V, BACKWARD>::AHEAD, STAGES = AHEAD / BATCH;  // batches in flight
+  constexpr int FIRST = N > 1 ? AHEAD : BATCH;  // vectors of the first stretch: it takes long for four channels to join
   typedef Size<A, BACKWARD> Amount;
   Coefficients<A, false> k[N];
   A pivot[N], rest[N], other[N], product[N];  // of all before: mean = pivot + rest, that of x - hi, sum of products
@@ -221,7 +232,8 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Ring
     const A f = have == 0 ? (A)1 : have == b ? (A)0.5 : (A)(b / (have + b)), w = (A)(have * f);
 #pragma unroll
     for (int j = 0; j < N; j++) {
-      const A step = (centre[j] - pivot[j]) + (mean[j] - rest[j]), second_step = BACKWARD ? second[j] - other[j] : step;
+      const A apart = mean[j] - rest[j], step = BY_WEIGHT ? (centre[j] - pivot[j]) + apart : apart;
+      const A second_step = BACKWARD ? second[j] - other[j] : step;
       product[j] += multiply_add(step * w, second_step, own[j]);
       if (BACKWARD) other[j] = multiply_add(second_step, f, other[j]);
       if (BY_WEIGHT && b > have) {
@@ -253,8 +265,7 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Ring
   };
   // The batch at hand; whole: of BATCH vectors, else of those that are left.
   typename Share<T, V, BACKWARD, LAYOUT>::Place here = share.at(0);
-  int slot = 0;
-  auto batch = [&](int i, auto whole, bool first_of_all) {
+  auto batch = [&](int i, auto whole) {
     constexpr bool WHOLE = decltype(whole)::value;
     Vector<T, V> a[BATCH], d[BATCH], r[BATCH];
     A g[BATCH][V], weight[BATCH][W];
@@ -266,7 +277,7 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Ring
     for (int u = 0; u < BATCH; u++) {
       lanes[u] = 0;
       if (!there(u)) continue;
-      slots[u] = slot, slot = ring.next(slot);
+      slots[u] = ring.slot(i + u);
       if (share.any(here)) {
         lanes[u] = (1u << share.end_of(here)) - (1u << share.begin_of(here));
         size += LAYOUT == COLUMNS ? 1 : share.end_of(here) - share.begin_of(here);
@@ -276,7 +287,6 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Ring
       share.template move<1>(here);
     }
     auto has = [&](int u, int v) { return LAYOUT != WINDOWS || (lanes[u] >> v & 1); };
-    landed<STAGES - 1>();
 #pragma unroll
     for (int u = 0; u < BATCH; u++) {
       if (!there(u)) continue;
@@ -342,14 +352,6 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Ring
       take(b, centre, mean, mean, own);
     } else {
       more += (A)(WHOLE && LAYOUT != WINDOWS ? FULL : size);
-      if (first_of_all) {  // about the mean of this batch, from some element on: a constant is its own mean
-        each([&](int, int j, A first, A, A) { pivot[j] = first; });
-        each([&](int l, int j, A first, A, A) { s[l] += first - pivot[j]; });
-#pragma unroll
-        for (int l = 1; l < LANES / N; l++) s[0] += s[l], s[l] = 0;
-#pragma unroll
-        for (int j = 0; j < N; j++) pivot[j] += s[j] / (A)more, s[j] = 0;
-      }
       each([&](int l, int j, A first, A second, A) {
         const A from = first - pivot[j];
         s[l] += from;
@@ -358,39 +360,76 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Ring
       });
     }
   };
-  // A group of vectors flies for each batch, STAGES of them before the first is summed: then a batch's group isn't among
-  // the last STAGES - 1. What else there is room for flies in one more.
-  typename Share<T, V, BACKWARD, LAYOUT>::Place there = share.at(0);
-  int to = 0, wanted = share.n;
-  auto send = [&]() {
+  // The mean of the first stretch, from some element on: a constant is its own mean.
+  auto settle = [&]() {
+    auto q = here;
+    A size = 0;
+#pragma unroll 1
+    for (; q.i < FIRST && q.i < share.n; share.template move<1>(q)) {
+      if (!share.any(q)) continue;
+      const int at = ring.slot(q.i);
+      Vector<T, V> a, d, r;
+      A weight[W], value[V];
+      if (!BACKWARD || SLOPED) load_shared(a.raw, ring.x + at);
+      if (BACKWARD) load_shared(d.raw, ring.dy + at);
+      if (SLOPED && RESIDUAL) load(r.raw, share.vector(q.r, q));
+      if (READS_W) share.read_w(weight, q);
 #pragma unroll
-    for (int u = 0; u < BATCH; u++) {
-      if (wanted <= 0) continue;
-      ring.send(share, there, to, true);
-      share.template move<1>(there), to = ring.next(to), wanted--;
+      for (int v = 0; v < V; v++) {
+        if (!share.has(q, v)) continue;
+        const int j = N == 1 ? 0 : v;
+        value[v] = BACKWARD ? by_z(k[j], a.lane[v], d.lane[v], r.lane[v], (A)share.p.parameter) : up(a.lane[v]);
+        if (MASKED && BACKWARD && weight[W == 1 ? 0 : v] == 0) value[v] = 0;
+        if (size == 0) pivot[j] = value[v];
+      }
+#pragma unroll
+      for (int v = 0; v < V; v++)
+        if (share.has(q, v)) s[v % LANES] += value[v] - pivot[N == 1 ? 0 : v];
+      size += (A)(LAYOUT == COLUMNS ? 1 : share.end_of(q) - share.begin_of(q));
+    }
+#pragma unroll
+    for (int l = 1; l < LANES / N; l++) s[0] += s[l], s[l] = 0;
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+      if (size > 0) pivot[j] += s[j] / size;
+      s[j] = 0;
     }
   };
+
+  // The first stretch flies as one group, then each batch as another: all of them where the ring has room, else AHEAD
+  // vectors, and the next batch whenever one has been read.
+  typename Share<T, V, BACKWARD, LAYOUT>::Place there = share.at(0);
+  auto send = [&](int vectors) {
 #pragma unroll 1
-  for (int stage = 0; stage < STAGES; stage++) send(), take_off();
-  if (share.n * ring.step <= ring.end) {
-#pragma unroll 1
-    while (wanted > 0) send();
+    for (int u = 0; u < vectors && there.i < share.n; u++) {
+      ring.send(share, there, ring.slot(there.i), true);
+      share.template move<1>(there);
+    }
     take_off();
-  }
+  };
+  send(FIRST);
+  const bool all = share.n <= ring.kept + AHEAD;
+  int flying = 0;  // groups behind the one that is waited for
+#pragma unroll 1
+  while (there.i < share.n && (all || flying < (AHEAD - FIRST) / BATCH)) send(BATCH), flying++;
   centre_of(k);
-  int left = 1, length = 1;  // batches until the stretch is over, and of the next one
+  landed_but(flying);
+  if (!BY_WEIGHT) settle();
+  int left = FIRST / BATCH, length = 3 * left;  // batches until the stretch is over, and of the next one
 #pragma unroll 1
   for (int i = 0; i < share.n; i += BATCH) {
+    if (!all) landed<STAGES - 1>();
+    else landed_but(i < FIRST ? flying : --flying);
     if (i + BATCH <= share.n) {
-      batch(i, Flag<true>(), have == 0 && more == 0);
+      batch(i, Flag<true>());
       if (--left == 0) {
         join();
-        left = length, length = 2 * length < BATCHES ? 2 * length : BATCHES;
+        left = length < BATCHES ? length : BATCHES, length = 4 * left;
       }
     } else {
-      batch(i, Flag<false>(), have == 0 && more == 0);
+      batch(i, Flag<false>());
     }
-    send(), take_off();
+    if (!all) send(BATCH);
   }
   join();
   n = have;

@@ -76,11 +76,46 @@ FASTBN_DEVICE void merge_lanes(Sum<A, BACKWARD, M> (&s)[N], Size<A, BACKWARD> &n
     n += k;
   }
 }
-// The sum over each `lanes` lanes that lie side by side, for all of them: the same bits, as addition commutes.
-template <class M> FASTBN_DEVICE M sum_lanes(M v, int lanes) {
+// Sums over each `lanes` lanes that lie side by side, for all of them: the same bits, as addition commutes.
+template <class... M> FASTBN_DEVICE void sum_lanes(int lanes, M &...v) {
 #pragma unroll 1
-  for (int step = lanes / 2; step > 0; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
-  return v;
+  for (int step = lanes / 2; step > 0; step /= 2) ((v += __shfl_xor_sync(0xffffffffu, v, step)), ...);
+}
+
+// Merges `parts` sums of one channel, by `lanes` threads that lie side by side, of which this is number `lane`; all of
+// them have the counts and the first one the total. In float64, relative to the mean of `first`, one of them that has
+// elements: what the difference at the end cancels is less than the number of parts then. `read(i, s)` fetches part i
+// and gives its count; AT_ONCE of them are on their way at a time.
+template <int AT_ONCE, class A, bool BACKWARD, class M, class Read>
+FASTBN_DEVICE double gather(Sum<A, BACKWARD> &total, const Sum<A, BACKWARD, M> &first, int parts, int lane, int lanes,
+                            Read read) {
+  double n = 0, mean = 0, products = 0, e = 0;
+#pragma unroll 1
+  for (int i = lane; i < parts; i += lanes * AT_ONCE) {
+    Sum<A, BACKWARD, M> s[AT_ONCE];
+    double k[AT_ONCE];
+#pragma unroll
+    for (int u = 0; u < AT_ONCE; u++) {
+      k[u] = 0;
+      if (u == 0 || i + lanes * u < parts) k[u] = read(i + lanes * u, s[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < AT_ONCE; u++) {
+      if (k[u] == 0) continue;
+      const double d = ((double)s[u].m - (double)first.m) + ((double)s[u].lo - (double)first.lo);
+      n += k[u], mean = fma(k[u], d, mean);
+      if (BACKWARD) e = fma(k[u], (double)s[u].e, e);
+      products += fma(k[u] * d, BACKWARD ? (double)s[u].e : d, (double)s[u].c);
+    }
+  }
+  if (BACKWARD) sum_lanes(lanes, n, mean, products, e);
+  else sum_lanes(lanes, n, mean, products);
+  const double one_of = n > 0 ? 1 / n : 0;
+  total.c = fma(-mean * one_of, BACKWARD ? e : mean, products);
+  total.e = (A)(e * one_of), mean *= one_of;
+  total.m = sizeof(A) == 8 ? (double)first.m : ((double)first.m + (double)first.lo) + mean;
+  total.lo = sizeof(A) == 8 ? (double)first.lo + mean : 0;
+  return n;
 }
 
 }  // namespace fastbn

@@ -283,4 +283,5 @@ inline const char *launch(std::function<void()> f, unsigned grid, unsigned block
 #define __syncthreads_or(v) emulator::sync_or(v, __LINE__)
 #define __shfl_down_sync(mask, v, step) emulator::shuffle_down(v, step, __LINE__)
 #define __shfl_xor_sync(mask, v, step) emulator::shuffle_xor(v, step, __LINE__)
+inline double rsqrt(double v) { return 1 / sqrt(v); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)(((uint64_t)a * b) >> 32); }
