@@ -246,8 +246,8 @@ def backward(
 
 def _backward(where: str, dy: Any, saved: Saved, need: Any, out: Any, reduce_params: bool) -> tuple[Any, ...]:
     way, x = saved._way, saved._x
-    if way is not None and isinstance(x, Span) and need is _ALL and out is None:
-        if (made := backward_on_device(where, way, dy, x, saved._table)) is not None:
+    if way is not None and isinstance(x, Span) and need is _ALL:
+        if (made := backward_on_device(where, way, dy, x, saved._table, out)) is not None:
             return made
     elif way is not None and x is not None and type(dy) is np.ndarray and need is _ALL:
         alike = dy.shape == saved._shape and dy.dtype is saved.dtype and dy.strides in (saved._strides, way.strides)

@@ -161,18 +161,47 @@ def forward_on_device(
     return way, read, y, table
 
 
-def backward_on_device(where: str, way: Way, dy: Any, x: Span, table: Any) -> tuple[Any, Any, Any] | None:
-    """dx, dgamma and dbeta of such a pass; None where dy needs the other checks."""
-    family, device, number = x.family, x.device, way.channels.number
+def backward_on_device(where: str, way: Way, dy: Any, x: Span, table: Any, out: Any) -> tuple[Any, Any, Any] | None:
+    """dx, dgamma and dbeta of such a pass; None where dy or `out` need the other checks."""
+    family = x.family
     if not family.owns(dy) or family.refusal(dy, "dy") is not None:
         return None
     given = family.locate(dy)
     if not _alike(given, x, x.strides) and not _alike(given, x, way.strides):
         return None
-    dx, seen = family.like(x, way.strides), way.seen.seen
-    dgamma, dbeta = family.new((number,), way.sums, device), family.new((number,), way.sums, device)
+    if (places := _places_on_device(way, given, x, out)) is None:
+        return None
+    dx, dgamma, dbeta = places
+    seen = way.seen.seen
     kernels(where, given).backward(seen(given), seen(x), seen(dx), table, dgamma, dbeta, False)
     return dx.value, dgamma, dbeta
+
+
+def _places_on_device(way: Way, dy: Span, x: Span, out: Any) -> tuple[Span, Any, Any] | None:
+    """As `Way.places`."""
+    family, shape = x.family, (way.channels.number,)
+    large, *small = out if type(out) is tuple and len(out) == 3 else (out, None, None)
+    if large is None:
+        dx = family.like(x, way.strides)
+    elif not family.owns(large) or family.refusal(large, "out") is not None:
+        return None
+    else:
+        dx = family.locate(large)
+        if not _alike(dx, x, way.strides) or overlap(dx, dy) or overlap(dx, x):
+            return None
+    apart, sums = [dy, x, dx], []
+    for a in small:
+        if a is None:
+            sums.append(family.new(shape, way.sums, x.device))
+            continue
+        if not family.owns(a) or family.refusal(a, "out") is not None or not family.fits(a, shape, x.device):
+            return None
+        found = family.locate(a)
+        if found.dtype != way.sums or any(overlap(found, other) for other in apart):
+            return None
+        apart.append(found)
+        sums.append(a)
+    return dx, sums[0], sums[1]
 
 
 def _alike(a: Span, x: Span, strides: tuple[int, ...]) -> bool:

@@ -144,8 +144,9 @@ LAYOUTS = {
 def test_the_short_way_gives_what_the_long_one_does(layout, library, rng, monkeypatch):
     """The same calls of kernels, with the same bits; and what isn't plain takes the long way."""
     x, dy, gamma, beta, mean, var = data(rng, (6, 3, 5), (1,))
-    x, dy, out = (library.put(LAYOUTS[layout](a), 1) for a in (x, dy, np.zeros_like(x)))
+    x, dy, out, dx = (library.put(LAYOUTS[layout](a), 1) for a in (x, dy, np.zeros_like(x), np.zeros_like(x)))
     gamma, beta, mean, var = (library.put(a, 1) for a in (gamma, beta, mean, var))
+    dgamma, dbeta = (library.put(np.empty(3, np.float32), 1) for _ in range(2))
     ways = []
 
     def calls():
@@ -155,15 +156,24 @@ def test_the_short_way_gives_what_the_long_one_does(layout, library, rng, monkey
         assert z is out
         frozen, _ = fastbn.forward(x, gamma, beta, frozen=(mean, var))
         results = [y, z, saved.table, again.table, *fastbn.backward(dy, saved), *fastbn.backward(dy, again), frozen]
+        for given in (dx, (dx, None, None), (None, dgamma, None), (dx, dgamma, dbeta)):
+            found = fastbn.backward(dy, saved, out=given)
+            assert all(a is None or a is b for a, b in zip(given if given is not dx else (dx,), found, strict=False))
+            results += found
         return [(a.on_host.tobytes(), a.on_host.strides, a.on_device) for a in results]
 
+    made = []
+    real = fastbn.plain.backward_on_device
+    monkeypatch.setattr("fastbn.batchnorm.backward_on_device", lambda *a: made.append(real(*a)) or made[-1])
     short = calls()
+    dense = layout != "cropped"  # as `out` must be
+    assert [one is not None for one in made] == ([True] * 6 if dense else [True, False, False, True, False])
     seen = list(library.state.calls)
     library.state.calls.clear()
     monkeypatch.setattr("fastbn.plain.way_of", lambda *_: None)
     assert calls() == short
     assert library.state.calls == seen
-    assert len(seen) == 5
+    assert len(seen) == 9
     assert [way is not None for way in ways] == [True, False]
 
 
@@ -183,6 +193,18 @@ def test_what_is_not_plain_on_a_gpu_goes_the_long_way(library, rng):
         fastbn.forward(x, out=library.put(np.ones((6, 3, 4), np.float32), 1))
     with pytest.raises(ValueError, match=r"fastbn.backward: dy is a float32 .* of shape \(6, 3, 4\)"):
         fastbn.backward(library.put(np.ones((6, 3, 4), np.float32), 1), saved)
+    sums = library.put(np.empty(3, np.float32), 1)
+    with pytest.raises(ValueError, match=r"out \(dbeta\) .*dgamma"):
+        fastbn.backward(dy, saved, out=(None, sums, sums))
+    with pytest.raises(ValueError, match=r"out \(dx\) is a float32 .* of shape \(6, 3, 4\)"):
+        fastbn.backward(dy, saved, out=library.put(np.ones((6, 3, 4), np.float32), 1))
+    with pytest.raises(ValueError, match=r"out \(dgamma\) is a float64"):
+        fastbn.backward(dy, saved, out=(None, library.put(np.empty(3), 1), None))
+    over = library.put(dy.on_host.copy(), 1)
+    inside = fastbn.backward(over, saved, out=over)
+    assert inside[0] is over
+    for a, b in zip(inside, fastbn.backward(dy, saved), strict=True):
+        assert a.on_host.tobytes() == b.on_host.tobytes()
     turned = library.put(np.ascontiguousarray(dy.on_host.T).T, 1)  # in another order of memory
     for a, b in zip(fastbn.backward(turned, saved), fastbn.backward(dy, saved), strict=True):
         np.testing.assert_allclose(a.on_host, b.on_host, rtol=1e-5, atol=1e-6)
