@@ -38,10 +38,10 @@ from .layout import channels_of, empty
 from .moments import Moments
 from .plain import backward_on_device, backward_plainly, forward_on_device, forward_plainly, moments_plainly, way_of
 from .runs import (
-    at_channels,
     flat,
     new,
     own,
+    picked,
     run_backward,
     run_backward_shared,
     run_backward_with,
@@ -481,9 +481,12 @@ def _forward(
     if frozen is None and ranks is None and channels.values == 1:
         _warn_of_one_value(x, axis)
     table = new((6, channels.number * (1 if asked is None else asked.sets)), FLOAT64, x)
-    lost = None
-    if asked is not None and asked.save == "y":
-        lost = _lost(x, axes, gamma, beta, channels)
+    lost = whole = None
+    if asked is not None and asked.save == "y" and (some := _lost(x, gamma, beta, channels)) is not None:
+        if some.all():  # as where gamma begins at 0
+            whole, asked = x.copy("K"), asked._replace(save="x")
+        else:
+            lost = some, picked(x, axes, some)
     if units is not None:
         mean, var, eps = _in_whole_numbers(mean, var, eps, units)
     if ranks is None or frozen is not None:
@@ -492,7 +495,9 @@ def _forward(
     else:
         found = _shared_statistics(where, x, axes, table, eps, asked, units, ranks, axis, known)
         shared, masses, kept = run_forward_shared(where, x, y, axes, table, (gamma, beta), eps, asked, *found)
-    if asked is not None and asked.save == "y":
+    if whole is not None:
+        kept = whole
+    elif asked is not None and asked.save == "y":
         kept = y
     elif out is not None and same_memory(x, y):
         kept = None
@@ -557,14 +562,14 @@ def _in_whole_numbers(mean: Any, var: Any, eps: float, units: tuple[float, float
     return mean, var, eps / step**2
 
 
-def _lost(x: Any, axes: tuple[int, ...], gamma: Any, beta: Any, channels: Any) -> Any:
-    """Which channels can't be had back from y, and a copy of their x (..., n); None: there are none."""
+def _lost(x: Any, gamma: Any, beta: Any, channels: Any) -> np.ndarray | None:
+    """(C,) bool: which channels can't be had back from y; None: there are none."""
     if isinstance(x, Span):
         return None
     table = np.zeros((6, channels.number))
     table[4], table[5] = 1.0 if gamma is None else gamma, 0.0 if beta is None else beta
     lost = poorly_kept(table)
-    return (lost, at_channels(x, axes)[..., lost.reshape(channels.shape)]) if lost.any() else None
+    return lost if lost.any() else None
 
 
 def _warn_of_one_value(x: Any, axis: Axis) -> None:

@@ -9,6 +9,7 @@ import pytest
 from cases import DTYPES, TOLERANCE, eps
 
 import fastbn
+from fastbn import runs
 from fastbn.extras import ACTIVATIONS
 
 SHAPES = {
@@ -206,15 +207,17 @@ def test_activation_functions(activation, dtype, rng, backend):
 
 @pytest.mark.parametrize("activation", [None, ("leaky_relu", 0.2)], ids=str)
 @pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("rare", ["two", "most", "all"])
 @pytest.mark.parametrize("name", ["nchw", "nhwc", "nc", "instance"])
-def test_x_had_back_from_y(name, frozen, activation, rng):
+def test_x_had_back_from_y(name, rare, frozen, activation, rng):
     """In place: y is all that is kept. Gradients are those of x kept, to 1e-5; signs of gamma, and channels without."""
     shape, axis = SHAPES[name]
     x = rng.normal(3, 1.5, shape).astype(np.float32)
     axes = sorted(a % len(shape) for a in (axis if isinstance(axis, tuple) else (axis,)))
     channels = tuple(shape[a] for a in axes)
     gamma, beta = rng.normal(0, 1, channels).astype(np.float32), rng.normal(0, 1, channels).astype(np.float32)
-    gamma.reshape(-1)[1], gamma.reshape(-1)[2] = 0, 1e-6
+    gamma.reshape(-1)[{"two": slice(1, 3), "most": slice(1, None), "all": slice(None)}[rare]] = 0
+    gamma.reshape(-1)[2] = 1e-6
     stats = (rng.normal(3, 1, channels), rng.gamma(2, 1, channels)) if frozen else None
     more = {"axis": axis, "frozen": stats, "activation": activation}
     y, saved = fastbn.forward(x, gamma, beta, **more)
@@ -228,6 +231,24 @@ def test_x_had_back_from_y(name, frozen, activation, rng):
     ):
         n = x.size / a.size
         assert np.abs(a - b).max() <= 1e-5 * max(1, np.abs(b).max()) * n**0.5, part
+
+
+@pytest.mark.parametrize("few", [1, 4, 7, 12])
+@pytest.mark.parametrize(("shape", "axes"), [((5, 3, 11, 12), (3,)), ((5, 12, 11), (1,)), ((40, 3, 4), (1, 2))])
+def test_channels_picked_and_put_back(shape, axes, few, rng, monkeypatch):
+    """By rows, where channels lie side by side; what isn't picked is left alone."""
+    monkeypatch.setattr("fastbn.runs._ROWS", 64)  # five rows
+    x = rng.standard_normal(shape).astype(np.float32)
+    some = np.isin(np.arange(12), rng.choice(12, few, replace=False))
+    last = np.moveaxis(x, axes, range(-len(axes), 0))
+    rows = last.reshape(-1, 12)
+    found = runs.picked(x, axes, some)
+    np.testing.assert_array_equal(found.reshape(-1, few), rows[:, some])
+    target, values = rng.standard_normal(shape).astype(np.float32), -found
+    expected = np.moveaxis(target, axes, range(-len(axes), 0)).reshape(-1, 12).copy()
+    expected[:, some] = values.reshape(-1, few)
+    runs.put_back(target, axes, some, values)
+    np.testing.assert_array_equal(np.moveaxis(target, axes, range(-len(axes), 0)).reshape(-1, 12), expected)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16], ids=lambda d: d.__name__)
