@@ -146,13 +146,8 @@ def forward_on_device(
     for given in (gamma, beta):
         if given is not None and not family.fits(given, way.channels.shape, read.device):  # type: ignore[arg-type]
             return None
-    if out is None:
-        y = family.like(read, way.strides)
-    elif not family.owns(out) or family.refusal(out, "out") is not None:
-        return None
-    else:
-        y = family.locate(out)
-    if not _alike(y, read, way.strides) or (out is not None and overlap(read, y)):
+    y = family.like(read, way.strides) if out is None else _located(family, out, "out")
+    if y is None or not _alike(y, read, way.strides) or (out is not None and overlap(read, y)):
         return None
     eps = check_eps(where, eps)
     backend, seen = kernels(where, read), way.seen.seen
@@ -163,11 +158,8 @@ def forward_on_device(
 
 def backward_on_device(where: str, way: Way, dy: Any, x: Span, table: Any, out: Any) -> tuple[Any, Any, Any] | None:
     """dx, dgamma and dbeta of such a pass; None where dy or `out` need the other checks."""
-    family = x.family
-    if not family.owns(dy) or family.refusal(dy, "dy") is not None:
-        return None
-    given = family.locate(dy)
-    if not _alike(given, x, x.strides) and not _alike(given, x, way.strides):
+    given = _located(x.family, dy, "dy")
+    if given is None or not (_alike(given, x, x.strides) or _alike(given, x, way.strides)):
         return None
     if (places := _places_on_device(way, given, x, out)) is None:
         return None
@@ -181,27 +173,32 @@ def _places_on_device(way: Way, dy: Span, x: Span, out: Any) -> tuple[Span, Any,
     """As `Way.places`."""
     family, shape = x.family, (way.channels.number,)
     large, *small = out if type(out) is tuple and len(out) == 3 else (out, None, None)
-    if large is None:
-        dx = family.like(x, way.strides)
-    elif not family.owns(large) or family.refusal(large, "out") is not None:
+    dx = family.like(x, way.strides) if large is None else _located(family, large, "out")
+    if dx is None or not _alike(dx, x, way.strides):
         return None
-    else:
-        dx = family.locate(large)
-        if not _alike(dx, x, way.strides) or overlap(dx, dy) or overlap(dx, x):
-            return None
+    if large is not None and (overlap(dx, dy) or overlap(dx, x)):
+        return None
     apart, sums = [dy, x, dx], []
     for a in small:
         if a is None:
             sums.append(family.new(shape, way.sums, x.device))
             continue
-        if not family.owns(a) or family.refusal(a, "out") is not None or not family.fits(a, shape, x.device):
+        found = _located(family, a, "out")
+        if found is None or not family.fits(a, shape, x.device) or found.dtype != way.sums:
             return None
-        found = family.locate(a)
-        if found.dtype != way.sums or any(overlap(found, other) for other in apart):
+        if any(overlap(found, other) for other in apart):
             return None
         apart.append(found)
         sums.append(a)
     return dx, sums[0], sums[1]
+
+
+def _located(family: Any, value: Any, name: str) -> Span | None:
+    """Where `value` lies; None where it isn't an array of this family."""
+    if not family.owns(value) or family.refusal(value, name) is not None:
+        return None
+    found: Span = family.locate(value)
+    return found
 
 
 def _alike(a: Span, x: Span, strides: tuple[int, ...]) -> bool:
