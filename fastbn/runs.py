@@ -38,24 +38,20 @@ def picked(x: np.ndarray, axes: tuple[int, ...], some: np.ndarray) -> np.ndarray
     """(..., n): a copy of some of the channels of x; `some` (C,) bool."""
     seen = at_channels(x, axes)
     if seen.flags.c_contiguous:
-        return seen.reshape(-1, some.size).take(np.flatnonzero(some), axis=1).reshape(*_rest(seen, axes), -1)
-    return seen[..., some.reshape(seen.shape[len(_rest(seen, axes)) :])]
+        return seen.reshape(-1, some.size).take(np.flatnonzero(some), axis=1).reshape(*seen.shape[: -len(axes)], -1)
+    return seen[..., some.reshape(seen.shape[-len(axes) :])]
 
 
 def put_back(x: np.ndarray, axes: tuple[int, ...], some: np.ndarray, values: np.ndarray) -> None:
     """The opposite."""
     seen = at_channels(x, axes)
     if not seen.flags.c_contiguous:
-        seen[..., some.reshape(seen.shape[len(_rest(seen, axes)) :])] = values
+        seen[..., some.reshape(seen.shape[-len(axes) :])] = values
         return
     rows, given, at = seen.reshape(-1, some.size), values.reshape(-1, values.shape[-1]), np.flatnonzero(some)
     step = max(1, _ROWS // some.size) if len(at) > 4 else max(1, len(rows))
     for first in range(0, len(rows), step):
         rows[first : first + step, at] = given[first : first + step]
-
-
-def _rest(seen: np.ndarray, axes: tuple[int, ...]) -> tuple[int, ...]:
-    return seen.shape[: seen.ndim - len(axes)]
 
 
 def flat(given: Any, number: int, dtype: np.dtype[Any], like: Span | None) -> Any:
