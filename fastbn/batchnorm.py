@@ -32,8 +32,9 @@ from .arguments import (
 )
 from .arrays import FLOAT32, FLOAT64, NUMBA, Span, family_of_values
 from .distributed import ALONE, Ranks, Shared, ranks_of, rows_of, statistics
-from .extras import Asked, ask, poorly_kept
+from .extras import Asked, ask
 from .host import caller_of
+from .kept import copied, lost_channels, picked
 from .layout import channels_of, empty
 from .moments import Moments
 from .plain import backward_on_device, backward_plainly, forward_on_device, forward_plainly, moments_plainly, way_of
@@ -41,7 +42,6 @@ from .runs import (
     flat,
     new,
     own,
-    picked,
     run_backward,
     run_backward_shared,
     run_backward_with,
@@ -135,7 +135,7 @@ def forward(
     save : "x" or "y"
         What is kept for `backward`. With "y", x may be overwritten by `out=x`, as x is had back from y: without an
         activation or with one that can be inverted (leaky_relu, elu). x is kept for channels whose gamma is below
-        beta / 64.
+        beta / 64; to know them, gamma and beta on a GPU are copied from there, for which the device is waited for.
     scale, zero_point : float
         x may be of whole numbers q (uint8, int8, uint16, int16), which stand for ``scale (q - zero_point)``. y is
         float32 then, and x isn't copied.
@@ -482,11 +482,11 @@ def _forward(
         _warn_of_one_value(x, axis)
     table = new((6, channels.number * (1 if asked is None else asked.sets)), FLOAT64, x)
     lost = whole = None
-    if asked is not None and asked.save == "y" and (some := _lost(x, gamma, beta, channels)) is not None:
-        if some.all():  # as where gamma begins at 0
-            whole, asked = x.copy("K"), asked._replace(save="x")
+    if asked is not None and asked.save == "y" and len(at := lost_channels(where, x.shape, axes, gamma, beta)):
+        if len(at) == channels.number:  # as where gamma begins at 0
+            whole, asked = copied(x), asked._replace(save="x")
         else:
-            lost = some, picked(x, axes, some)
+            lost = at, picked(x, axes, at)
     if units is not None:
         mean, var, eps = _in_whole_numbers(mean, var, eps, units)
     if ranks is None or frozen is not None:
@@ -560,16 +560,6 @@ def _in_whole_numbers(mean: Any, var: Any, eps: float, units: tuple[float, float
     if mean is not None:
         mean, var = mean.astype(np.float64) / step + zero, var.astype(np.float64) / step**2
     return mean, var, eps / step**2
-
-
-def _lost(x: Any, gamma: Any, beta: Any, channels: Any) -> np.ndarray | None:
-    """(C,) bool: which channels can't be had back from y; None: there are none."""
-    if isinstance(x, Span):
-        return None
-    table = np.zeros((6, channels.number))
-    table[4], table[5] = 1.0 if gamma is None else gamma, 0.0 if beta is None else beta
-    lost = poorly_kept(table)
-    return lost if lost.any() else None
 
 
 def _warn_of_one_value(x: Any, axis: Axis) -> None:

@@ -147,11 +147,6 @@ def ask(
         raise ValueError(f"{where}: save is {describe(save)}; expected 'x' or 'y'")
     name, parameter = check_activation(where, activation)
     if save == "y":
-        if isinstance(x, Span):
-            raise TypeError(
-                f"{where}: save='y' with arrays on a GPU is not there: which channels can't be had back from y is read "
-                "off gamma and beta, which would wait for the device. Leave save='x'"
-            )
         if name not in INVERTIBLE:
             raise ValueError(
                 f"{where}: save='y' needs an activation that can be inverted: none, leaky_relu or elu; {name} came. "
@@ -292,16 +287,3 @@ def _groups(where: str, groups: Any, samples: int) -> Groups:
         f"{where}: groups is {describe(groups)}; expected a number of groups, a list of their sizes, or an array with "
         "the group of each sample"
     )
-
-
-def inverse_table(table: np.ndarray) -> np.ndarray:
-    """For `backward` on z = gamma xhat + beta in place of x: its mean is beta, and its 1 / std 1 / gamma, with sign."""
-    _, _, var, invstd, gamma, beta = table
-    with np.errstate(all="ignore"):
-        return np.stack([beta, np.zeros_like(beta), gamma**2 * var * invstd**2, 1 / gamma, gamma**2 * invstd, beta])
-
-
-def poorly_kept(table: np.ndarray) -> Any:
-    """(C,): channels whose x can't be had back from y: eps |beta / gamma| is what xhat is off by then."""
-    gamma, beta = np.abs(table[4]), np.abs(table[5])
-    return ~((gamma >= beta * 2.0**-6) & (gamma > 1e-30) & (gamma < 1e30))

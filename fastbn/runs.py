@@ -9,7 +9,8 @@ import numpy as np
 from .arrays import FLOAT64, Span, family_of, family_of_values, place_of
 from .dispatch import Kernels, kernels
 from .distributed import Shared, sums
-from .extras import Asked, Extras, inverse_table
+from .extras import Asked, Extras
+from .kept import assign_at, inverse_table, of_channels, picked, put_back
 from .layout import Views, channels_of
 from .saved import Saved, number_type
 
@@ -22,36 +23,6 @@ def new(shape: tuple[int, ...], dtype: np.dtype[Any], x: Any) -> Any:
 def own(a: Any) -> Any:
     """The caller's own kind of array."""
     return a.value if isinstance(a, Span) else a
-
-
-def at_channels(x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """With the channel axes last."""
-    return x.transpose(*[a for a in range(x.ndim) if a not in axes], *axes)
-
-
-# Rows of so many elements stay in L1 while their channels are picked one by one: by whole arrays, channels last, each
-# channel is another walk through memory (64 of 64 channels of 103 MB: 180 ms, 38 by rows; written 610 and 50).
-_ROWS = 8192
-
-
-def picked(x: np.ndarray, axes: tuple[int, ...], some: np.ndarray) -> np.ndarray:
-    """(..., n): a copy of some of the channels of x; `some` (C,) bool."""
-    seen = at_channels(x, axes)
-    if seen.flags.c_contiguous:
-        return seen.reshape(-1, some.size).take(np.flatnonzero(some), axis=1).reshape(*seen.shape[: -len(axes)], -1)
-    return seen[..., some.reshape(seen.shape[-len(axes) :])]
-
-
-def put_back(x: np.ndarray, axes: tuple[int, ...], some: np.ndarray, values: np.ndarray) -> None:
-    """The opposite."""
-    seen = at_channels(x, axes)
-    if not seen.flags.c_contiguous:
-        seen[..., some.reshape(seen.shape[-len(axes) :])] = values
-        return
-    rows, given, at = seen.reshape(-1, some.size), values.reshape(-1, values.shape[-1]), np.flatnonzero(some)
-    step = max(1, _ROWS // some.size) if len(at) > 4 else max(1, len(rows))
-    for first in range(0, len(rows), step):
-        rows[first : first + step, at] = given[first : first + step]
 
 
 def flat(given: Any, number: int, dtype: np.dtype[Any], like: Span | None) -> Any:
@@ -209,24 +180,20 @@ def run_backward_with(where: str, dy: Any, x: Any, dx: Any, dr: Any, saved: Save
         _run_lost(where, lost, dx, saved, dgamma, asked)
 
 
-def _run_lost(where: str, dy: np.ndarray, dx: Any, saved: Saved, dgamma: Any, asked: Asked) -> None:
+def _run_lost(where: str, dy: Any, dx: Any, saved: Saved, dgamma: Any, asked: Asked) -> None:
     """dx and dgamma of the channels that can't be had back from y, from their x, which was kept."""
-    lost, x = saved._lost
-    table = np.ascontiguousarray(saved._table.reshape(6, asked.sets, -1)[:, :, lost].reshape(6, -1))
-    weights = asked.weights
-    if weights is not None:
-        weights = weights.reshape(*(n for a, n in enumerate(weights.shape) if a not in saved._axes), 1)
-    at = sum(a not in saved._axes for a in range(asked.samples))
-    part = Saved(
-        x, x, (x.ndim - 1,), table, saved.frozen, asked._replace(weights=weights, samples=at, save="x"), saved._masses
-    )
-    found_dx = None if dx is None else np.empty_like(x)
-    found = None if dgamma is None else np.empty(x.shape[-1], dgamma.dtype)
+    at, x = saved._lost
+    table, kind = of_channels(saved._table, asked.sets, at), number_type(dy.dtype.itemsize)
+    part = Saved(x, x, saved._axes, table, saved.frozen, asked._replace(save="x"), saved._masses)
+    found_dx = None
+    if dx is not None:
+        found_dx = x.family.like(x, x.strides) if isinstance(x, Span) else np.empty_like(x)
+    found = None if dgamma is None else new((len(at),), kind, x)
     run_backward_with(where, dy, x, found_dx, None, part, found, None)
-    if found_dx is not None:
-        put_back(dx, saved._axes, lost, found_dx)
+    if dx is not None:
+        put_back(dx, saved._axes, at, found_dx)
     if dgamma is not None:
-        dgamma[lost] = found
+        assign_at(dgamma, at, found)
 
 
 def run_backward_shared(

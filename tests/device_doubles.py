@@ -91,11 +91,17 @@ class Array:
         assert isinstance(other, (int, float)), f"a {type(other)} met an array on a device"
         return other
 
+    def _index(self, index: Any) -> Any:
+        """Of slices and numbers, and of whole numbers on the same device."""
+        parts = index if isinstance(index, tuple) else (index,)
+        assert not any(isinstance(i, np.ndarray) for i in parts), "an index in main memory"
+        return tuple(self._other(i) if isinstance(i, Array) else i for i in parts)
+
     def __getitem__(self, index: Any) -> Any:
-        return self._made(self.on_host[index])
+        return self._made(self.on_host[self._index(index)])
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        self.on_host[index] = self._other(value)
+        self.on_host[self._index(index)] = self._other(value)
 
     def reshape(self, *shape: Any) -> Any:
         return self._made(self.on_host.reshape(*shape))
@@ -121,9 +127,11 @@ _FUNCTIONS = {
     "where": _selected,
     "isfinite": lambda values: values._made(np.isfinite(values.on_host)),
     "expm1": lambda values: values._made(np.expm1(values.on_host)),
+    "zeros_like": lambda values: values._made(np.zeros_like(values.on_host)),
+    "stack": lambda rows: rows[0]._made(np.stack([rows[0]._other(row) for row in rows])),
 }
 
-for _name in ("add", "sub", "mul", "truediv"):
+for _name in ("add", "sub", "mul", "truediv", "pow"):
     for _attribute, _function in zip((f"__{_name}__", f"__r{_name}__"), _operation(_name), strict=True):
         setattr(Array, _attribute, _function)
 for _name, _operator in (("lt", "lt"), ("gt", "gt"), ("and", "and_")):
@@ -261,7 +269,7 @@ def fake_torch(state: State) -> Any:
 class Kernels:
     """`fastbn.kernels.cuda`: it holds its callers to the contract, and runs the reference."""
 
-    FEATURES = frozenset({"activation", "residual", "groups", "weights"})
+    FEATURES = frozenset({"activation", "residual", "groups", "weights", "save='y'"})
 
     def __init__(self, state: State, cupy: Any) -> None:
         self.state, self.cupy = state, cupy

@@ -11,6 +11,7 @@ from emulator import Array, epsilon, error_in_eps, execute, library, number_epsi
 from fastbn.kernels import reference
 
 from fastbn.extras import Extras
+from fastbn.kept import inverse_table
 
 BLOCK, CLUSTER, GRID, SPLIT, MAP = planner.BLOCK, planner.CLUSTER, planner.GRID, planner.SPLIT, planner.MAP
 WAYS = [(BLOCK, 1), (CLUSTER, 4), (GRID, 3), (SPLIT, 3)]
@@ -122,7 +123,8 @@ class Problem:
             read,
             self.x if backward and dr and self.r else None,
         )
-        beyond = planner.More(self.more.activation, weights=self.weighed())
+        inverse = self.more.inverse and self.more.activation != ""
+        beyond = planner.More(self.more.activation, weights=self.weighed(), inverse=inverse)
         if self.more.starts is not None:
             sizes = np.diff(self.more.starts)
             listed = self.more.order is not None or len(set(sizes)) > 1
@@ -183,7 +185,10 @@ def check_backward(p, result, dx=True):
     for s, rows in enumerate(reference._sets(p.shape[0], more)):
         t = p.table[:, s * C : (s + 1) * C, None]
         with np.errstate(invalid="ignore"):  # of what is absent
-            xhat = abs(((p.x.values[rows] - t[0]) - t[1]) * t[3])
+            values = p.x.values[rows]
+            if p.more.inverse:
+                values = reference.deactivate(p.more.activation, p.more.parameter, values)
+            xhat = abs(((values - t[0]) - t[1]) * t[3])
         counts = np.ones(xhat.shape, bool)
         if p.more.masked != "normalize":
             counts &= p.more.weights[rows] != 0
@@ -217,10 +222,11 @@ def built(
     ways=("BLOCK", "CLUSTER", "GRID", "STATS", "APPLY"),
     weights="",
     each=None,
+    inverse=False,
 ):
     """Libraries for forward and for backward, one if their options are the same, with no instance more than the test
     wants: these layouts in these ways, or each (layout, way). An instance takes a third of a second to compile."""
-    more = planner.More(activation, sets=2 if sets else 1, weights=weights)
+    more = planner.More(activation, sets=2 if sets else 1, weights=weights, inverse=inverse)
     options, instances = {}, {}
     for backward in (False, True):
         arrays = (["r"] if not backward or activation else []) + ["dr"] * backward if residual else []
@@ -290,6 +296,32 @@ def test_every_activation(rng, activation, letter):
         check_backward(p, p.backward(libs[True], p.build(True, SPLIT, 2)))
     check_forward(p, p.forward(libs[False], p.build(False, MAP, 2)))
     check_backward(p, p.backward(libs[True], p.build(True, MAP, 2), grads=(False, False)))
+
+
+@pytest.mark.parametrize("activation", ["", "leaky_relu", "elu"])
+@pytest.mark.parametrize("letter", list("fde"))
+def test_y_in_place_of_x(rng, activation, letter, monkeypatch):
+    """z is had back from y, and the slope from z: in place of dy (leaky_relu) and beside it (half types); by a mask."""
+    monkeypatch.setitem(PARAMETERS, "elu", 1.0)  # else y / parameter is rounded, which counts near the limit
+    each, masked = [("RUNS", "BLOCK"), ("COLUMNS", "STATS"), ("COLUMNS", "APPLY")], letter == "f"
+    more = {"weights": "mask", "masked": "zero"} if masked else {}
+    libs = built(letter, activation, each=each, weights="zero" if masked else "", inverse=activation != "")
+    for name, way, K, given in (
+        ("long runs", BLOCK, 1, False),
+        ("columns", SPLIT, 3, False),
+        ("columns", SPLIT, 2, True),
+    ):
+        p = Problem(rng, name, letter, activation, given=given, **more)
+        y = np.empty(p.shape)
+        reference.forward(p.x.values, y, p.table, p.given, p.eps, p.asked())
+        if activation == "elu" and letter == "e":  # y that is rounded to the limit tells nothing of z
+            y = np.maximum(y, -0.99)
+        p.x.view[...] = y.astype(p.x.view.dtype)
+        p.z = reference.deactivate(activation, p.more.parameter, p.x.values)
+        p.table, p.more = inverse_table(p.table), p.more._replace(inverse=True)
+        if not (masked or given):  # that of the rounded ones, as kernels take x - mean to add up to 0
+            p.table[0] = p.z.mean((0, 2))
+        check_backward(p, p.backward(libs[True], p.build(True, way, K)))
 
 
 def sets_of(kind, outer, rng):

@@ -7,9 +7,10 @@ import itertools
 import numpy as np
 import pytest
 from cases import DTYPES, TOLERANCE, eps
+from fastbn.kernels.cpu.plan import Sizes
 
 import fastbn
-from fastbn import runs
+from fastbn import kept
 from fastbn.extras import ACTIVATIONS
 
 SHAPES = {
@@ -233,22 +234,39 @@ def test_x_had_back_from_y(name, rare, frozen, activation, rng):
         assert np.abs(a - b).max() <= 1e-5 * max(1, np.abs(b).max()) * n**0.5, part
 
 
-@pytest.mark.parametrize("few", [1, 4, 7, 12])
-@pytest.mark.parametrize(("shape", "axes"), [((5, 3, 11, 12), (3,)), ((5, 12, 11), (1,)), ((40, 3, 4), (1, 2))])
-def test_channels_picked_and_put_back(shape, axes, few, rng, monkeypatch):
-    """By rows, where channels lie side by side; what isn't picked is left alone."""
-    monkeypatch.setattr("fastbn.runs._ROWS", 64)  # five rows
-    x = rng.standard_normal(shape).astype(np.float32)
-    some = np.isin(np.arange(12), rng.choice(12, few, replace=False))
-    last = np.moveaxis(x, axes, range(-len(axes), 0))
-    rows = last.reshape(-1, 12)
-    found = runs.picked(x, axes, some)
-    np.testing.assert_array_equal(found.reshape(-1, few), rows[:, some])
-    target, values = rng.standard_normal(shape).astype(np.float32), -found
-    expected = np.moveaxis(target, axes, range(-len(axes), 0)).reshape(-1, 12).copy()
-    expected[:, some] = values.reshape(-1, few)
-    runs.put_back(target, axes, some, values)
-    np.testing.assert_array_equal(np.moveaxis(target, axes, range(-len(axes), 0)).reshape(-1, 12), expected)
+@pytest.mark.parametrize("few", [1, 4, 11])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("memory", ["dense", "reversed", "gaps", "swapped", "repeated"])
+@pytest.mark.parametrize(
+    ("shape", "axes"), [((5, 3, 11, 12), (3,)), ((5, 12, 11), (1,)), ((7, 3, 4), (1, 2)), ((3, 7, 4, 2), (0, 2))]
+)
+def test_channels_picked_and_put_back(shape, axes, memory, threads, few, rng, monkeypatch):
+    """Of any layout, by one thread and by two; what isn't picked is left alone."""
+    monkeypatch.setattr("fastbn.kernels.cpu.channels.SIZES", Sizes(serial=1, asleep=1) if threads > 1 else Sizes())
+    made = {
+        "dense": lambda a: a,
+        "reversed": lambda a: np.ascontiguousarray(a.T).T,
+        "gaps": lambda a: np.repeat(a, 2, axis=-1)[..., ::2],
+        "swapped": lambda a: a.astype(">f4"),
+        "repeated": lambda a: np.broadcast_to(a[..., :1], a.shape),
+    }[memory]
+    x = made(rng.standard_normal(shape).astype(np.float32))
+    x.flags.writeable = False
+    at = np.sort(rng.choice(12, few, replace=False))
+
+    def columns(a):
+        return np.moveaxis(a, axes, range(-len(axes), 0)).reshape(-1, np.prod([a.shape[i] for i in axes]))
+
+    found = kept.picked(x, axes, at)
+    assert [n for a, n in enumerate(found.shape) if a not in axes] == [n for a, n in enumerate(shape) if a not in axes]
+    np.testing.assert_array_equal(columns(found), columns(x)[:, at])
+    target = rng.standard_normal(shape).astype(np.float32)
+    if memory in ("reversed", "gaps", "swapped"):
+        target = made(target)
+    expected = columns(target).copy()
+    expected[:, at] = -columns(found)
+    kept.put_back(target, axes, at, -found)
+    np.testing.assert_array_equal(columns(target), expected)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16], ids=lambda d: d.__name__)

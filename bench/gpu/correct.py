@@ -358,9 +358,11 @@ def public(device: Any, kind: str) -> dict[str, Any]:
             if type(y) is not type(x):
                 return {"ok": False, "wrong": f"y is a {type(y)}"}
             grouped, kept = fastbn.forward(x, gamma, beta, groups=4, activation="gelu")
+            alone, only = fastbn.forward(x, gamma, beta, activation=("leaky_relu", 0.2), save="y")
             running = fastbn.RunningStats(channels, like=like)
             running.update(saved.moments)
             found = [y, *fastbn.backward(dy, saved), grouped, *fastbn.backward(dy, kept)]
+            found += [alone, *fastbn.backward(dy, only)]
             found += [fastbn.infer(x, beta, var, gamma), running.mean, running.var]
             if library != "Numba":
                 layer = fastbn.BatchNorm(channels, like=like)

@@ -7,7 +7,7 @@
 // and, by options of the compiler, with a residual r and an activation f
 //
 //   forward    y  = f(z)     z = a ((x - hi) - lo) + beta + r
-//   backward   dy f'(z) in place of dy, which is what dr is, too; z from x again, by the same roundings
+//   backward   dy f'(z) in place of dy, which is what dr is, too; z from x again, by the same roundings, or from y
 //
 // and for sets of rows, each with statistics of its own, and by weights w of the sum W, the same for all channels,
 //
@@ -269,11 +269,11 @@ __global__ void FASTBN_DIMS __launch_bounds__(sizeof(T) == 8 ? 512 : 1024, 1) bn
           if constexpr (BACKWARD) {
             A g = done ? up(d.lane[v]) : by_z(own, a.lane[v], d.lane[v], r.lane[v], (A)p.parameter);
             if (absent) g = 0;
-            down(to.lane[v], by_x(own, a.lane[v], g, centred, h));
+            down(to.lane[v], by_x(own, meant(a.lane[v], (A)p.parameter), g, centred, h));
             down(dr.lane[v], g);
             if (absent && WEIGHTS == KEEP) to.lane[v] = d.lane[v];
           } else {
-            const A y = activate(linear(own, a.lane[v], r.lane[v]), (A)p.parameter);
+            const A y = activate(linear(own, up(a.lane[v]), r.lane[v]), (A)p.parameter);
             down(to.lane[v], absent ? (A)0 : y);
             if (absent && WEIGHTS == KEEP) to.lane[v] = a.lane[v];
           }

@@ -59,7 +59,7 @@ def element_view(dtype: Any) -> Any:
     return np.dtype(np.int16) if dtype.name == "bfloat16" else None
 
 
-FEATURES = frozenset({"activation", "residual", "groups", "weights"})  # of `more`
+FEATURES = frozenset({"activation", "residual", "groups", "weights", "save='y'"})  # of `more`
 
 
 def forward(x: Any, y: Any, table: Any, given: tuple[Any, Any, Any, Any], eps: float, more: Any = None) -> None:
@@ -152,6 +152,8 @@ def _run(
     also, lists, parameter, weights = PLAIN, None, 0.0, (None, None)
     if more is not None:
         also, lists = _sets(more)
+        if more.inverse and more.activation:
+            also = also._replace(inverse=True)
         parameter = more.parameter
         if more.weights is not None and (not frozen or more.masked != "normalize"):  # frozen, they can but mask
             also = also._replace(weights=more.masked)

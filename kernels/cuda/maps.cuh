@@ -5,11 +5,9 @@ namespace fastbn {
 template <class A, bool BACKWARD> struct __align__(16) Coefficients { A hi, lo, a, beta; };
 template <class A> struct __align__(16) Coefficients<A, true> { A hi, lo, a, beta, ghi, glo, invstd, slope; };
 
-template <class T, bool B> FASTBN_DEVICE Number<T> deviation(const Coefficients<Number<T>, B> &k, T x) {
-  return (up(x) - k.hi) - k.lo;
-}
+template <class A, bool B> FASTBN_DEVICE A deviation(const Coefficients<A, B> &k, A x) { return (x - k.hi) - k.lo; }
 // What the activation is of. One function: backward sees the very sign that forward saw.
-template <class T, bool B> FASTBN_DEVICE Number<T> linear(const Coefficients<Number<T>, B> &k, T x, T r) {
+template <class T, bool B> FASTBN_DEVICE Number<T> linear(const Coefficients<Number<T>, B> &k, Number<T> x, T r) {
   const Number<T> z = multiply_add(k.a, deviation(k, x), k.beta);
   return RESIDUAL ? z + up(r) : z;
 }
@@ -49,16 +47,27 @@ template <class A> FASTBN_DEVICE A slope(A z, A p) {
     case HARDSWISH: return z <= -3 ? (A)0 : z < 3 ? multiply_add(z, (A)(1.0 / 3), (A)0.5) : (A)1;
   }
 }
+// The number that x stands for: itself, or with INVERSE what the activation is of, had back from its y.
+template <class T> FASTBN_DEVICE Number<T> meant(T x, Number<T> p) {
+  typedef Number<T> A;
+  const A y = up(x);
+  if (!INVERSE || !(y <= 0)) return y;
+  if (ACTIVATION == LEAKY_RELU) return y / p;
+  const A left = 1 + y / p, least = (A)1e-30;  // elu's y that was rounded to its limit: z is low enough by this
+  return log(left < least ? least : left);
+}
 // The gradient by z, and whether it is a number of the elements' type wherever dy is one: then it is kept in dy's place.
 template <class T, bool B>
 FASTBN_DEVICE Number<T> by_z(const Coefficients<Number<T>, B> &k, T x, T dy, T r, Number<T> parameter) {
-  return ACTIVATION == LINEAR ? up(dy) : up(dy) * slope(linear(k, x, r), parameter);
+  if (ACTIVATION == LINEAR) return up(dy);
+  const Number<T> value = meant(x, parameter);
+  return up(dy) * slope(INVERSE ? value : linear(k, value, r), parameter);
 }
 template <class T> constexpr bool IN_PLACE =
     ACTIVATION != LINEAR && (sizeof(T) == sizeof(Number<T>) || ACTIVATION == RELU || ACTIVATION == RELU6);
 
 // The gradient by x. Frozen it is a g: it doesn't want x. By weights x is absent where w is 0.
-template <class T, class A> FASTBN_DEVICE A by_x(const Coefficients<A, true> &k, T x, A g, bool wants_x, A w) {
+template <class A> FASTBN_DEVICE A by_x(const Coefficients<A, true> &k, A x, A g, bool wants_x, A w) {
   if (WEIGHTED) {
     if (wants_x && w != 0) {
       g = multiply_add(-w, k.glo, multiply_add(-w, k.ghi, g));

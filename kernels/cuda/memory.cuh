@@ -19,6 +19,9 @@
 #ifndef FASTBN_DRESIDUAL  // 1: dr is written
 #define FASTBN_DRESIDUAL 0
 #endif
+#ifndef FASTBN_INVERSE  // 1: backward has y in place of x; its table is of what the activation is of
+#define FASTBN_INVERSE 0
+#endif
 #ifndef FASTBN_SETS  // 1: sets of rows
 #define FASTBN_SETS 0
 #endif
@@ -53,6 +56,7 @@ constexpr Activation ACTIVATION = FASTBN_ACTIVATION;
 constexpr Weights WEIGHTS = FASTBN_WEIGHTS;
 constexpr bool WEIGHTED = WEIGHTS != ABSENT, MASKED = WEIGHTS == ZERO || WEIGHTS == KEEP;
 constexpr bool RESIDUAL = FASTBN_RESIDUAL, DRESIDUAL = FASTBN_DRESIDUAL, SETS = FASTBN_SETS;
+constexpr bool INVERSE = FASTBN_INVERSE;
 
 struct Divisor {  // of any 32-bit number: Granlund & Montgomery (1994). The compiler's own takes 25 instructions
   u32 by, multiplier, shift;

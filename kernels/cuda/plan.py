@@ -101,11 +101,13 @@ class More(NamedTuple):
     listed: bool = False  # sets are listed in device memory; else they are of one height, one behind the other
     rows: int = 1  # outer indices of an entry of the list
     weights: str = ""  # "normalize", "zero" or "keep": by weights, the same for all channels, and what where one is 0
+    inverse: bool = False  # backward has y in place of x, and inverts the activation
 
     def options(self, arrays: Iterable[str]) -> tuple[str, ...]:
         """bn.cu's macros."""
         activation = (f"-DFASTBN_ACTIVATION={self.activation.upper()}",) if self.activation else ()
-        present = {"RESIDUAL": "r" in arrays, "DRESIDUAL": "dr" in arrays, "SETS": self.sets > 1 or self.listed}
+        present = {"RESIDUAL": "r" in arrays, "DRESIDUAL": "dr" in arrays, "SETS": self.sets > 1 or self.listed,
+                   "INVERSE": self.inverse}  # fmt: skip
         weights = (f"-DFASTBN_WEIGHTS={self.weights.upper()}",) if self.weights else ()
         return (*activation, *(f"-DFASTBN_{name}=1" for name, there in present.items() if there), *weights)
 

@@ -317,7 +317,7 @@ FASTBN_DEVICE void sum_up(const Share<T, V, BACKWARD, LAYOUT> &share, const Ring
         for (int v = 0; v < V; v++) {
           if (!has(u, v)) continue;
           const int l = v % LANES, j = N == 1 ? 0 : v;
-          const A value = up(a[u].lane[v]), h = BY_WEIGHT ? weight[u][W == 1 ? 0 : v] : (A)1;
+          const A value = meant(a[u].lane[v], (A)share.p.parameter), h = BY_WEIGHT ? weight[u][W == 1 ? 0 : v] : (A)1;
           if (BY_WEIGHT && h == 0) continue;
           if (BACKWARD && absent(u, v)) f(l, j, (A)0, (A)0, h);
           else if (BACKWARD) f(l, j, APART ? g[u][v] : up(d[u].lane[v]), value - k[j].hi, h);

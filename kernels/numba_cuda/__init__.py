@@ -88,7 +88,7 @@ __all__ = [
 
 SIZES = Sizes()
 
-FEATURES = frozenset({"activation", "residual", "groups", "weights"})  # of `fastbn.kernels`' `more`
+FEATURES = frozenset({"activation", "residual", "groups", "weights", "save='y'"})  # of `fastbn.kernels`' `more`
 
 _kept = threading.local()
 
@@ -136,6 +136,7 @@ def backward(dy: Any, x: Any, dx: Any, table: Any, dgamma: Any, dbeta: Any, froz
     scaled = frozen and not how.activation and dr is None  # dx = a dy
     if how is not PLAIN and not scaled:
         how = how._replace(dx=dx is not None, constant=frozen or dx is None)
+        how = how._replace(inverse=more.inverse and how.activation != "")
     stream = stream_of(dy, x, dx, table, r, dr, w)
     by_weights = w is not None and not frozen
     with on(x):

@@ -13,6 +13,21 @@ from .target import cuda
 
 
 @functools.cache
+def inverse_of(name: str, real: Any) -> Any:
+    """(y, parameter) -> z with f(z) = y, where there is one."""
+    zero, one, least = real(0), real(1), real(1e-30)
+    return cuda.jit(
+        {
+            "": lambda y, _: y,
+            "leaky_relu": lambda y, p: y / p if y <= zero else y,
+            # y that was rounded to its limit: z is low enough by this
+            "elu": lambda y, p: real(math.log(max(one + y / p, least))) if y <= zero else y,
+        }[name],
+        device=True,
+    )
+
+
+@functools.cache
 def functions_of(name: str, real: Any) -> tuple[Any, Any]:
     """(z, parameter) -> f(z), and f'(z), at a kink that of the left side. `real` is the type of z; "": f(z) = z."""
     zero, half, one, three, four, six = (real(k) for k in (0, 0.5, 1, 3, 4, 6))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import float64
 
-from .activations import functions_of
+from .activations import functions_of, inverse_of
 from .blocks import (
     block_comoments,
     block_moments,
@@ -91,6 +91,7 @@ class How(NamedTuple):
     weights: str = ""  # statistics by weights, and what is done where one is 0: "normalize", "zero" or "keep"
     dx: bool = True  # backward_map writes dx
     constant: bool = False  # statistics are: dx = a g
+    inverse: bool = False  # backward has y in place of x, and inverts the activation
 
     @property
     def tracked(self) -> bool:
@@ -130,7 +131,8 @@ def kernels_of(name: str, how: How = PLAIN) -> Kernels:
     small, large, eighth, zero, one = (real(k) for k in (1e-30, 1e30, 0.125, 0, 1))
     first_value, start, turned, moved = LISTED if how.sets else TRACKED if how.tracked else FOLLOWED
     f, slope = functions_of(how.activation, real)
-    sloped, writes_dx, constant = how.activation != "", how.dx, how.constant
+    sloped, writes_dx, constant, inverse = how.activation != "", how.dx, how.constant, how.inverse
+    meant = inverse_of(how.activation if inverse else "", real)  # what x stands for
     weighted, masked, keeps = how.weights != "", how.weights in ("zero", "keep"), how.weights == "keep"
 
     parameter = where_asked(sloped, lambda more: real(more.parameter), lambda _: zero)
@@ -185,7 +187,10 @@ def kernels_of(name: str, how: How = PLAIN) -> Kernels:
     @cuda.jit(device=True)
     def by_z(g, v, r, k, p):  # type: ignore[no-untyped-def]
         """g = dy f'(z) in the place of dy, for eight; what is masked is left to `present`."""
-        if sloped:
+        if inverse:
+            for e in range(VALUES):
+                g[e] *= slope(v[e], p)
+        elif sloped:
             z = cuda.local.array(VALUES, real)
             linear(v, z, k)
             for e in range(VALUES):
@@ -193,6 +198,8 @@ def kernels_of(name: str, how: How = PLAIN) -> Kernels:
 
     @cuda.jit(device=True)
     def by_z_single(dy, x, r, k, p):  # type: ignore[no-untyped-def]
+        if inverse:
+            return dy * slope(x, p)
         return dy * slope(plus(linear_single(x, k), r), p) if sloped else dy
 
     @cuda.jit(device=True)
@@ -414,7 +421,7 @@ def kernels_of(name: str, how: How = PLAIN) -> Kernels:
         n = pivot = total = total_d = products = 0.0
         while j + (VALUES - 1) * rows < end:
             for e in range(VALUES):
-                g[e], d[e], r[e] = load(dy, of), load(x, at), read_r(more, place_r(more, row, c, i))
+                g[e], d[e], r[e] = load(dy, of), meant(load(x, at), p), read_r(more, place_r(more, row, c, i))
                 w[e] = read_w(more, place_w(more, row, c, i))
                 o, i, row = turned(o, i, cut, more)
                 at, of = moved(at, place, row, c, i), moved(of, origin, row, c, i)
@@ -431,7 +438,7 @@ def kernels_of(name: str, how: How = PLAIN) -> Kernels:
             products += ut + move * t
             j += VALUES * rows
         while j < end:
-            value, beside = load(x, at), read_r(more, place_r(more, row, c, i))
+            value, beside = meant(load(x, at), p), read_r(more, place_r(more, row, c, i))
             u, t = float64(by_z_single(load(dy, of), value, beside, k, p)), float64(value) - float64(h)
             if absent(read_w(more, place_w(more, row, c, i))):
                 u = t = 0.0
@@ -473,7 +480,7 @@ def kernels_of(name: str, how: How = PLAIN) -> Kernels:
         drs = cuda.local.array(VALUES, np.int64)
         while j + (VALUES - 1) * rows < end:
             for e in range(VALUES):
-                g[e], v[e], r[e] = load(dy, of), load(x, at), read_r(more, place_r(more, row, c, i))
+                g[e], v[e], r[e] = load(dy, of), meant(load(x, at), p), read_r(more, place_r(more, row, c, i))
                 w[e], kept[e] = read_w(more, place_w(more, row, c, i)), g[e]
                 tos[e], drs[e] = to, place_dr(more, row, c, i)
                 o, i, row = turned(o, i, cut, more)
@@ -492,7 +499,8 @@ def kernels_of(name: str, how: How = PLAIN) -> Kernels:
                         save(dx, tos[e], unless_kept(far_by_x(g[e], v[e], w[e], q), w[e], kept[e]))
             j += VALUES * rows
         while j < end:
-            value, weight, own = load(x, at), read_w(more, place_w(more, row, c, i)), load(dy, of)
+            value, own = meant(load(x, at), p), load(dy, of)
+            weight = read_w(more, place_w(more, row, c, i))
             u = present(by_z_single(own, value, read_r(more, place_r(more, row, c, i)), k, p), weight)
             save_dr(more, place_dr(more, row, c, i), u)
             if writes_dx:
