@@ -21,7 +21,7 @@ from cupy.cuda import driver, runtime
 from emulator import LAYOUTS, WAYS
 from emulator import library as built
 from fastbn.kernels.cuda import launch as cuda
-from fastbn.kernels.cuda import plan as planner
+from fastbn.kernels.cuda import launches as planner
 
 HOPPER = {
     "multiProcessorCount": 132,

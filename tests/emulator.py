@@ -5,12 +5,11 @@ from __future__ import annotations
 import ctypes
 import getpass
 import hashlib
-import importlib.util
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
+import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,23 +17,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from fastbn.kernels.cuda import launches, plan, walk
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "tests" / "cuda"
 
 
-def _planner() -> Any:
-    """kernels/cuda/plan.py without its package, which needs CuPy."""
-    spec = importlib.util.spec_from_file_location("fastbn_plan", ROOT / "kernels" / "cuda" / "plan.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-planner = _planner()
+# All that is planned, by whatever module: none of them needs CuPy.
+planner: Any = types.SimpleNamespace(**{**vars(launches), **vars(walk), **vars(plan)})
 TYPES = {"f": np.float32, "d": np.float64, "e": np.float16, "E": ml_dtypes.bfloat16}
 CODES = {"f": 0, "e": 1, "E": 2, "d": 3}  # of instances.cpp
 LAYOUTS = [planner.RUNS, planner.WINDOWS, planner.COLUMNS]

@@ -141,15 +141,16 @@ class Gpu:
 def plans(device: Any, x: Any, dy: Any, way: str | None = None) -> list[Any]:
     """The plans for y and dx laid out like x; None where the arrays must be copied first."""
     planner: Any = importlib.import_module("fastbn.kernels.cuda.plan")
+    walk: Any = importlib.import_module("fastbn.kernels.cuda.walk")
     letter = {"float32": "f", "float64": "d", "float16": "e", "int16": "E"}[str(x.dtype)]
     found: list[Any] = []
     for backward in (False, True):
         arrays = (x, x, dy if backward else None)
         strides = [None if a is None else a.strides for a in arrays]
         bases = tuple(0 if a is None else a.data.ptr % 16 for a in arrays)
-        view = planner.View(x.shape, *strides, x.itemsize, bases)
+        view = walk.View(x.shape, *strides, x.itemsize, bases)
         try:
             found.append(planner.plan(view, letter, backward, device.launch.device(device.number), way=way))
-        except planner.Unwalkable:
+        except walk.Unwalkable:
             found.append(None)
     return found

@@ -1,13 +1,15 @@
 """The CUDA backend: CuPy arrays, by the kernels in bn.cu. The contract is in `fastbn.kernels`.
 
-bn.cu    the kernel: one template, for NVRTC; in it
-         memory.cuh  options, the argument, number types, access to memory
-         sums.cuh    sums of deviations, and how they merge
-         maps.cuh    coefficients of a channel, and maps by them
-         share.cuh   what a thread has of an item
-plan     which launches for which arrays: pure arithmetic
-compile  one instance of the template as machine code, cached on disk
-launch   forward and backward
+bn.cu     the kernel: one template, for NVRTC; in it
+          memory.cuh  options, the argument, number types, access to memory
+          sums.cuh    sums of deviations, and how they merge
+          maps.cuh    coefficients of a channel, and maps by them
+          share.cuh   what a thread has of an item
+walk      how arrays are walked: like the next two, pure arithmetic on shapes and strides
+launches  what is launched for a walk, on each of the ways for blocks to agree
+plan      which of them is the fastest, by a model
+compile   one instance of the template as machine code, cached on disk
+launch    forward and backward
 
 Only `launch` and `compile` need CuPy, and are imported when they are asked for.
 """

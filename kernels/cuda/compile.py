@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cupy.cuda import nvrtc
 
-from .plan import COMPILE_OPTIONS, source
+from .launches import COMPILE_OPTIONS, source
 
 _log = logging.getLogger(__name__)
 

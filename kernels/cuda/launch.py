@@ -3,7 +3,7 @@
 A call runs on its arrays' device, on CuPy's current stream there, and waits for nothing. Nothing is allocated but a
 workspace for plans whose blocks meet in global memory, once for each device, stream and thread, and the list of sets
 that aren't of one height, which is copied to the device in each call. Weights are added up by the kernels: forward
-writes `mass`, backward reads it. Arrays that the kernels can't walk (`plan.walk`: neither runs nor channels lie side by
+writes `mass`, backward reads it. Arrays that the kernels can't walk (`walk`: neither runs nor channels lie side by
 side) are copied once, and results are copied back.
 
 In a CUDA graph: call each shape once before the capture, since loading a kernel may not be captured. Plans with a
@@ -27,22 +27,9 @@ from cupy.cuda import driver, runtime
 from cupy.cuda.function import Module
 
 from .compile import machine_code
-from .plan import (
-    CLUSTER,
-    GRID,
-    HOPPER,
-    PARAMS_SIZE,
-    PLAIN,
-    VECTOR,
-    Device,
-    More,
-    Plan,
-    Pointers,
-    Unwalkable,
-    View,
-    pack,
-    plan,
-)
+from .launches import CLUSTER, GRID, HOPPER, PARAMS_SIZE, Device, Plan, Pointers, pack
+from .plan import plan
+from .walk import PLAIN, VECTOR, More, Unwalkable, View
 
 _log = logging.getLogger(__name__)
 

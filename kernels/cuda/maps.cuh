@@ -143,7 +143,7 @@ FASTBN_DEVICE void conclude(const S &share, int c, const Sum<A, true> &s, const 
 }
 
 // What `conclude` will read of channel c flies to `early`, of EARLY numbers: it comes from L2 at best, in 700 cycles.
-template <bool BACKWARD> constexpr int EARLY = BACKWARD ? 6 : 2;  // plan.py's `early`
+template <bool BACKWARD> constexpr int EARLY = BACKWARD ? 6 : 2;  // launches.py's `early`
 template <bool BACKWARD, class S> FASTBN_DEVICE void foresee(const S &share, int c, double *early) {
   const Params &p = share.p;
   if (BACKWARD) {

@@ -10,7 +10,7 @@
 #else
 #define FASTBN_DIMS
 #endif
-#ifndef FASTBN_ACTIVATION  // what a call asks for beyond batch norm; other code for each, plan.py's `options`
+#ifndef FASTBN_ACTIVATION  // what a call asks for beyond batch norm; other code for each, walk.py's `options`
 #define FASTBN_ACTIVATION LINEAR
 #endif
 #ifndef FASTBN_RESIDUAL  // 1: r is read
@@ -63,7 +63,7 @@ struct Divisor {  // of any 32-bit number: Granlund & Montgomery (1994). The com
   FASTBN_DEVICE u32 of(u32 n) const { return (u32)(((u64)__umulhi(n, multiplier) + n) >> shift); }
 };
 
-struct Params {                    // packed by plan.py; 8-byte fields first, so that there is no padding
+struct Params {                    // packed by launches.py; 8-byte fields first, so that there is no padding
   const void *x, *dy;              // dy: backward. x may be null where only dx = a dy is wanted
   void *y;                         // y, or dx; null: sums only
   const void *r;                   // residual

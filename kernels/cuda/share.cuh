@@ -185,7 +185,7 @@ template <class T, int V, bool BACKWARD, int LAYOUT> struct Share {
 template <class T, int V, bool BACKWARD> struct Ring {
   typedef Vector<T, V> Vec;
   static constexpr int MOST = 64 / (int)sizeof(Vec) / (BACKWARD ? 2 : 1);
-  static constexpr int AHEAD = MOST < 8 ? MOST : 8;  // plan.py's `ahead`
+  static constexpr int AHEAD = MOST < 8 ? MOST : 8;  // launches.py's `ahead`
   Vec *x, *dy;  // slot 0 of thread 0
   int kept;     // below 0 where a thread has fewer than AHEAD
 
