@@ -135,7 +135,8 @@ def forward(
     save : "x" or "y"
         What is kept for `backward`. With "y", x may be overwritten by `out=x`, as x is had back from y: without an
         activation or with one that can be inverted (leaky_relu, elu). x is kept for channels whose gamma is below
-        beta / 64; to know them, gamma and beta on a GPU are copied from there, for which the device is waited for.
+        beta / 64 or makes y subnormal, and of those that elu brings near its limit. To know them, gamma and beta on a
+        GPU are copied from there, for which the device is waited for.
     scale, zero_point : float
         x may be of whole numbers q (uint8, int8, uint16, int16), which stand for ``scale (q - zero_point)``. y is
         float32 then, and x isn't copied.
@@ -482,7 +483,11 @@ def _forward(
         _warn_of_one_value(x, axis)
     table = new((6, channels.number * (1 if asked is None else asked.sets)), FLOAT64, x)
     lost = whole = None
-    if asked is not None and asked.save == "y" and len(at := lost_channels(where, x.shape, axes, gamma, beta)):
+    if (
+        asked is not None
+        and asked.save == "y"
+        and len(at := lost_channels(where, x.shape, axes, gamma, beta, result, asked))
+    ):
         if len(at) == channels.number:  # as where gamma begins at 0
             whole, asked = copied(x), asked._replace(save="x")
         else:

@@ -10,11 +10,24 @@ import numpy as np
 
 from .arrays import NUMBA, Span, family_of_values, place_of
 from .dispatch import get_backend
+from .extras import Asked
 from .layout import channels_of, collapse, empty
 
 
-def lost_channels(where: str, shape: tuple[int, ...], axes: tuple[int, ...], gamma: Any, beta: Any) -> np.ndarray:
-    """(n,): the channels whose x can't be had back from y: eps |beta / gamma| is what xhat is off by then.
+def lost_channels(
+    where: str,
+    shape: tuple[int, ...],
+    axes: tuple[int, ...],
+    gamma: Any,
+    beta: Any,
+    result: np.dtype[Any],
+    asked: Asked,
+) -> np.ndarray:
+    """(n,): the channels whose x can't be had back from y, of the dtype `result`.
+
+    y's rounding of eps |y| moves xhat by eps |beta / gamma|: at most 64 eps are allowed. Where y is subnormal it is
+    rounded more. elu flattens towards its limit, where y's eps moves z by eps exp(-z), and exp(z) - 1 is off by eps
+    near 0: xhat may be off by 1024 eps four standard deviations below the mean, of half types by 64.
 
     gamma and beta on a GPU are copied from there, for which the device is waited for.
     """
@@ -28,9 +41,15 @@ def lost_channels(where: str, shape: tuple[int, ...], axes: tuple[int, ...], gam
                 f"{where}: save='y' reads gamma and beta in main memory, to see which channels can't be had back from "
                 "y, and they can't be copied there. While a CUDA graph is captured, pass save='x'"
             ) from error
-        found.append(np.abs(host.astype(np.float64).reshape(-1)))
-    scale, shift = found
-    return np.flatnonzero(~((scale >= shift * 2.0**-6) & (scale > 1e-30) & (scale < 1e30)))
+        found.append(host.astype(np.float64).reshape(-1))
+    scale, shift = np.abs(found[0]), found[1]
+    least = 2.0**-14 if result.char == "e" else 1e-30
+    slope = asked.parameter if asked.activation else 1.0
+    had = (scale >= np.abs(shift) * 2.0**-6) & (scale * min(1.0, slope) > least) & (scale * max(1.0, slope) < 1e30)
+    if asked.activation == "elu":
+        with np.errstate(over="ignore", invalid="ignore"):
+            had &= np.exp(4.0 * scale - shift) <= (64.0 if result.itemsize == 2 else 1024.0) * scale
+    return np.flatnonzero(~had)
 
 
 def inverse_table(table: Any) -> Any:
@@ -130,10 +149,11 @@ def _as_one(few: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
 
 def _each(x: Span, few: Span, axes: tuple[int, ...], at: np.ndarray) -> Iterator[tuple[Span, Span]]:
     """A channel of `x`, and that of `few` which belongs to it; a library has no call for all of them, but for each."""
+    all_ = range(x.ndim)
     for j, place in enumerate(zip(*_places(x.shape, axes, at), strict=True)):
         ours, theirs = dict(zip(axes, map(int, place), strict=True)), {a: j if a == axes[0] else 0 for a in axes}
         yield tuple(  # type: ignore[misc]
-            x.family.locate(a.value[tuple(index.get(d, slice(None)) for d in range(x.ndim))])
+            x.family.locate(a.value[tuple(slice(index[d], index[d] + 1) if d in index else slice(None) for d in all_)])
             for a, index in ((x, ours), (few, theirs))
         )
 

@@ -234,6 +234,43 @@ def test_x_had_back_from_y(name, rare, frozen, activation, rng):
         assert np.abs(a - b).max() <= 1e-5 * max(1, np.abs(b).max()) * n**0.5, part
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("activation", [None, ("leaky_relu", 0.2), ("elu", 0.7)], ids=str)
+def test_x_had_back_from_y_of_groups(activation, frozen, rng):
+    """Each has a table of its own, gamma's column too, as what z's deviation comes to is each group's."""
+    x, dy = (rng.normal(1, s, (9, 5, 6)) * np.repeat([1.0, 3.0, 0.25], 3)[:, None, None] for s in (1, 2))
+    gamma, beta = rng.choice([-1, 1], 5) * rng.uniform(0.5, 1.2, 5), rng.normal(0, 0.5, 5)
+    gamma[2] = 1e-5
+    stats = (rng.normal(1, 1, (3, 5)), rng.gamma(2, 1, (3, 5))) if frozen else None
+    for groups in (3, np.array([2, 0, 1, 1, 0, 2, 2, 0, 1])):
+        more = {"frozen": stats, "activation": activation, "groups": groups}
+        found = [fastbn.backward(dy, fastbn.forward(x, gamma, beta, **more, save=save)[1]) for save in "xy"]
+        for a, b in zip(*found, strict=True):
+            np.testing.assert_allclose(b, a, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gamma", "activation", "bound"),
+    [
+        (np.float16, 1e-8, None, 1e-2),  # y underflows
+        (np.float16, 3.0, "elu", 3e-2),  # y is near its limit
+        (np.float32, 8.0, "elu", 1e-5),
+        (np.float32, 1e-20, "elu", 1e-5),  # 1 + y is 1
+        (np.float32, 1.0, ("leaky_relu", 1e-40), 1e-5),  # 1 / 1e-40 is infinite
+        (np.float64, 1e-9, "elu", 1e-12),
+    ],
+)
+def test_what_y_does_not_tell(dtype, gamma, activation, bound, rng):
+    x, dy = (rng.normal(0, 1, (256, 2, 8)).astype(dtype) for _ in range(2))
+    found = [
+        fastbn.backward(dy, fastbn.forward(x, [gamma, 1.0], [0.0, 0.0], activation=activation, save=save)[1])
+        for save in "xy"
+    ]
+    for a, b in zip(*found, strict=True):
+        size = np.abs(a.astype(np.float64)).max(axis=(0, 2) if a.ndim == 3 else None, keepdims=True)
+        assert np.all(np.abs(a.astype(np.float64) - b) <= bound * size)
+
+
 @pytest.mark.parametrize("few", [1, 4, 11])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("memory", ["dense", "reversed", "gaps", "swapped", "repeated"])

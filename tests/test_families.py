@@ -628,7 +628,7 @@ def test_numba_kernels_take_views_of_other_arrays(library, state, monkeypatch, r
 
 
 SIMULATED = """
-import sys, types
+import sys, types, warnings
 from simulator import without_threads
 without_threads()
 import numpy as np, fastbn
@@ -687,6 +687,11 @@ for asked in (
     for a, b in zip(got, wanted, strict=True):
         assert type(a) is type(y)
         np.testing.assert_allclose(a.copy_to_host(), b, rtol=1e-5, atol=2e-5)  # sums of 42 values of about 10
+ones, small = np.ones((4, 3), np.float32), np.float32([[1, 1e-5, 1]] * 4)  # of axes that are all channels
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    y = fastbn.forward(put(ones), put(small), put(ones), axis=(0, 1), save="y")[0]
+np.testing.assert_array_equal(y.copy_to_host(), ones)
 some, right = fastbn.moments(put(x), weights=put(w)), fastbn.reference.moments(x, weights=w)
 np.testing.assert_allclose([some.count], [right.count], rtol=1e-6)
 np.testing.assert_allclose([some.mean, some.var()], [right.mean, right.var()], rtol=1e-6)

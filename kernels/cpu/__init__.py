@@ -88,11 +88,10 @@ def forward(
     else:
         table[0], table[1], table[2] = mean, 0.0, var
     sets, channels = 1 if more is None else _sets(more), x.shape[1]
-    affine = table[4:] if sets == 1 else np.empty((2, channels))
-    affine[0] = 1.0 if gamma is None else gamma
-    affine[1] = 0.0 if beta is None else beta
-    if sets > 1:
-        table[4:].reshape(2, sets, channels)[...] = affine[:, None]
+    affine = table[4:]
+    by_set = affine if sets == 1 else affine.reshape(2, sets, channels)
+    by_set[0] = 1.0 if gamma is None else gamma
+    by_set[1] = 0.0 if beta is None else beta
     if y is None:
         y = np.empty((0, 0, 0), np.float32 if _is_whole(x.dtype) else x.dtype)
     how, extras = None, _NO_EXTRAS[:4]
@@ -164,13 +163,12 @@ def _backward_with(
     summed = dgamma is not None or dbeta is not None or (dx is not None and not frozen)
     sets, channels = _sets(more), x.shape[1]
     grads = np.zeros((6, sets * channels))
-    affine = table[4:] if sets == 1 else np.ascontiguousarray(table[4:, :channels])
     target: np.ndarray = np.empty((0, 0, 0), dy.dtype)
     if mapped:
         target = np.empty(dy.shape, dy.dtype) if dx is None else dx  # dresidual alone is rare: it costs a buffer
     how, extras = _gradient_extras(more, frozen)
     stages = (SUM | FINISH if summed else 0) | (MAP if mapped else 0)
-    _carry_out(backward_kernel, (dy, x, target), (table, affine, grads), 5, stages, how, more, extras)
+    _carry_out(backward_kernel, (dy, x, target), (table, table[4:], grads), 5, stages, how, more, extras)
     with np.errstate(all="ignore"):
         if dgamma is not None:
             dgamma[...] = _products(x, grads, more) * table[3]

@@ -388,9 +388,10 @@ def _elu_slope(how, z):  # type: ignore[no-untyped-def]
 def _elu_inverse(how, z):  # type: ignore[no-untyped-def]
     one, zero = constant(z, 1.0), nothing(z)
     u = where_at_most(z, zero, z / constant(z, parameter(how)), zero)
-    least = constant(z, 1e-30)
-    left = where_less(one + u, least, least, one + u)  # y was rounded to its limit: z is low enough by this
-    return where_at_most(z, zero, lanes_log(left), z)
+    w, least = one + u, constant(z, 1e-30)
+    left = where_less(w, least, least, w)  # y was rounded to its limit: z is low enough by this
+    lost = w - one  # log(1 + u) is log(w) u / (w - 1), where 1 + u was rounded to w
+    return where_at_most(z, zero, where_nonzero(lost, lanes_log(left) * (u / lost), u), z)
 
 
 def _silu(how, z):  # type: ignore[no-untyped-def]

@@ -9,7 +9,7 @@ from .parts import by_type, nothing_of, part
 
 
 @part()
-def forward_coefficients(s0, c0, stats, affine, numbers, singles, exact, double):  # type: ignore[no-untyped-def]
+def forward_coefficients(s0, stats, affine, numbers, singles, exact, double):  # type: ignore[no-untyped-def]
     """By channel. numbers (3, G): hi, a, b for y = a (x - hi) + b. singles (6, G): h, a, al, b, bl in float32 for
     y = (a d + b) + (al d + bl), d = x - h; and 1 where they won't do. Returns whether there is such a channel. Float64
     data (`double`) has its own numbers there; other data in which all is `exact` has none that will do.
@@ -17,9 +17,9 @@ def forward_coefficients(s0, c0, stats, affine, numbers, singles, exact, double)
     A mean within 1000 standard deviations goes to b: d = x is exact then, and so is x - h with h near x otherwise.
     """
     rare = False
-    _lenses(s0, c0, stats, affine, numbers)
+    _lenses(s0, stats, affine, numbers)
     for c in range(numbers.shape[1]):
-        hi, lo, invstd, beta = stats[0, s0 + c], stats[1, s0 + c], stats[3, s0 + c], affine[1, c0 + c]
+        hi, lo, invstd, beta = stats[0, s0 + c], stats[1, s0 + c], stats[3, s0 + c], affine[1, s0 + c]
         a = numbers[1, c]
         if exact:
             singles[0, c], singles[1, c], singles[2, c] = hi, a, a * 2.0**-60
@@ -49,15 +49,15 @@ def _split(value, singles, i, k, c):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _lenses(s0, c0, stats, affine, numbers):  # type: ignore[no-untyped-def]
+def _lenses(s0, stats, affine, numbers):  # type: ignore[no-untyped-def]
     """By channel, numbers (3, G): hi, a, b of gamma xhat + beta = a (x - hi) + b."""
     for c in range(numbers.shape[1]):
-        a = affine[0, c0 + c] * stats[3, s0 + c]
-        numbers[0, c], numbers[1, c], numbers[2, c] = stats[0, s0 + c], a, affine[1, c0 + c] - a * stats[1, s0 + c]
+        a = affine[0, s0 + c] * stats[3, s0 + c]
+        numbers[0, c], numbers[1, c], numbers[2, c] = stats[0, s0 + c], a, affine[1, s0 + c] - a * stats[1, s0 + c]
 
 
 @part()
-def backward_coefficients(s0, c0, stats, affine, grads, numbers, singles, n, mass, frozen, exact):  # type: ignore[no-untyped-def]
+def backward_coefficients(s0, stats, affine, grads, numbers, singles, n, mass, frozen, exact):  # type: ignore[no-untyped-def]
     """By channel. numbers (5, G): ghi, hi, a, b, c for dx = a (dy - ghi) + (b (x - hi) + c).
 
     singles (8, G): the same in float32, where c has what the rounding of ghi and hi takes away; 1 where they won't do,
@@ -70,7 +70,7 @@ def backward_coefficients(s0, c0, stats, affine, grads, numbers, singles, n, mas
     for c in range(numbers.shape[1]):
         ghi, glo, hi, lo = grads[0, s0 + c], grads[1, s0 + c], stats[0, s0 + c], stats[1, s0 + c]
         invstd, covariance = stats[3, s0 + c], grads[2, s0 + c]
-        a = affine[0, c0 + c] * invstd
+        a = affine[0, s0 + c] * invstd
         if mass > 0.0:
             covariance = (n * covariance + grads[5, s0 + c] * grads[3, s0 + c]) / mass
             glo += ghi
@@ -93,7 +93,7 @@ def backward_coefficients(s0, c0, stats, affine, grads, numbers, singles, n, mas
 
 
 @by_type
-def lenses_of(how, r, s0, c0, stats, affine, numbers, singles, exact):  # type: ignore[no-untyped-def]
+def lenses_of(how, r, s0, stats, affine, numbers, singles, exact):  # type: ignore[no-untyped-def]
     """The lenses that `bent` takes: h, a, b of z = a (x - h) + b, or for an edge s and t in place of h and a."""
     if has_edge(how, r):
         return _edges
@@ -106,14 +106,14 @@ def columns_of(how, r, wide, narrow):  # type: ignore[no-untyped-def]
     return (lambda how, r, wide, narrow: narrow) if has_edge(how, r) else (lambda how, r, wide, narrow: wide)
 
 
-def _plain_lenses(how, r, s0, c0, stats, affine, numbers, singles, exact):  # type: ignore[no-untyped-def]
-    _lenses(s0, c0, stats, affine, numbers)
+def _plain_lenses(how, r, s0, stats, affine, numbers, singles, exact):  # type: ignore[no-untyped-def]
+    _lenses(s0, stats, affine, numbers)
 
 
-def _edges(how, r, s0, c0, stats, affine, numbers, singles, exact):  # type: ignore[no-untyped-def]
+def _edges(how, r, s0, stats, affine, numbers, singles, exact):  # type: ignore[no-untyped-def]
     """singles (10, G): two rows to work in, and six as the forward map's."""
     slot, own = singles[0, :1], singles[2:8, : numbers.shape[1]]
-    forward_coefficients(s0, c0, stats, affine, numbers, own, exact, slot.itemsize == 8)
+    forward_coefficients(s0, stats, affine, numbers, own, exact, slot.itemsize == 8)
     for c in range(numbers.shape[1]):
         lens = numbers[0, c], numbers[1, c], numbers[2, c]
         numbers[0, c], numbers[1, c] = edge(lens, own, c, exact or own[5, c] != 0, slot)

@@ -184,7 +184,7 @@ def _backward_numbers(s0, c0, x, stats, affine, grads, plan, memory, how, r, w, 
     """What the map of a tile takes of its channels, in `memory`; and for how many of them float32 won't do."""
     g, exact, n = min(plan[1], x.shape[1] - c0), plan[7] & EXACT != 0, float(x.shape[0] * x.shape[2])
     numbers, singles = memory[0][:5, :g], memory[3][2:, :g]
-    rare = backward_coefficients(s0, c0, stats, affine, grads, numbers, singles, n, mass, is_frozen(how) != 0.0, exact)
+    rare = backward_coefficients(s0, stats, affine, grads, numbers, singles, n, mass, is_frozen(how) != 0.0, exact)
     used = used_of(how, r, w, x, numbers, singles)
     if used.itemsize == 8:
         rare = 0
@@ -218,7 +218,7 @@ def _backward_map(p0, p1, c0, dy, x, dx, rare, plan, memory, how, r, w, dr, orde
 def backward_item(
     k, items, dy, x, dx, stats, affine, grads, part, claims, plan, stage, starts, order, how, r, w, dr, mass
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    """dy, x, dx (O, C, I), stats (4, G C), affine (2, C), grads (6, G C), part (cells or items, P, 5, channels).
+    """dy, x, dx (O, C, I), stats (4, G C), affine (2, G C), grads (6, G C), part (cells or items, P, 5, channels).
 
     starts (G + 1,), order (O,) or (0,), r and dr (O, C, I) or None, w (O, 1, I) or None, mass (G,) or None.
     """
@@ -244,7 +244,7 @@ def backward_item(
             sums = place(part, k if stage & SUM and stage & FINISH else cell)
             if not is_plain(how) and cell != seen:
                 seen, lenses = cell, memory[0][10:13, :channels]
-                lenses_of(how, r, s0, c0, stats, affine, lenses, memory[3], not absent(w) or plan[7] & EXACT != 0)
+                lenses_of(how, r, s0, stats, affine, lenses, memory[3], not absent(w) or plan[7] & EXACT != 0)
                 if plan[0]:
                     spread_columns(lenses, columns_of(how, r, memory[2][5:], memory[4][8:]), plan)
             if stage & SUM:

@@ -131,10 +131,10 @@ def _unless_unused(how, w):  # type: ignore[no-untyped-def]
 
 
 @part(inline="always")
-def _forward_numbers(s0, c0, g, stats, affine, plan, memory, double):  # type: ignore[no-untyped-def]
+def _forward_numbers(s0, g, stats, affine, plan, memory, double):  # type: ignore[no-untyped-def]
     """What the map of a tile takes of its channels, in `memory`; and whether float32 won't do for one of them."""
     numbers, singles, exact = memory[0][:3, :g], memory[3][2:8, :g], plan[7] & EXACT != 0
-    rare = forward_coefficients(s0, c0, stats, affine, numbers, singles, exact, double)
+    rare = forward_coefficients(s0, stats, affine, numbers, singles, exact, double)
     if plan[0]:
         spread_columns(numbers, memory[2], plan)
         if not exact:
@@ -164,7 +164,7 @@ def _forward_map(p0, p1, c0, ca, x, y, rare, summed, plan, memory, how, r, w, or
 def forward_item(
     k, items, x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    """x, y (O, C, I), stats (4, G C), affine (2, C), part (cells or items, P, 4, channels of a tile).
+    """x, y (O, C, I), stats (4, G C), affine (2, G C), part (cells or items, P, 4, channels of a tile).
 
     y is not touched without the MAP stage. starts (G + 1,), order (O,) or (0,), r (O, C, I) and w (O, 1, I) or None.
     """
@@ -199,7 +199,7 @@ def forward_item(
                     _forward_finish(c, s0 + c, stats, sums, eps, part.shape[0] > 0)
             if stage & MAP:
                 if stage & SUM or cell != ready:  # a tile's map is cut into many units where there is nothing else
-                    rare = _forward_numbers(s0, c0, channels, stats, affine, own, memory, x.itemsize == 8)
+                    rare = _forward_numbers(s0, channels, stats, affine, own, memory, x.itemsize == 8)
                     ready = cell
                 ahead = -1
                 if (cell + 1) * pieces < stop and t + 1 < tiles and plan[7] & NEXT:

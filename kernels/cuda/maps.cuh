@@ -53,8 +53,8 @@ template <class T> FASTBN_DEVICE Number<T> meant(T x, Number<T> p) {
   const A y = up(x);
   if (!INVERSE || !(y <= 0)) return y;
   if (ACTIVATION == LEAKY_RELU) return y / p;
-  const A left = 1 + y / p, least = (A)1e-30;  // elu's y that was rounded to its limit: z is low enough by this
-  return log(left < least ? least : left);
+  const A u = y / p;
+  return u > -1 ? log1p(u) : (A)-69;  // elu's y that was rounded to its limit: z is low enough by this
 }
 // The gradient by z, and whether it is a number of the elements' type wherever dy is one: then it is kept in dy's place.
 template <class T, bool B>

@@ -9,19 +9,21 @@ import functools
 import math
 from typing import Any
 
+import numpy as np
+
 from .target import cuda
 
 
 @functools.cache
 def inverse_of(name: str, real: Any) -> Any:
     """(y, parameter) -> z with f(z) = y, where there is one."""
-    zero, one, least = real(0), real(1), real(1e-30)
+    zero, limit = real(0), np.nextafter(real(-1), real(0))
     return cuda.jit(
         {
             "": lambda y, _: y,
             "leaky_relu": lambda y, p: y / p if y <= zero else y,
             # y that was rounded to its limit: z is low enough by this
-            "elu": lambda y, p: real(math.log(max(one + y / p, least))) if y <= zero else y,
+            "elu": lambda y, p: real(math.log1p(max(y / p, limit))) if y <= zero else y,
         }[name],
         device=True,
     )
