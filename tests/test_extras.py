@@ -235,8 +235,9 @@ def test_x_had_back_from_y(name, rare, frozen, activation, rng):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("masked", ["no weights", "normalize", "keep"])
 @pytest.mark.parametrize("activation", [None, ("leaky_relu", 0.2), ("elu", 0.7)], ids=str)
-def test_x_had_back_from_y_of_groups(activation, frozen, rng):
+def test_x_had_back_from_y_of_groups(activation, masked, frozen, rng):
     """Each has a table of its own, gamma's column too, as what z's deviation comes to is each group's."""
     x, dy = (rng.normal(1, s, (9, 5, 6)) * np.repeat([1.0, 3.0, 0.25], 3)[:, None, None] for s in (1, 2))
     gamma, beta = rng.choice([-1, 1], 5) * rng.uniform(0.5, 1.2, 5), rng.normal(0, 0.5, 5)
@@ -244,6 +245,8 @@ def test_x_had_back_from_y_of_groups(activation, frozen, rng):
     stats = (rng.normal(1, 1, (3, 5)), rng.gamma(2, 1, (3, 5))) if frozen else None
     for groups in (3, np.array([2, 0, 1, 1, 0, 2, 2, 0, 1])):
         more = {"frozen": stats, "activation": activation, "groups": groups}
+        if masked != "no weights":
+            more |= {"weights": rng.gamma(1, 1, (9, 1, 6)) * (rng.random((9, 1, 6)) < 0.8), "masked": masked}
         found = [fastbn.backward(dy, fastbn.forward(x, gamma, beta, **more, save=save)[1]) for save in "xy"]
         for a, b in zip(*found, strict=True):
             np.testing.assert_allclose(b, a, rtol=1e-11, atol=1e-11)
