@@ -135,8 +135,9 @@ def forward(
     save : "x" or "y"
         What is kept for `backward`. With "y", x may be overwritten by `out=x`, as x is had back from y: without an
         activation or with one that can be inverted (leaky_relu, elu). x is kept for channels whose gamma is below
-        beta / 64 or makes y subnormal, and of those that elu brings near its limit. To know them, gamma and beta on a
-        GPU are copied from there, for which the device is waited for.
+        beta / 64 or makes y subnormal, and of those that elu brings near its limit four standard deviations below the
+        mean; further off, y of elu may tell little of x. To know the channels, gamma and beta on a GPU are copied from
+        there, for which the device is waited for.
     scale, zero_point : float
         x may be of whole numbers q (uint8, int8, uint16, int16), which stand for ``scale (q - zero_point)``. y is
         float32 then, and x isn't copied.
@@ -467,6 +468,11 @@ def _forward(
     units = _units(where, x, scale, zero_point)
     result = x.dtype if units is None else FLOAT32
     asked = None if more is None else ask(where, x, axes, result, *more)
+    if units not in (None, (1.0, 0.0)) and asked is not None and asked.masked == "keep":
+        raise ValueError(
+            f"{where}: masked='keep' with a scale or a zero_point; expected 'normalize' or 'zero', as the whole "
+            "numbers themselves would be kept"
+        )
     mean = var = None
     if frozen is not None:
         shape = channels.shape if asked is None or asked.groups is None else (asked.sets, *channels.shape)
@@ -551,10 +557,10 @@ def _units(where: str, x: Any, scale: Any, zero_point: Any) -> tuple[float, floa
                 f"{where}: scale or zero_point is given with x of {dtype_of(x)}; expected them with whole numbers only"
             )
         return None
-    if (step := finite(scale)) is None or step == 0 or (zero := finite(zero_point)) is None:
+    if (step := finite(scale)) is None or step <= 0 or (zero := finite(zero_point)) is None:
         raise ValueError(
             f"{where}: scale is {describe(scale)} and zero_point {describe(zero_point)}; expected finite numbers, and "
-            "a scale that isn't 0"
+            "a scale above 0"
         )
     return step, zero
 

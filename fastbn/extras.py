@@ -97,8 +97,9 @@ class Asked(NamedTuple):
         ordered = by_sample if self.groups.order is None else by_sample[self.groups.order]
         first, last = self.groups.starts[:-1], self.groups.starts[1:]
         sums = np.zeros(self.groups.number)
-        if samples:  # an empty group has the value at its start here
-            sums = np.where(first < last, np.add.reduceat(ordered, np.minimum(first, samples - 1)), 0.0)
+        if samples:  # what lies between the starts of groups that aren't empty is the first one's
+            some = first < last
+            sums[some] = np.add.reduceat(ordered, first[some])
         return sums
 
     def seen(self, views: Views, masses: Any, residual: Any, dresidual: Any, inverse: bool) -> Extras:

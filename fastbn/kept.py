@@ -87,9 +87,10 @@ def assign_at(values: Any, at: np.ndarray, found: Any) -> None:
 
 
 def picked(x: Any, axes: tuple[int, ...], at: np.ndarray) -> Any:
-    """A copy of the channels `at`: of x's shape with n on its first channel axis and 1 on the others, and in memory in
-    x's order."""
-    shape = tuple(len(at) if a == axes[0] else 1 if a in axes else n for a, n in enumerate(x.shape))
+    """A copy of the channels `at`: of x's shape with n on one channel axis and 1 on the others, and in memory in x's
+    order."""
+    one = _one_of(x.shape, axes)
+    shape = tuple(len(at) if a == one else 1 if a in axes else n for a, n in enumerate(x.shape))
     if isinstance(x, Span):
         new = x.family.like(Span(x.family, None, 0, shape, (), x.dtype, x.type, x.device), x.strides)
         for ours, theirs in _each(x, new, axes, at):
@@ -97,7 +98,7 @@ def picked(x: Any, axes: tuple[int, ...], at: np.ndarray) -> Any:
         return new
     made = empty(shape, x.strides, x.dtype)
     if not _copied(x, axes, at, made, False):
-        _as_one(made, axes)[...] = _last(x, axes)[(..., *_places(x.shape, axes, at))]
+        _as_one(made, x.shape, axes)[...] = _last(x, axes)[(..., *_places(x.shape, axes, at))]
     return made
 
 
@@ -107,7 +108,7 @@ def put_back(x: Any, axes: tuple[int, ...], at: np.ndarray, values: Any) -> None
         for ours, theirs in _each(x, values, axes, at):
             x.family.assign(ours, theirs)
     elif not _copied(x, axes, at, values, True):
-        _last(x, axes)[(..., *_places(x.shape, axes, at))] = _as_one(values, axes)
+        _last(x, axes)[(..., *_places(x.shape, axes, at))] = _as_one(values, x.shape, axes)
 
 
 def copied(x: Any) -> Any:
@@ -130,6 +131,11 @@ def _to_numba(values: np.ndarray, device: int) -> Any:
     return made
 
 
+def _one_of(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
+    """The first channel axis with more than one channel: views as (O, C, I) take those of one for no axis at all."""
+    return next((a for a in axes if shape[a] > 1), axes[0])
+
+
 def _places(shape: tuple[int, ...], axes: tuple[int, ...], at: np.ndarray) -> tuple[Any, ...]:
     """Indices on the channel axes of these channels."""
     return np.unravel_index(at, tuple(shape[a] for a in axes))
@@ -140,18 +146,19 @@ def _last(x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
     return x.transpose(*[a for a in range(x.ndim) if a not in axes], *axes)
 
 
-def _as_one(few: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """The same, without those that have one channel."""
-    index: tuple[Any, ...] = ..., slice(None), *[0] * (len(axes) - 1)
+def _as_one(few: np.ndarray, shape: tuple[int, ...], axes: tuple[int, ...]) -> np.ndarray:
+    """The same of `picked` channels, without the axes that have one."""
+    one = _one_of(shape, axes)
+    index: tuple[Any, ...] = ..., *[slice(None) if a == one else 0 for a in axes]
     found: np.ndarray = _last(few, axes)[index]
     return found
 
 
 def _each(x: Span, few: Span, axes: tuple[int, ...], at: np.ndarray) -> Iterator[tuple[Span, Span]]:
     """A channel of `x`, and that of `few` which belongs to it; a library has no call for all of them, but for each."""
-    all_ = range(x.ndim)
+    all_, one = range(x.ndim), _one_of(x.shape, axes)
     for j, place in enumerate(zip(*_places(x.shape, axes, at), strict=True)):
-        ours, theirs = dict(zip(axes, map(int, place), strict=True)), {a: j if a == axes[0] else 0 for a in axes}
+        ours, theirs = dict(zip(axes, map(int, place), strict=True)), {a: j if a == one else 0 for a in axes}
         yield tuple(  # type: ignore[misc]
             x.family.locate(a.value[tuple(slice(index[d], index[d] + 1) if d in index else slice(None) for d in all_)])
             for a, index in ((x, ours), (few, theirs))

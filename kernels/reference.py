@@ -102,7 +102,7 @@ def deactivate(name: str, p: float, y: np.ndarray) -> np.ndarray:
         return {
             "": lambda: y,
             "leaky_relu": lambda: np.where(y <= 0, y / p, y),
-            "elu": lambda: np.where(y <= 0, np.log1p(y / p), y),
+            "elu": lambda: np.where(y <= 0, np.log1p(np.maximum(y / p, np.nextafter(-1.0, 0.0))), y),
         }[name]()
 
 

@@ -274,6 +274,42 @@ def test_what_y_does_not_tell(dtype, gamma, activation, bound, rng):
         assert np.all(np.abs(a.astype(np.float64) - b) <= bound * size)
 
 
+def test_channels_kept_apart_behind_an_axis_of_one(rng):
+    """Several channel axes, the first of which has one channel."""
+    x, dy = (rng.normal(0, 1, (4, 1, 6)) for _ in range(2))
+    np.testing.assert_array_equal(kept.picked(x, (1, 2), np.array([0, 2]))[:, 0], x[:, 0, [0, 2]])
+    gamma = np.array([[0, 0, 1.0, 0, 2, -1]])
+    found = [fastbn.backward(dy, fastbn.forward(x, gamma, axis=(1, 2), save=save)[1]) for save in "xy"]
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [[3, 3, 0], [0, 2, 0, 0, 4, 0, 0]])
+def test_empty_groups_at_the_end(groups, rng):
+    """They take nothing from those before them: counts, and gradients by weights."""
+    x, dy, w = rng.normal(3, 2, (6, 2)), rng.normal(3, 2, (6, 2)), rng.gamma(1, 1, 6)
+    assert [m.count for m in fastbn.forward(x, groups=groups)[1].moments] == groups
+    found = [lib.forward(x, groups=groups, weights=w)[1] for lib in (fastbn, fastbn.reference)]
+    for a, b in zip(found[0].moments, found[1].moments, strict=True):
+        np.testing.assert_allclose(a.count, b.count, rtol=1e-14)
+    both = zip(fastbn.backward(dy, found[0]), fastbn.reference.backward(dy, found[1]), strict=True)
+    for a, b in both:
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_elu_at_its_limit_spoils_no_channel(backend, rng):
+    """What one value's y doesn't tell is that value's alone."""
+    x, dy = rng.normal(0, 1, (2000, 2)).astype(np.float32), rng.normal(0, 1, (2000, 2)).astype(np.float32)
+    x[0, 0] = -1000
+    with fastbn.set_backend(backend):
+        a, b = (fastbn.backward(dy, fastbn.forward(x, activation="elu", save=save)[1]) for save in "xy")
+    for one, other in zip(a[0][1:], b[0][1:], strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-3)
+    assert np.isfinite(b[0]).all()
+    assert np.isfinite(b[1]).all()
+
+
 @pytest.mark.parametrize("few", [1, 4, 11])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("memory", ["dense", "reversed", "gaps", "swapped", "repeated"])
@@ -307,6 +343,19 @@ def test_channels_picked_and_put_back(shape, axes, memory, threads, few, rng, mo
     expected[:, at] = -columns(found)
     kept.put_back(target, axes, at, -found)
     np.testing.assert_array_equal(columns(target), expected)
+
+
+def test_units_that_would_turn_or_keep_whole_numbers_are_refused(rng):
+    q = rng.integers(0, 9, (8, 3), np.uint8)
+    for scale in (-1.0, 0.0, np.inf):
+        with pytest.raises(ValueError, match=r"scale is .*; expected finite numbers, and a scale above 0"):
+            fastbn.forward(q, scale=scale)
+    mask = rng.random(8) < 0.7
+    for units in ({"scale": 0.5}, {"zero_point": 3}):
+        with pytest.raises(ValueError, match=r"masked='keep' with a scale or a zero_point; expected 'normalize' or"):
+            fastbn.forward(q, weights=mask, masked="keep", **units)
+    y, _ = fastbn.forward(q, weights=mask, masked="keep")
+    np.testing.assert_array_equal(y[~mask], q[~mask])
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16], ids=lambda d: d.__name__)
@@ -527,7 +576,7 @@ def test_the_edge_of_two_lines_is_where_z_changes_its_sign(dtype, rng, backend):
     def coefficients(h, a, b, exactly, slot, numbers, singles):
         """As of a mean of h, gamma a, beta b and a deviation of 1."""
         stats, affine = np.array([[h], [0.0], [1.0], [1.0]]), np.array([[a], [b]])
-        parts.forward_coefficients(0, 0, stats, affine, numbers, singles, exactly, slot.itemsize == 8)
+        parts.forward_coefficients(0, stats, affine, numbers, singles, exactly, slot.itemsize == 8)
         return exactly or singles[5, 0] != 0
 
     @numba.njit

@@ -239,7 +239,7 @@ def test_ptx(tmp_path):
         assert not re.search(r"\.local|\bcall\b|\batom\b|\bred\b|\bshfl\b", text), (element, how, name)
         if not how:
             continue
-        _, residual, _, sets, weights, _, constant = how
+        _, residual, _, sets, weights, _, constant, _ = how
         bodies = [body for body in loops(text) if any("ld.global" in line for line in body)]
         assert not any(re.match(r"(div|rem)\.[su]\d", line) for body in bodies for line in body), (element, how, name)
         loads = max(sum("ld.global" in line for line in body) for body in bodies)
