@@ -139,8 +139,8 @@ def forward(
         mean; further off, y of elu may tell little of x. To know the channels, gamma and beta on a GPU are copied from
         there, for which the device is waited for.
     scale, zero_point : float
-        x may be of whole numbers q (uint8, int8, uint16, int16), which stand for ``scale (q - zero_point)``. y is
-        float32 then, and x isn't copied.
+        x may be of whole numbers q (uint8, int8, uint16, int16), which stand for ``scale (q - zero_point)``, with a
+        scale above 0. y is float32 then, and x isn't copied. `masked="keep"` takes no units.
     comm : communicator or fastbn.Ranks, optional
         x is this rank's part of a batch that is spread over processes, and mean and variance are those of the whole of
         it: what kinds there are, and how long to wait for other ranks, is in `fastbn.Ranks`. All ranks must make the
