@@ -34,8 +34,8 @@ from .arrays import FLOAT32, FLOAT64, NUMBA, Span, family_of_values
 from .distributed import ALONE, Ranks, Shared, ranks_of, rows_of, statistics
 from .extras import Asked, ask
 from .host import caller_of
-from .kept import copied, lost_channels, picked
-from .layout import channels_of, empty
+from .kept import lost_channels, picked
+from .layout import channels_of, dense_copy, empty
 from .moments import Moments
 from .plain import backward_on_device, backward_plainly, forward_on_device, forward_plainly, moments_plainly, way_of
 from .runs import (
@@ -495,7 +495,7 @@ def _forward(
         and len(at := lost_channels(where, x.shape, axes, gamma, beta, result, asked))
     ):
         if len(at) == channels.number:  # as where gamma begins at 0
-            whole, asked = copied(x), asked._replace(save="x")
+            whole, asked = dense_copy(x, x), asked._replace(save="x")
         else:
             lost = at, picked(x, axes, at)
     if units is not None:

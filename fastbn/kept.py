@@ -111,15 +111,6 @@ def put_back(x: Any, axes: tuple[int, ...], at: np.ndarray, values: Any) -> None
         _last(x, axes)[(..., *_places(x.shape, axes, at))] = _as_one(values, x.shape, axes)
 
 
-def copied(x: Any) -> Any:
-    """In x's memory order."""
-    if not isinstance(x, Span):
-        return x.copy("K")
-    new = x.family.like(x, x.strides)
-    x.family.assign(new, x)
-    return new
-
-
 def _in_main_memory(values: Any) -> np.ndarray:
     family = family_of_values(values)
     return family.host(family.numbers(values))

@@ -187,22 +187,22 @@ def _walkable(
 ) -> tuple[list[Any], Collapse]:
     """The arrays, the first `given` of them inputs, with copies for those that need one; and their common view."""
     plain: Any = is_aligned if isinstance(arrays[0], Span) else _is_plain
-    used = [a if plain(a) else _dense(a, a, i < given) for i, a in enumerate(arrays)]
+    used = [a if plain(a) else dense_copy(a, a, i < given) for i, a in enumerate(arrays)]
     plan = _common(axes, used, samples)
     if plan is None:
         if _common(axes, used[:1], samples) is None:
             used[0] = _packed(axes, used[0], samples)
         fits = [_common(axes, [used[0], a], samples) is not None for a in used]
-        used = [a if fits[i] else _dense(a, used[0], i < given) for i, a in enumerate(used)]
+        used = [a if fits[i] else dense_copy(a, used[0], i < given) for i, a in enumerate(used)]
         plan = _common(axes, used, samples)
     if plan is None:
-        used = [a if a is None else _dense(a, used[0], i < given) for i, a in enumerate(used)]
+        used = [a if a is None else dense_copy(a, used[0], i < given) for i, a in enumerate(used)]
         plan = _common(axes, used, samples)
     assert plan is not None, "arrays of equal strides collapse alike"
     return used, plan
 
 
-def _dense(a: Any, like: Any, filled: bool) -> Any:
+def dense_copy(a: Any, like: Any, filled: bool = True) -> Any:
     """A native, aligned array in the memory order of `like`; a copy of `a` if `filled`."""
     if isinstance(a, Span):
         new: Any = a.family.like(a, like.strides)
@@ -215,7 +215,7 @@ def _dense(a: Any, like: Any, filled: bool) -> Any:
 
 def _packed(axes: tuple[int, ...], a: Any, samples: int | None) -> Any:
     """A copy of `a` that collapses: in its own order if that will do, else with the channel axes last."""
-    new = _dense(a, a, True)
+    new = dense_copy(a, a)
     if _common(axes, [new], samples) is None:
         order = [*(i for i in range(a.ndim) if i not in axes), *axes]
         if not isinstance(a, Span):

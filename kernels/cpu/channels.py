@@ -10,12 +10,12 @@ import numba
 import numpy as np
 from numba import prange
 
-from . import SIZES, threads
+from . import SIZES, _compiled, threads
 from .compile import Kernel
 from .lanes import fetch, pointer, reserve
 
 # Rows ahead for which memory is asked. One of 64 channels of 103 MB: 2.5 ms by two threads with it, and 3.1 without;
-# put back, where a line is read before it is written, 2.6 and 3.6. NumPy takes 4.6, and put back 30.
+# put back, where a line is read before it is written, 2.6 and 3.6. NumPy picks it in 4.6.
 _AHEAD = 64
 _LINE = 128  # bytes that memory moves for an element alone: its line's neighbour comes along
 
@@ -51,9 +51,7 @@ def _entry(size: int, parallel: bool) -> Callable[..., None]:
     element, row = getattr(numba.types, f"uint{8 * size}"), numba.types.Array(numba.types.int64, 1, "C")
     arrays = [numba.types.Array(element, 3, "A", readonly=readonly) for readonly in (True, False)]
     dispatcher = _copy_kernel.parallel if parallel else _copy_kernel.serial
-    signature = numba.types.int64, *arrays, row, row
-    dispatcher.compile(signature)
-    found: Callable[..., None] = dispatcher.overloads[signature].entry_point
+    found: Callable[..., None] = _compiled(dispatcher, (numba.types.int64, *arrays, row, row)).entry_point
     return found
 
 

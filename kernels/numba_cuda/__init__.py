@@ -135,8 +135,8 @@ def backward(dy: Any, x: Any, dx: Any, table: Any, dgamma: Any, dbeta: Any, froz
         how = How(more.activation, r is not None, dr is not None, _has_sets(more), _mode(more, w))
     scaled = frozen and not how.activation and dr is None  # dx = a dy
     if how is not PLAIN and not scaled:
-        how = how._replace(dx=dx is not None, constant=frozen or dx is None)
-        how = how._replace(inverse=more.inverse and how.activation != "")
+        inverse = more.inverse and how.activation != ""
+        how = how._replace(dx=dx is not None, constant=frozen or dx is None, inverse=inverse)
     stream = stream_of(dy, x, dx, table, r, dr, w)
     by_weights = w is not None and not frozen
     with on(x):
