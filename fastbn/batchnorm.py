@@ -37,7 +37,15 @@ from .host import caller_of
 from .kept import lost_channels, picked
 from .layout import channels_of, dense_copy, empty
 from .moments import Moments
-from .plain import backward_on_device, backward_plainly, forward_on_device, forward_plainly, moments_plainly, way_of
+from .plain import (
+    backward_on_device,
+    backward_plainly,
+    forward_on_device,
+    forward_plainly,
+    infer_plainly,
+    moments_plainly,
+    way_of,
+)
 from .runs import (
     flat,
     new,
@@ -357,10 +365,14 @@ def infer(
     >>> fastbn.infer(np.float32([[7, 1], [5, 1]]), mean=[5, 0], var=[4, 1], eps=1e-8).tolist()
     [[1.0, 1.0], [0.0, 1.0]]
     """
-    more = None
+    where, more = "fastbn.infer", None
     if not (weights is groups is residual is activation is None and masked == "normalize"):
         more = (weights, masked, groups, residual, activation)
-    y: Array = _forward("fastbn.infer", x, gamma, beta, axis, eps, (mean, var), out, more, scale, zero_point)[0]
+    y: Array | None = None
+    if more is None and type(x) is np.ndarray and type(axis) is int and scale == 1.0 and zero_point == 0.0:
+        y = infer_plainly(where, x, mean, var, gamma, beta, axis, eps, out)
+    if y is None:
+        y = _forward(where, x, gamma, beta, axis, eps, (mean, var), out, more, scale, zero_point)[0]
     return y
 
 

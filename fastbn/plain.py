@@ -99,15 +99,35 @@ def forward_plainly(
     more: Extras | None = None,
 ) -> np.ndarray:  # fmt: skip
     """Fills y, and gives the table (6, C). `more` has an activation at most."""
-    eps, shape = check_eps(where, eps), way.channels.shape
-    gamma = None if gamma is None else check_real(where, "gamma", gamma, shape, x)
-    beta = None if beta is None else check_real(where, "beta", beta, shape, x)
-    mean, var = (None, None) if frozen is None else check_frozen(where, frozen, shape, x)
+    eps, given = check_eps(where, eps), _given(where, way, x, gamma, beta, frozen)
     backend = kernels(where, x)
     table = np.empty((6, way.channels.number))
     read, written = way.views(backend, x, y)
-    backend.forward(read, written, table, (gamma, beta, mean, var), eps, more)
+    backend.forward(read, written, table, given, eps, more)
     return table
+
+
+def infer_plainly(
+    where: str, x: Any, mean: Any, var: Any, gamma: Any, beta: Any, axis: int, eps: Any, out: Any
+) -> Any:  # fmt: skip
+    """y by given statistics, without a table; None where a call needs more."""
+    if (way := way_of(x.shape, x.strides, x.dtype, axis)) is None or not x.flags.aligned:
+        return None
+    y = np.empty_like(x) if out is None else out
+    if not (y.strides == way.strides if out is None else way.takes(out, x)):
+        return None
+    eps, given = check_eps(where, eps), _given(where, way, x, gamma, beta, (mean, var))
+    backend = kernels(where, x)
+    read, written = way.views(backend, x, y)
+    backend.forward(read, written, None, given, eps)
+    return y
+
+
+def _given(where: str, way: Way, x: np.ndarray, gamma: Any, beta: Any, frozen: Any) -> tuple[Any, ...]:
+    shape = way.channels.shape
+    gamma = None if gamma is None else check_real(where, "gamma", gamma, shape, x)
+    beta = None if beta is None else check_real(where, "beta", beta, shape, x)
+    return gamma, beta, *((None, None) if frozen is None else check_frozen(where, frozen, shape, x))
 
 
 def moments_plainly(where: str, way: Way, x: np.ndarray) -> Moments:
@@ -116,7 +136,8 @@ def moments_plainly(where: str, way: Way, x: np.ndarray) -> Moments:
     (read,) = way.views(backend, x)
     backend.forward(read, None, table, (None, None, None, None), 1.0)
     with np.errstate(all="ignore"):
-        return Moments.found(count, table[0], count * table[2], way.sums, table[1])
+        table[2] *= count
+    return Moments.found(count, table[0], table[2], way.sums, table[1])
 
 
 def backward_plainly(

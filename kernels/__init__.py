@@ -8,7 +8,8 @@ arrays, is in `fastbn/batchnorm.py`. A backend has two functions:
     x (O, C, I) read; y (O, C, I) written, or None; table (6, C) float64 written: mean as an unevaluated pair hi + lo,
     biased variance, invstd, gamma, beta. given = (gamma, beta, mean, var), each None or a contiguous (C,) array of
     float32 or float64; gamma None is 1, and beta None is 0. With mean and var (both or none) the statistics are these,
-    hi = mean and lo = 0; else they are computed from x. Then
+    hi = mean and lo = 0; else they are computed from x. Of NumPy arrays table may be None where mean and var are given
+    and `more` isn't: y alone is wanted. Then
 
     ``invstd = 1 / sqrt(var + eps)``, ``y = gamma invstd ((x - hi) - lo) + beta``.
 

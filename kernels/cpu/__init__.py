@@ -16,6 +16,7 @@ threads   when a parallel region may be entered
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -55,6 +56,7 @@ __all__ = [
 
 
 SIZES = Sizes()
+SPAN = 65536  # channels
 
 
 # uint16 and int16 are the bits of the half types here; whole numbers of 16 bits come under dtypes of their own.
@@ -76,11 +78,45 @@ def element_view(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
 def forward(
     x: np.ndarray,
     y: np.ndarray | None,
-    table: np.ndarray,
+    table: np.ndarray | None,
     given: tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None, np.ndarray | None],
     eps: float,
     more: Any = None,
 ) -> None:
+    if table is not None:  # a new one's pages come at once: span by span, both threads waited for the same ones
+        _forward(x, y, table, given, eps, more, SIZES)
+        return
+    table, spans = np.empty((6, min(x.shape[1], SPAN))), _spans(x.shape[1])
+    if len(spans) == 1:
+        _forward(x, y, table, given, eps, None, SIZES)
+        return
+    assert y is not None
+    sizes = _for_spans((x, y), False)
+    for some in spans:
+        known = tuple([None if a is None else a[some] for a in given])
+        _forward(x[:, some], y[:, some], table[:, : some.stop - some.start], known, eps, None, sizes)
+
+
+def _spans(number: int) -> list[slice]:
+    """So many channels that what belongs to them stays in a cache: a table of a million is 48 MB, whose pages alone
+    take 7 ms to come where a copy of 32 times as many float32 takes 7."""
+    return [slice(c, min(c + SPAN, number)) for c in range(0, number, SPAN)]
+
+
+def _for_spans(arrays: tuple[np.ndarray, ...], summed: bool) -> Sizes:
+    """Stores go past the caches by the size of all spans."""
+    much = sum(a.nbytes for a in arrays) > SIZES.past * len(arrays) * (1 if summed else 2)
+    return _all_past(SIZES) if much else SIZES
+
+
+@functools.lru_cache(maxsize=8)
+def _all_past(sizes: Sizes) -> Sizes:
+    return dataclasses.replace(sizes, past=0)
+
+
+def _forward(
+    x: np.ndarray, y: np.ndarray | None, table: np.ndarray, given: tuple[Any, ...], eps: float, more: Any, sizes: Sizes
+) -> None:  # fmt: skip
     gamma, beta, mean, var = given
     stages = FINISH | (0 if y is None else MAP)
     if mean is None:
@@ -89,9 +125,10 @@ def forward(
         table[0], table[1], table[2] = mean, 0.0, var
     sets, channels = 1 if more is None else _sets(more), x.shape[1]
     affine = table[4:]
-    by_set = affine if sets == 1 else affine.reshape(2, sets, channels)
-    by_set[0] = 1.0 if gamma is None else gamma
-    by_set[1] = 0.0 if beta is None else beta
+    if stages & MAP:
+        by_set = affine if sets == 1 else affine.reshape(2, sets, channels)
+        by_set[0] = 1.0 if gamma is None else gamma
+        by_set[1] = 0.0 if beta is None else beta
     if y is None:
         y = np.empty((0, 0, 0), np.float32 if _is_whole(x.dtype) else x.dtype)
     how, extras = None, _NO_EXTRAS[:4]
@@ -99,10 +136,11 @@ def forward(
         weights = more.weights if stages & SUM or more.masked != "normalize" else None
         how, value = _how(more, False, more.residual is None and (weights is None or more.masked == "normalize"))
         extras = _order(more), value, more.residual, weights
-    _carry_out(forward_kernel, (x, y), (table, affine, float(eps)), 4, stages, how, more, extras)
+    _carry_out(forward_kernel, (x, y), (table, affine, float(eps)), 4, stages, how, more, extras, sizes)
 
 
-_NO_ORDER, _PLAINLY = np.zeros(0, np.int64), (0.0, 1.0, 0.0, 0.0)
+_NO_ORDER = _NO_CLAIMS = np.zeros(0, np.int64)
+_PLAINLY = (0.0, 1.0, 0.0, 0.0)
 _NO_EXTRAS: tuple[Any, ...] = (_NO_ORDER, _PLAINLY, None, None, None, None)  # of backward; of forward the first four
 
 
@@ -137,22 +175,45 @@ def backward(
     if more is not None:
         _backward_with(dy, x, dx, table, dgamma, dbeta, frozen, more)
         return
-    if not frozen or dgamma is not None or dbeta is not None:
-        grads = np.empty((6, x.shape[1]))
+    if x.shape[1] <= SPAN:
+        _backward(dy, x, dx, table, dgamma, dbeta, frozen, SIZES)
+        return
+    sizes = _for_spans((dy, x) if dx is None else (dy, x, dx), True)
+    for some in _spans(x.shape[1]):
+        sums = [None if a is None else a[some] for a in (dgamma, dbeta)]
+        into = None if dx is None else dx[:, some]
+        _backward(dy[:, some], x[:, some], into, table[:, some], sums[0], sums[1], frozen, sizes)
+
+
+def _backward(
+    dy: np.ndarray, x: np.ndarray, dx: np.ndarray | None, table: np.ndarray, dgamma: np.ndarray | None,
+    dbeta: np.ndarray | None, frozen: bool, sizes: Sizes,
+) -> None:  # fmt: skip
+    summed = not frozen or dgamma is not None or dbeta is not None
+    if summed:
+        grads = np.empty((5, x.shape[1]))
         mapped = dx is not None and not frozen
         target = dx if mapped else np.empty((0, 0, 0), dy.dtype)
         stages = SUM | FINISH | (MAP if mapped else 0)
-        _carry_out(backward_kernel, (dy, x, target), (table, table[4:], grads), 5, stages, None, None, _NO_EXTRAS)
+        numbers = table, table[4:], grads, *_sums_of(x, None if frozen else dgamma, dbeta)
+        _carry_out(backward_kernel, (dy, x, target), numbers, 5, stages, None, None, _NO_EXTRAS, sizes)
+    if not frozen:
+        return
     with np.errstate(all="ignore"):
-        if dgamma is not None and frozen:
+        if dgamma is not None:
             dgamma[...] = _products(x, grads, None) * table[3]
-        elif dgamma is not None:
-            dgamma[...] = grads[4]
-        if dbeta is not None:
-            dbeta[...] = grads[5]
-        if frozen and dx is not None:  # by the forward map, after the sums, as it may overwrite dy and x
+        if dx is not None:  # by the forward map, after the sums, as it may overwrite dy and x
             nothing = np.zeros(x.shape[1])
-            forward(dy, dx, np.empty_like(table), (table[4] * table[3], None, nothing, nothing), 1.0)
+            _forward(dy, dx, np.empty_like(table), (table[4] * table[3], None, nothing, nothing), 1.0, None, sizes)
+
+
+_NO_SUMS = np.empty(0, np.float32), np.empty(0)
+
+
+def _sums_of(x: np.ndarray, dgamma: np.ndarray | None, dbeta: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """As the kernel takes them: empty where there are none."""
+    none = _NO_SUMS[x.itemsize == 8]
+    return none if dgamma is None else dgamma, none if dbeta is None else dbeta
 
 
 def _backward_with(
@@ -162,18 +223,17 @@ def _backward_with(
     mapped = dx is not None or more.dresidual is not None
     summed = dgamma is not None or dbeta is not None or (dx is not None and not frozen)
     sets, channels = _sets(more), x.shape[1]
-    grads = np.zeros((6, sets * channels))
+    grads = np.zeros((5, sets * channels))
     target: np.ndarray = np.empty((0, 0, 0), dy.dtype)
     if mapped:
         target = np.empty(dy.shape, dy.dtype) if dx is None else dx  # dresidual alone is rare: it costs a buffer
     how, extras = _gradient_extras(more, frozen)
     stages = (SUM | FINISH if summed else 0) | (MAP if mapped else 0)
-    _carry_out(backward_kernel, (dy, x, target), (table, table[4:], grads), 5, stages, how, more, extras)
-    with np.errstate(all="ignore"):
-        if dgamma is not None:
+    numbers = table, table[4:], grads, *_sums_of(x, None, dbeta)
+    _carry_out(backward_kernel, (dy, x, target), numbers, 5, stages, how, more, extras)
+    if dgamma is not None:
+        with np.errstate(all="ignore"):
             dgamma[...] = _products(x, grads, more) * table[3]
-        if dbeta is not None:
-            dbeta[...] = grads[5]
 
 
 def _gradient_extras(more: Any, frozen: bool) -> tuple[Any, tuple[Any, ...]]:
@@ -189,15 +249,16 @@ def _gradient_extras(more: Any, frozen: bool) -> tuple[Any, tuple[Any, ...]]:
 def _products(x: np.ndarray, grads: np.ndarray, more: Any) -> Any:
     """sum dy (x - mean) by set and channel: the mean of x - mean isn't 0 where that is not x's own."""
     sizes = x.shape[0] if more is None or more.starts is None else np.repeat(np.diff(more.starts), x.shape[1])
-    return sizes * x.shape[2] * grads[2] + grads[5] * grads[3]
+    return sizes * x.shape[2] * grads[2] + grads[4] * grads[3]
 
 
 def gradient_sums(dy: np.ndarray, x: np.ndarray, table: np.ndarray, more: Any = None) -> np.ndarray:
-    grads, target = np.empty((6, x.shape[1])), np.empty((0, 0, 0), dy.dtype)
+    grads, target = np.empty((5, x.shape[1])), np.empty((0, 0, 0), dy.dtype)
     how, extras = _gradient_extras(more, False)
-    _carry_out(backward_kernel, (dy, x, target), (table, table[4:], grads), 5, SUM | FINISH, how, more, extras)
+    numbers = table, table[4:], grads, *_sums_of(x, None, None)
+    _carry_out(backward_kernel, (dy, x, target), numbers, 5, SUM | FINISH, how, more, extras)
     with np.errstate(all="ignore"):
-        return np.stack([grads[5], _products(x, grads, more)])
+        return np.stack([grads[4], _products(x, grads, more)])
 
 
 def gradient_map(
@@ -206,35 +267,36 @@ def gradient_map(
     how, extras = _gradient_extras(more, False)
     if extras[-1] is not None:  # the kernel divides by the mass then, and multiplies by the number of values here
         count = x.shape[0] * x.shape[2]
-    grads = np.zeros((6, x.shape[1]))
+    grads = np.zeros((5, x.shape[1]))
     with np.errstate(all="ignore"):
         grads[0], grads[2] = sums / count
-    _carry_out(backward_kernel, (dy, x, dx), (table, table[4:], grads), 5, MAP, how, more, extras)
+    numbers = table, table[4:], grads, *_sums_of(x, None, None)
+    _carry_out(backward_kernel, (dy, x, dx), numbers, 5, MAP, how, more, extras)
 
 
 def _carry_out(
     kernel: Any, arrays: tuple[np.ndarray, ...], numbers: tuple[Any, ...], depth: int, stages: int, how: Any, more: Any,
-    extras: tuple[Any, ...],
+    extras: tuple[Any, ...], sizes: Sizes | None = None,
 ) -> None:  # fmt: skip
     """Runs the stages; arrays (O, C, I) end in x and what is written, numbers are by channel, depth is part's."""
-    x = arrays[-2]
+    x, sizes = arrays[-2], sizes or SIZES
     walked = arrays if stages & MAP else arrays[:-1]
     if more is None:
         strides = tuple([a.strides for a in walked])
-        job = _plain_job(kernel, x.shape, strides, x.dtype, arrays[-1].dtype, stages, SIZES)
+        job = _plain_job(kernel, x.shape, strides, x.dtype, arrays[-1].dtype, stages, sizes)
     else:
         job = _job(kernel, arrays, [*walked, *(a for a in (extras[2], more.dresidual) if a is not None)], stages, how,
                    more, extras)  # fmt: skip
     twins, plan, cells, starts = job
     sums = 1 if stages & SUM else 0
-    least = SIZES.asleep if threads.SLEEPY else SIZES.serial
+    least = sizes.asleep if threads.SLEEPY else sizes.serial
     count = threads.threads() if plan.work >= least else 1
     # Cell by cell, all stages of each; where cells are too few for the threads, stage by stage, piece by piece.
     whole = cells >= 4 * count or (cells >= count and cells % count == 0) or plan.pieces == 1
     twice = not whole and stages & SUM and stages & MAP  # threads are woken for the sums, and for the map
     if count == 1 or (twice and plan.work < 2 * least):
         part = np.empty((sums, plan.pieces, depth, plan.numbers[1]))
-        twins.serial(1, *arrays, *numbers, part, np.zeros(1, np.int64), plan.numbers, stages, starts, *extras)
+        twins.serial(1, *arrays, *numbers, part, _NO_CLAIMS, plan.numbers, stages, starts, *extras)
         return
     items = min(count, cells if whole else cells * plan.pieces)
     part = np.empty((sums * (items if whole else cells), plan.pieces, depth, plan.numbers[1]))
@@ -345,12 +407,14 @@ def _twins(kernel: Any, dtype: np.dtype[Any], result: np.dtype[Any], how: Any, k
         array(whole or numba.from_dtype(dtype), 3, "A", readonly=True),
         array(numba.from_dtype(result), 3, "A"),
     )
-    read, numbers, part = array(written.dtype, 3, "A", readonly=True), array(real, 2, "C"), array(real, 4, "C")
+    read, numbers, part = array(written.dtype, 3, "A", readonly=True), array(real, 2, "A"), array(real, 4, "C")
     row, reals = array(integer, 1, "C"), array(real, 1, "C")
+    sums = reals if dtype.itemsize == 8 else array(numba.types.float32, 1, "C")
     item, arrays, layouts = {
         forward_kernel: (forward_item, (given, written, numbers, numbers, real, part), (read, None)),
         backward_kernel: (
-            backward_item, (read, given, written, numbers, numbers, numbers, part), (read, None, written, reals)
+            backward_item, (read, given, written, numbers, numbers, numbers, sums, sums, part),
+            (read, None, written, reals),
         ),
     }[kernel]  # fmt: skip
     if kinds is None:

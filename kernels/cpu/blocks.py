@@ -9,8 +9,6 @@ correction: Chan, Golub & LeVeque 1983). They merge by Chan's formula in float64
 pair hi + lo.
 """
 
-import math
-
 import numpy as np
 from numba import njit
 
@@ -18,6 +16,7 @@ from .activations import bent, counted, loaded, loaded_part, plain
 from .lanes import (
     LANES,
     before_line,
+    count_nonzero,
     fetch,
     fma,
     joined,
@@ -32,6 +31,7 @@ from .lanes import (
     spread,
     stream,
     total,
+    where_less,
     where_nonzero,
     wide,
 )
@@ -240,45 +240,62 @@ def run_gradient(dy, x, dx, n, ghi, hi, a, b, c, past, ahead_dy, ahead_x):  # ty
 
 @part()
 def not_negative(m2):  # type: ignore[no-untyped-def]
-    """M2 without the rounding that can take it below 0; NaN stays."""
-    return 0.0 if m2 < 0.0 else m2
+    """M2 without the rounding that can take it below 0; NaN stays. Of lanes or of a number, as all that follow."""
+    zero = nothing(m2)
+    return where_less(m2, zero, zero, m2)
 
 
 @part()
 def settle(hi, lo):  # type: ignore[no-untyped-def]
     """The pair hi + lo with |lo| at most half an ulp of hi. An infinite or NaN hi keeps lo = 0."""
     total = hi + lo
-    lost = lo - (total - hi)
-    return (total, lost) if math.isfinite(total) else (total, 0.0)
+    return total, where_nonzero(total - total, nothing(hi), lo - (total - hi))
+
+
+@part()
+def joined_moments(n, hi, lo, m2, nb, hib, lob, m2b):  # type: ignore[no-untyped-def]
+    """Chan's formula, for lanes or numbers: (count, mean_hi, mean_lo, M2) of two sets -> those of their union."""
+    if count_nonzero(n, LANES) == 0:
+        return nb, hib, lob, m2b
+    total = n + nb
+    share = nb / total
+    delta = (hib - hi) + (lob - lo)
+    step = delta * share
+    moved = hi + step  # two-sum: what the rounding of hi + step loses goes to lo
+    back = moved - hi
+    lost = (hi - (moved - back)) + (step - back)
+    hi, hib = where_nonzero(n, hi, hib), where_nonzero(n, moved, hib)
+    rest = where_nonzero(n, where_nonzero(nb, lo + lost, lo), lob)
+    m2, both = where_nonzero(n, m2, m2b), where_nonzero(n, m2 + m2b + delta * delta * (n * share), m2b)
+    return total, where_nonzero(nb, hib, hi), rest, where_nonzero(nb, both, m2)
+
+
+@part()
+def joined_comoments(n, hi, lo, t, p, nb, hib, lob, tb, pb):  # type: ignore[no-untyped-def]
+    """The same for (count, mean of dy as hi and lo, mean of x, co-moment) of two sets of pairs."""
+    if count_nonzero(n, LANES) == 0:
+        return nb, hib, lob, tb, pb
+    zero = nothing(n)
+    total, moved, rest, _ = joined_moments(n, hi, lo, zero, nb, hib, lob, zero)
+    share = nb / total
+    delta, step = (hib - hi) + (lob - lo), tb - t
+    t, tb = where_nonzero(n, t, tb), where_nonzero(n, t + step * share, tb)
+    p, pb = where_nonzero(n, p, pb), where_nonzero(n, p + pb + delta * step * (n * share), pb)
+    return total, moved, rest, where_nonzero(nb, tb, t), where_nonzero(nb, pb, p)
 
 
 @njit(error_model="numpy")
 def merge_moments(n, hi, lo, m2, nb, hib, lob, m2b):  # type: ignore[no-untyped-def]
     """Chan's formula: (count, mean_hi, mean_lo, M2) of two sets of values -> those of their union."""
-    if n == 0.0:
-        return nb, hib, lob, m2b
-    if nb == 0.0:
-        return n, hi, lo, m2
-    total = n + nb
-    delta = (hib - hi) + (lob - lo)
-    step = delta * (nb / total)
-    moved = hi + step  # two-sum: what the rounding of hi + step loses goes to lo
-    back = moved - hi
-    lost = (hi - (moved - back)) + (step - back)
-    return total, moved, lo + lost, m2 + m2b + delta * delta * (n * nb / total)
+    a, b = (np.float64(n), np.float64(hi), np.float64(lo), np.float64(m2)), (np.float64(nb), np.float64(hib))
+    return joined_moments(*a, *b, np.float64(lob), np.float64(m2b))
 
 
 @njit(error_model="numpy")
 def merge_comoments(n, hi, lo, t, p, nb, hib, lob, tb, pb):  # type: ignore[no-untyped-def]
     """Chan's formula for (count, mean of dy as hi and lo, mean of x, co-moment) of two sets of pairs."""
-    total, moved, rest, _ = merge_moments(n, hi, lo, 0.0, nb, hib, lob, 0.0)
-    if n == 0.0:
-        return total, moved, rest, tb, pb
-    if nb == 0.0:
-        return total, moved, rest, t, p
-    delta = (hib - hi) + (lob - lo)
-    step = tb - t
-    return total, moved, rest, t + step * (nb / total), p + pb + delta * step * (n * nb / total)
+    a = np.float64(n), np.float64(hi), np.float64(lo), np.float64(t), np.float64(p)
+    return joined_comoments(*a, np.float64(nb), np.float64(hib), np.float64(lob), np.float64(tb), np.float64(pb))
 
 
 @part()

@@ -4,7 +4,20 @@ import math
 
 from .activations import has_edge, looks
 from .blocks import paired
-from .lanes import fma
+from .lanes import (
+    LANES,
+    count_nonzero,
+    fma,
+    give,
+    magnitude,
+    negative,
+    rounded,
+    spread,
+    take,
+    where_at_most,
+    where_less,
+    where_nonzero,
+)
 from .parts import by_type, nothing_of, part
 
 
@@ -16,44 +29,62 @@ def forward_coefficients(s0, stats, affine, numbers, singles, exact, double):  #
 
     A mean within 1000 standard deviations goes to b: d = x is exact then, and so is x - h with h near x otherwise.
     """
-    rare = False
-    _lenses(s0, stats, affine, numbers)
-    for c in range(numbers.shape[1]):
-        hi, lo, invstd, beta = stats[0, s0 + c], stats[1, s0 + c], stats[3, s0 + c], affine[1, s0 + c]
-        a = numbers[1, c]
+    rare, one, zero = 0, spread(1.0), spread(0.0)
+    for c in range(0, numbers.shape[1], LANES):
+        g = min(LANES, numbers.shape[1] - c)
+        hi, a, b = _lens(s0 + c, g, stats, affine)
+        _give_three(numbers, c, g, hi, a, b)
+        fits = zero
         if exact:
-            singles[0, c], singles[1, c], singles[2, c] = hi, a, a * 2.0**-60
-            singles[3, c], singles[4, c], singles[5, c] = beta - a * lo, 0.0, not double
-            rare |= not double
-            continue
-        singles[0, c] = 0.0 if abs(hi * invstd) <= 1024.0 else hi
-        b = beta - a * ((hi - singles[0, c]) + lo)
-        _split(a, singles, 1, 2, c)
-        singles[3, c] = b
-        singles[4, c] = b - singles[3, c]
-        fits = (1e-30 < abs(a) < 1e30 or a == 0.0) and abs(b) < 1e30
-        singles[5, c] = not fits
-        rare |= not fits
-    return rare
+            _give_three(singles, c, g, hi, a, a * spread(2.0**-60))
+            give(singles, 3, c, g, b)
+            give(singles, 4, c, g, zero)
+            fits = one if double else zero
+        else:
+            invstd, lo = take(stats, 3, s0 + c, g, zero), take(stats, 1, s0 + c, g, zero)
+            near = where_at_most(magnitude(hi * invstd), spread(1024.0), zero, rounded(hi, singles))
+            first, second = _split(a, singles)
+            _give_three(singles, c, g, near, first, second)
+            b = take(affine, 1, s0 + c, g, zero) - a * ((hi - near) + lo)
+            head = rounded(b, singles)
+            give(singles, 3, c, g, head)
+            give(singles, 4, c, g, b - head)
+            fits = where_less(magnitude(b), spread(1e30), _fits(a), zero)
+        give(singles, 5, c, g, one - fits)
+        rare += count_nonzero(one - fits, g)
+    return rare > 0
 
 
 @part()
-def _split(value, singles, i, k, c):  # type: ignore[no-untyped-def]
+def _give_three(rows, c, g, first, second, third):  # type: ignore[no-untyped-def]
+    give(rows, 0, c, g, first)
+    give(rows, 1, c, g, second)
+    give(rows, 2, c, g, third)
+
+
+@part()
+def _fits(a):  # type: ignore[no-untyped-def]
+    """1 where a is 0 or of 1e-30 to 1e30, else 0, as of NaN."""
+    one, zero, size = spread(1.0), spread(0.0), magnitude(a)
+    return where_less(spread(1e-30), size, where_less(size, spread(1e30), one, zero), where_nonzero(a, zero, one))
+
+
+@part()
+def _split(value, singles):  # type: ignore[no-untyped-def]
     """value as float32 and what that leaves, of one sign: an infinite factor then makes two infinities of one sign."""
-    singles[i, c] = value
-    if abs(singles[i, c]) > abs(value):
-        singles[i, c] = singles[i, c] * (1.0 - 2.0**-24)
-    singles[k, c] = value - singles[i, c]
-    if singles[k, c] == 0.0:
-        singles[k, c] = value * 2.0**-44
+    first = rounded(value, singles)
+    less = rounded(first * spread(1.0 - 2.0**-24), singles)
+    first = where_less(magnitude(value), magnitude(first), less, first)
+    rest = rounded(value - first, singles)
+    return first, where_nonzero(rest, rest, value * spread(2.0**-44))
 
 
 @part()
-def _lenses(s0, stats, affine, numbers):  # type: ignore[no-untyped-def]
-    """By channel, numbers (3, G): hi, a, b of gamma xhat + beta = a (x - hi) + b."""
-    for c in range(numbers.shape[1]):
-        a = affine[0, s0 + c] * stats[3, s0 + c]
-        numbers[0, c], numbers[1, c], numbers[2, c] = stats[0, s0 + c], a, affine[1, s0 + c] - a * stats[1, s0 + c]
+def _lens(s, g, stats, affine):  # type: ignore[no-untyped-def]
+    """Of g channels, hi, a, b of gamma xhat + beta = a (x - hi) + b."""
+    zero = spread(0.0)
+    a = take(affine, 0, s, g, zero) * take(stats, 3, s, g, zero)
+    return take(stats, 0, s, g, zero), a, take(affine, 1, s, g, zero) - a * take(stats, 1, s, g, zero)
 
 
 @part()
@@ -66,30 +97,46 @@ def backward_coefficients(s0, stats, affine, grads, numbers, singles, n, mass, f
     With weights, whose sum is `mass` (of n values; 0 without), their factor of the second term has the mean of dy too:
     dx = a dy + w (b (x - hi) + c). Of frozen statistics a alone is left.
     """
-    rare = 0
-    for c in range(numbers.shape[1]):
-        ghi, glo, hi, lo = grads[0, s0 + c], grads[1, s0 + c], stats[0, s0 + c], stats[1, s0 + c]
-        invstd, covariance = stats[3, s0 + c], grads[2, s0 + c]
-        a = affine[0, s0 + c] * invstd
+    rare, one, zero = 0, spread(1.0), spread(0.0)
+    for c in range(0, numbers.shape[1], LANES):
+        g, s = min(LANES, numbers.shape[1] - c), s0 + c
+        ghi, glo, hi, lo = (
+            take(grads, 0, s, g, zero), take(grads, 1, s, g, zero), take(stats, 0, s, g, zero),
+            take(stats, 1, s, g, zero),
+        )  # fmt: skip
+        invstd, covariance = take(stats, 3, s, g, zero), take(grads, 2, s, g, zero)
+        a = take(affine, 0, s, g, zero) * invstd
         if mass > 0.0:
-            covariance = (n * covariance + grads[5, s0 + c] * grads[3, s0 + c]) / mass
-            glo += ghi
-            glo *= n / mass
-            ghi = 0.0
+            shift = take(grads, 4, s, g, zero) * take(grads, 3, s, g, zero)
+            covariance = (spread(n) * covariance + shift) / spread(mass)
+            glo = (glo + ghi) * spread(n / mass)
+            ghi = zero
         if frozen:
-            ghi = glo = lo = covariance = 0.0
-        b = -a * (covariance * invstd) * invstd
-        numbers[0, c], numbers[1, c], numbers[2, c], numbers[3, c], numbers[4, c] = ghi, hi, a, b, -(a * glo + b * lo)
-        singles[0, c], singles[1, c] = ghi, hi
-        _split(a, singles, 2, 6, c)
-        _split(b, singles, 3, 7, c)
-        rest = numbers[4, c] + a * (singles[0, c] - ghi) + b * (singles[1, c] - hi)
-        singles[4, c] = rest
-        fits = (1e-30 < abs(a) < 1e30 or a == 0.0) and (1e-30 < abs(b) < 1e30 or b == 0.0) and abs(rest) < 1e30
-        if exact or not fits:
-            rare += 1
-        singles[5, c] = exact or not fits
+            ghi = glo = lo = covariance = zero
+        b = negative(a) * (covariance * invstd) * invstd
+        rest = negative(a * glo + b * lo)
+        _give_three(numbers, c, g, ghi, hi, a)
+        give(numbers, 3, c, g, b)
+        give(numbers, 4, c, g, rest)
+        first, second = rounded(ghi, singles), rounded(hi, singles)
+        (a_first, a_rest), (b_first, b_rest) = _split(a, singles), _split(b, singles)
+        rest = rest + a * (first - ghi) + b * (second - hi)
+        _give_three(singles, c, g, first, second, a_first)
+        _give_three_more(singles, c, g, b_first, rest, a_rest, b_rest)
+        fits = zero
+        if not exact:
+            fits = where_less(magnitude(rest), spread(1e30), _fits(a) * _fits(b), zero)
+        give(singles, 5, c, g, one - fits)
+        rare += count_nonzero(one - fits, g)
     return rare
+
+
+@part()
+def _give_three_more(rows, c, g, b, rest, a_rest, b_rest):  # type: ignore[no-untyped-def]
+    give(rows, 3, c, g, b)
+    give(rows, 4, c, g, rest)
+    give(rows, 6, c, g, a_rest)
+    give(rows, 7, c, g, b_rest)
 
 
 @by_type
@@ -107,7 +154,10 @@ def columns_of(how, r, wide, narrow):  # type: ignore[no-untyped-def]
 
 
 def _plain_lenses(how, r, s0, stats, affine, numbers, singles, exact):  # type: ignore[no-untyped-def]
-    _lenses(s0, stats, affine, numbers)
+    for c in range(0, numbers.shape[1], LANES):
+        g = min(LANES, numbers.shape[1] - c)
+        hi, a, b = _lens(s0 + c, g, stats, affine)
+        _give_three(numbers, c, g, hi, a, b)
 
 
 def _edges(how, r, s0, stats, affine, numbers, singles, exact):  # type: ignore[no-untyped-def]

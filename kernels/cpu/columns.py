@@ -29,6 +29,7 @@ from .lanes import (
     before_line,
     fetch,
     fma,
+    give,
     joined,
     keep_whole,
     load,
@@ -155,6 +156,12 @@ def spread_columns(values, columns, plan):  # type: ignore[no-untyped-def]
 def gather_columns(sums, totals, plan):  # type: ignore[no-untyped-def]
     """totals (M, G) <- the columns in the rows of sums, added up to channels, and these <- 0."""
     period, n, zero = plan[5], totals.shape[1], spread(0.0)
+    if period == 1 and plan[6] == 1:
+        for i in range(totals.shape[0]):
+            for c in range(0, n, LANES):
+                give(totals, i, c, min(LANES, n - c), load(pointer(sums, i * sums.strides[0]), c, zero))
+                save(pointer(sums, i * sums.strides[0]), c, zero)
+        return
     totals[:] = 0.0
     for i in range(totals.shape[0]):
         j = 0
@@ -175,17 +182,26 @@ def gather_columns(sums, totals, plan):  # type: ignore[no-untyped-def]
 
 
 @part()
+def _ahead(a, here, step, r, c0, plan, order):  # type: ignore[no-untyped-def]
+    """The rows to fetch while those up to r are summed: the next ones, or the first ones of the next tile."""
+    if r * plan[6] < _rows(a.shape, plan) or c0 >= a.shape[1]:
+        return here, step
+    place, step, _ = _row(a, 0, c0, plan, order)
+    return place, step
+
+
+@part()
 def _add(sums, j, lanes):  # type: ignore[no-untyped-def]
     total = wide(lanes)
     save(sums, j, load(sums, j, total) + total)
 
 
 @part()
-def _add_deviations(x, step, rows, n, near, s, q):  # type: ignore[no-untyped-def]
+def _add_deviations(x, step, rows, n, near, s, q, ahead, step_ahead):  # type: ignore[no-untyped-def]
     """Columns s, q (W,) float64 += sums over some rows of n columns, in lanes of the type of near (W,)."""
     like = spread(near[0])
     near, s, q = pointer(near, 0), pointer(s, 0), pointer(q, 0)
-    ahead, i = shifted(x, rows * step), 0  # the next rows are fetched in the order of memory
+    i = 0  # what is fetched is so in the order of memory
     for j in range(0, n, LANES):
         h = load(near, j, like)
         a = b = nothing(like)
@@ -194,7 +210,7 @@ def _add_deviations(x, step, rows, n, near, s, q):  # type: ignore[no-untyped-de
                 fetch(ahead, i)
                 i += LANES
                 if i >= n:
-                    ahead, i = shifted(ahead, step), 0
+                    ahead, i = shifted(ahead, step_ahead), 0
                 d = load(shifted(x, r * step), j, like) - h
                 a, b = a + d, fma(d, d, b)
         else:
@@ -207,17 +223,17 @@ def _add_deviations(x, step, rows, n, near, s, q):  # type: ignore[no-untyped-de
 
 @part()
 def _add_plain(*args):  # type: ignore[no-untyped-def]
-    _, _, x, step, rows, n, near, sums = args
-    _add_deviations(x, step, rows, n, near, sums[0], sums[1])
+    _, _, x, step, rows, n, near, sums, ahead, step_ahead = args
+    _add_deviations(x, step, rows, n, near, sums[0], sums[1], ahead, step_ahead)
 
 
 @unless_none(0, lambda *args: _add_plain(*args))
-def _add_weighted(w, step_w, x, step, rows, n, near, sums):  # type: ignore[no-untyped-def]
+def _add_weighted(w, step_w, x, step, rows, n, near, sums, ahead, step_ahead):  # type: ignore[no-untyped-def]
     """The same by weights, and their sums; what has no weight isn't looked at."""
     like, line = spread(near[0]), sums.strides[0]
     near, zero = pointer(near, 0), nothing(like)
     s, q, m = pointer(sums, 0), pointer(sums, line), pointer(sums, 2 * line)
-    ahead, i = shifted(x, rows * step), 0
+    i = 0
     for j in range(0, n, LANES):
         h = load(near, j, like)
         a = b = c = zero
@@ -225,7 +241,7 @@ def _add_weighted(w, step_w, x, step, rows, n, near, sums):  # type: ignore[no-u
             fetch(ahead, i)
             i += LANES
             if i >= n:
-                ahead, i = shifted(ahead, step), 0
+                ahead, i = shifted(ahead, step_ahead), 0
             f = _weight_at(w, step_w, r, like)
             row = shifted(x, r * step)
             if j + LANES <= n:
@@ -256,19 +272,20 @@ def columns_deviations(x, k, c0, channels, near, sums, plan, few, w, order):  # 
         if rows > 1 and _width(r + rows - 1, x.shape, channels, plan) != n:
             rows -= 1
         weight, step_w = _weight(w, r, plan, order)
-        _add_weighted(weight, step_w, place, step, rows, n, near[0], sums)
+        ahead, step_ahead = _ahead(x, shifted(place, rows * step), step, r + rows, c0 + channels, plan, order)
+        _add_weighted(weight, step_w, place, step, rows, n, near[0], sums, ahead, step_ahead)
         r += rows
 
 
 @part()
 def _add_products(
-    dy, x, step_dy, step_x, rows, n, near_dy, near_x, sums, how, r0, step_r, w, step_w, lenses
+    dy, x, step_dy, step_x, rows, n, near_dy, near_x, sums, how, r0, step_r, w, step_w, lenses, ahead_dy, ahead_x, steps
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     like, line = spread(near_dy[0]), sums.strides[0]
     near_dy, near_x, zero = pointer(near_dy, 0), pointer(near_x, 0), nothing(like)
     s, t, p = pointer(sums, 0), pointer(sums, line), pointer(sums, 2 * line)
     q, f = pointer(sums, 3 * line), pointer(sums, 4 * line)
-    ahead_dy, ahead_x, i = shifted(dy, rows * step_dy), shifted(x, rows * step_x), 0
+    i = 0
     for j in range(0, n, LANES):
         gh, dh = load(near_dy, j, like), load(near_x, j, like)
         z = _lens(lenses, j)
@@ -279,7 +296,7 @@ def _add_products(
                 fetch(ahead_x, i)
                 i += LANES
                 if i >= n:
-                    ahead_dy, ahead_x, i = shifted(ahead_dy, step_dy), shifted(ahead_x, step_x), 0
+                    ahead_dy, ahead_x, i = shifted(ahead_dy, steps[0]), shifted(ahead_x, steps[1]), 0
                 m, e = _weight_at(w, step_w, r, like), loaded(later(r0, r * step_r), j, like)
                 g, d = load(shifted(dy, r * step_dy), j, like), load(shifted(x, r * step_x), j, like)
                 g, d = bent(how, g, d, z[0], z[1], z[2], e)
@@ -333,9 +350,13 @@ def columns_products(dy, x, k, c0, channels, near, sums, plan, few, how, res, w,
         rows = min(ROWS, left, r1 - r)
         if rows > 1 and _width(r + rows - 1, x.shape, channels, plan) != n:
             rows -= 1
+        end, c1 = r + rows, c0 + channels
+        ahead_dy, ahead_step = _ahead(dy, shifted(run_dy, rows * step_dy), step_dy, end, c1, plan, order)
+        ahead_x, ahead_step_x = _ahead(x, shifted(run_x, rows * step_x), step_x, end, c1, plan, order)
         _add_products(
-            run_dy, run_x, step_dy, step_x, rows, n, near[0], near[1], sums, how, run_r, step_r, weight, step_w, lenses
-        )
+            run_dy, run_x, step_dy, step_x, rows, n, near[0], near[1], sums, how, run_r, step_r, weight, step_w, lenses,
+            ahead_dy, ahead_x, (ahead_step, ahead_step_x),
+        )  # fmt: skip
         r += rows
 
 

@@ -4,11 +4,28 @@ import numpy as np
 from numba import prange
 
 from .activations import absent, is_frozen, is_plain, used_of
-from .blocks import merge_comoments, settle
+from .blocks import joined_comoments, settle
 from .coefficients import backward_coefficients, columns_of, lenses_of
 from .columns import columns_gradient, spread_column, spread_columns
 from .compile import Kernel, compiled
-from .lanes import borrowed, call, fence, hold, keep_whole, narrowest, outer, place
+from .lanes import (
+    LANES,
+    borrowed,
+    call,
+    count_nonzero,
+    fence,
+    give,
+    hold,
+    keep_whole,
+    narrowest,
+    outer,
+    place,
+    spread,
+    take,
+    where_at_most,
+    where_less,
+    where_nonzero,
+)
 from .parts import by_type, part, unless_none
 from .rows import EXACT, rows_gradient
 from .schedule import (
@@ -24,6 +41,7 @@ from .schedule import (
     claimed,
     count_of,
     divide,
+    few_in_double,
     few_of,
     lent,
     listed,
@@ -33,6 +51,7 @@ from .schedule import (
     part_sizes,
     planned,
     products,
+    share_of,
     start_of,
     tile_width,
 )
@@ -46,15 +65,16 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order)
     numbers, all_sums, near64, singles, near, scratch = memory
     totals, sums, pivot, hi = numbers[5:10, :g], all_sums[:, : tile_width(g, plan)], singles[0, :g], singles[1, :g]
     lenses, spread_lenses = numbers[10:13, :g], columns_of(how, r, near64[5:], near[8:])
-    part[p, 0] = 0.0
+    mine = place(part, p)
     if k0 >= k1:
         part[p] = 0.0
         return
     again = plan[7] & EXACT != 0
     if not again:
         few = few_of(x.shape, plan)
-        for c in range(g):
-            hi[c] = stats[0, s0 + c]
+        for c in range(0, g, LANES):
+            some = min(LANES, g - c)
+            give(hi, 0, c, some, take(stats, 0, s0 + c, some, spread(0.0)))
         if plan[0]:
             spread_column(hi, near[1], plan)
         _mean_of_dy(
@@ -65,15 +85,7 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order)
             products(dy, x, k, c0, pivot, hi, sums, near, scratch, plan, ALL, how, r, w, order, lenses, spread_lenses)
             n += count_of(k, x.shape, plan, ALL)
         by_channel(sums, totals, plan)
-        for c in range(g):
-            var, off = stats[2, s0 + c], totals[1, c] / n
-            # A value with all of the variance has a gradient near 0, the difference of two terms: v must be exact then.
-            spread_out = totals[4, c] <= (x.shape[0] * x.shape[2] * var) ** 2 / 64.0 and 1e-15 < var < 1e15
-            if near_enough(totals[0, c], totals[3, c], n, 0.1, SINGLE) and spread_out and off * off <= var:
-                part[p, 0, c], part[p, 1, c], part[p, 2, c] = n, pivot[c], totals[0, c] / n
-                part[p, 3, c] = off - (stats[0, s0 + c] - hi[c])
-                part[p, 4, c] = totals[2, c] - totals[0, c] * off
-            again |= part[p, 0, c] == 0.0
+        again = _first(s0, pivot, hi, totals, stats, mine, n, float(x.shape[0] * x.shape[2]))
     if again:
         mean, merged, hi64 = numbers[0, :g], numbers[1:5, :g], stats[0, s0 : s0 + g]
         own, far = numbers[13, :g], numbers[14, :g]
@@ -81,17 +93,17 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order)
         if plan[0]:
             spread_column(hi64, near64[1], plan)
         _mean_of_dy(
-            dy, x, k0, c0, mean, hi64, totals, sums, near64, scratch, plan, few_of(x.shape, plan), how, r, w, order,
+            dy, x, k0, c0, mean, hi64, totals, sums, near64, scratch, plan, few_in_double(x, plan, w), how, r, w, order,
             lenses, spread_lenses,
         )  # fmt: skip
-        n = 0.0
+        n, share = 0.0, share_of(x, 0.25)
         for k in range(k0, k1):
             products(
                 dy, x, k, c0, mean, hi64, sums, near64, scratch, plan, ALL, how, r, w, order, lenses, spread_lenses
             )
             by_channel(sums, totals, plan)
             m = count_of(k, x.shape, plan, ALL)
-            if _join(mean, totals, merged, far, n, m):
+            if _join(mean, totals, merged, far, n, m, share):
                 _mean_of_dy(
                     dy, x, k, c0, own, hi64, totals, sums, near64, scratch, plan, ALL, how, r, w, order, lenses,
                     spread_lenses,
@@ -100,36 +112,85 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order)
                     dy, x, k, c0, own, hi64, sums, near64, scratch, plan, ALL, how, r, w, order, lenses, spread_lenses
                 )
                 by_channel(sums, totals, plan)
-                for c in range(g):
-                    if far[c] != 0.0:
-                        _merge(c, own[c], totals, merged, n, m)
+                for c in range(0, g, LANES):
+                    some = min(LANES, g - c)
+                    _merge(c, some, take(far, 0, c, some, spread(0.0)), own, totals, merged, n, m)
                 adopt(own, far, mean, near64[0], plan)
             n += m
-        for c in range(g):
-            if plan[7] & EXACT or part[p, 0, c] == 0.0:
-                part[p, 0, c], part[p, 1, c], part[p, 2, c] = n, merged[0, c], merged[1, c]
-                part[p, 3, c], part[p, 4, c] = merged[2, c], merged[3, c]
+        _replace(merged, mine, n, plan[7] & EXACT != 0)
 
 
 @part()
-def _join(pivot, totals, merged, far, n, m):  # type: ignore[no-untyped-def]
+def _first(s0, pivot, hi, totals, stats, part, n, values):  # type: ignore[no-untyped-def]
+    """part (5, G) <- a piece's sums about the pivots; a count of 0 where these won't do, and whether there are any.
+
+    They won't where a pivot is too far off, nor where one value has much of the variance: its gradient is near 0, the
+    difference of two terms, and must be exact.
+    """
+    zero, some = spread(0.0), 0
+    count, over = spread(n), spread(1.0 / n)
+    for c in range(0, pivot.size, LANES):
+        g = min(LANES, pivot.size - c)
+        mean, off = take(totals, 0, c, g, zero) * over, take(totals, 1, c, g, zero) * over
+        var = take(stats, 2, s0 + c, g, zero)
+        all_of_it = spread(values) * var
+        near = near_enough(mean, take(totals, 3, c, g, zero), count, 0.1, SINGLE)
+        near = where_at_most(spread(64.0) * take(totals, 4, c, g, zero), all_of_it * all_of_it, near, zero)
+        near = where_less(spread(1e-15), var, where_less(var, spread(1e15), near, zero), zero)
+        kept = where_at_most(off * off, var, near, zero) * count
+        give(part, 0, c, g, kept)
+        give(part, 1, c, g, take(pivot, 0, c, g, zero))
+        give(part, 2, c, g, mean)
+        give(part, 3, c, g, off - (take(stats, 0, s0 + c, g, zero) - take(hi, 0, c, g, zero)))
+        give(part, 4, c, g, take(totals, 2, c, g, zero) - take(totals, 0, c, g, zero) * off)
+        some += g - count_nonzero(kept, g)
+    return some > 0
+
+
+@part()
+def _join(pivot, totals, merged, far, n, m, share):  # type: ignore[no-untyped-def]
     """As forward's: merged (4, G) of n values, and a block of m; dy may be 1.7 standard deviations from the pivot."""
-    some = False
-    for c in range(pivot.size):
-        far[c] = 0.0
-        if near_enough(totals[0, c], totals[3, c], m, 0.25, DOUBLE):
-            _merge(c, pivot[c], totals, merged, n, m)
-        else:
-            far[c], some = 1.0, True
-    return some
+    one, zero, some, count = spread(1.0), spread(0.0), 0, spread(float(m))
+    for c in range(0, pivot.size, LANES):
+        g = min(LANES, pivot.size - c)
+        mean = take(totals, 0, c, g, zero) * spread(1.0 / m)
+        near = near_enough(mean, take(totals, 3, c, g, zero), count, share, DOUBLE)
+        give(far, 0, c, g, one - near)
+        some += count_nonzero(one - near, g)
+        _merge(c, g, near, pivot, totals, merged, n, m)
+    return some > 0
 
 
 @part()
-def _merge(c, pivot, totals, merged, n, m):  # type: ignore[no-untyped-def]
-    s, d, e = totals[0, c] / m, totals[1, c] / m, totals[2, c] - totals[0, c] * totals[1, c] / m
-    _, merged[0, c], merged[1, c], merged[2, c], merged[3, c] = merge_comoments(
-        n, merged[0, c], merged[1, c], merged[2, c], merged[3, c], m, pivot, s, d, e
-    )
+def _merge(c, g, taken, pivot, totals, merged, n, m):  # type: ignore[no-untyped-def]
+    """merged (4, G) of n values and what is taken of g channels from c on; what isn't stays as it is."""
+    zero, count, over = spread(0.0), spread(float(m)), spread(1.0 / m)
+    s, d = take(totals, 0, c, g, zero) * over, take(totals, 1, c, g, zero) * over
+    hi, lo, t, p = (
+        take(merged, 0, c, g, zero), take(merged, 1, c, g, zero), take(merged, 2, c, g, zero),
+        take(merged, 3, c, g, zero),
+    )  # fmt: skip
+    _, new_hi, new_lo, new_t, new_p = joined_comoments(
+        spread(n), hi, lo, t, p, count, take(pivot, 0, c, g, zero), s, d,
+        take(totals, 2, c, g, zero) - take(totals, 0, c, g, zero) * d,
+    )  # fmt: skip
+    give(merged, 0, c, g, where_nonzero(taken, new_hi, hi))
+    give(merged, 1, c, g, where_nonzero(taken, new_lo, lo))
+    give(merged, 2, c, g, where_nonzero(taken, new_t, t))
+    give(merged, 3, c, g, where_nonzero(taken, new_p, p))
+
+
+@part()
+def _replace(merged, part, n, all_of_it):  # type: ignore[no-untyped-def]
+    """part (5, G) <- n and merged (4, G), or where its count is 0."""
+    zero = spread(0.0)
+    for c in range(0, merged.shape[1], LANES):
+        g = min(LANES, merged.shape[1] - c)
+        kept = zero if all_of_it else take(part, 0, c, g, zero)
+        give(part, 0, c, g, spread(n))
+        for i in range(4):
+            old, new = take(part, i + 1, c, g, zero), take(merged, i, c, g, zero)
+            give(part, i + 1, c, g, where_nonzero(kept, old, new))
 
 
 @by_type
@@ -157,26 +218,40 @@ def _mean_of_dy_bent(
     if few < ALL:
         # Where most slopes are 0, the mean of a few values is more than a standard deviation off now and then, in one
         # of a tile's channels nearly always, and all would be summed again.
-        for c in range(pivot.size):
-            if pivot[c] * pivot[c] <= 0.25 * (totals[3, c] / n - pivot[c] * pivot[c]):
-                pivot[c] = 0.0
+        for c in range(0, pivot.size, LANES):
+            g = min(LANES, pivot.size - c)
+            mean, q = take(pivot, 0, c, g, spread(0.0)), take(totals, 3, c, g, spread(0.0))
+            give(pivot, 0, c, g, where_at_most(spread(5.0 * n) * (mean * mean), q, spread(0.0), mean))
     if plan[0]:
         spread_column(pivot, near[0], plan)
 
 
-@part(inline="always")
-def _backward_finish(c, s, stats, grads, part):  # type: ignore[no-untyped-def]
-    """grads (6, G C): mean of dy as hi and lo, covariance, mean of x - mean; in training dgamma, and dbeta."""
-    n = hi = lo = t = m = 0.0
-    for p in range(part.shape[0]):
-        n, hi, lo, t, m = merge_comoments(
-            n, hi, lo, t, m, part[p, 0, c], part[p, 1, c], part[p, 2, c], part[p, 3, c], part[p, 4, c]
-        )
-    grads[0, s], grads[1, s] = settle(hi, lo)
-    grads[2, s] = m / n if n > 0.0 else 0.0
-    grads[3, s] = t - stats[1, s]
-    grads[4, s] = n * grads[2, s] * stats[3, s]
-    grads[5, s] = n * grads[0, s] + n * grads[1, s]
+@part()
+def _backward_finish(s0, g, stats, grads, dgamma, dbeta, part, values):  # type: ignore[no-untyped-def]
+    """grads (5, G C): mean of dy as hi and lo, covariance, mean of x - mean, and sum of dy; dgamma of training, and
+    dbeta, where they aren't empty."""
+    zero, over = spread(0.0), spread(1.0 / values)
+    for c in range(0, g, LANES):
+        s, k = s0 + c, min(LANES, g - c)
+        n = hi = lo = t = m = zero
+        for p in range(part.shape[0]):
+            of = place(part, p)
+            n, hi, lo, t, m = joined_comoments(
+                n, hi, lo, t, m, take(of, 0, c, k, zero), take(of, 1, c, k, zero), take(of, 2, c, k, zero),
+                take(of, 3, c, k, zero), take(of, 4, c, k, zero),
+            )  # fmt: skip
+        hi, lo = settle(hi, lo)
+        covariance = where_nonzero(n, m * over, zero)
+        give(grads, 0, s, k, hi)
+        give(grads, 1, s, k, lo)
+        give(grads, 2, s, k, covariance)
+        give(grads, 3, s, k, t - take(stats, 1, s, k, zero))
+        total = n * hi + n * lo
+        give(grads, 4, s, k, total)
+        if dgamma.size > 0:
+            give(dgamma, 0, s, k, n * covariance * take(stats, 3, s, k, zero))
+        if dbeta.size > 0:
+            give(dbeta, 0, s, k, total)
 
 
 @part(inline="always")
@@ -216,20 +291,23 @@ def _backward_map(p0, p1, c0, dy, x, dx, rare, plan, memory, how, r, w, dr, orde
 
 @compiled
 def backward_item(
-    k, items, dy, x, dx, stats, affine, grads, part, claims, plan, stage, starts, order, how, r, w, dr, mass
+    k, items, dy, x, dx, stats, affine, grads, dgamma, dbeta, part, claims, plan, stage, starts, order, how, r, w,
+    dr, mass
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    """dy, x, dx (O, C, I), stats (4, G C), affine (2, G C), grads (6, G C), part (cells or items, P, 5, channels).
+    """dy, x, dx (O, C, I), stats (4, G C), affine (2, G C), grads (5, G C), dgamma and dbeta (G C,) or (0,), part
+    (cells or items, P, 5, channels).
 
     starts (G + 1,), order (O,) or (0,), r and dr (O, C, I) or None, w (O, 1, I) or None, mass (G,) or None.
     """
     keep_whole()
     dy, x, dx, part, claims = borrowed(dy), borrowed(x), borrowed(dx), borrowed(part), borrowed(claims)
     stats, affine, grads, starts = borrowed(stats), borrowed(affine), borrowed(grads), borrowed(starts)
+    dgamma, dbeta = borrowed(dgamma), borrowed(dbeta)
     order, r, w, dr, mass = borrowed(order), borrowed(r), borrowed(w), borrowed(dr), borrowed(mass)
     owned = memory_of(x, dx, plan, stage, narrowest(x), 5, 8, 11, not absent(w))
     memory = lent(owned)
     pieces, tiles = part_sizes(x.shape, plan)
-    u, seen, ready, rare = claimed(k, items, claims), -1, -1, 0
+    u, seen, ready, rare = claimed(k, items, claims, -1), -1, -1, 0
     while u >= 0:
         first, last, _ = borders(u, items, (starts.size - 1) * tiles, pieces, stage)
         for cell in range(first // pieces, (last + pieces - 1) // pieces):
@@ -251,8 +329,7 @@ def backward_item(
                 for p in range(p0, p1):
                     _backward_sum(p, s0, c0, dys, xs, stats, sums, own, memory, how, rs, ws, order_of)
             if stage & FINISH:
-                for c in range(channels):
-                    _backward_finish(c, s0 + c, stats, grads, sums)
+                _backward_finish(s0, channels, stats, grads, dgamma, dbeta, sums, xs.shape[0] * xs.shape[2])
             if stage & MAP:
                 if stage & SUM or cell != ready:
                     rare = _backward_numbers(
@@ -260,7 +337,7 @@ def backward_item(
                     )
                     ready = cell
                 _backward_map(p0, p1, c0, dys, xs, dxs, rare, own, memory, how, rs, ws, drs, order_of)
-        u = claimed(k, items, claims)
+        u = claimed(k, items, claims, u)
     fence()
     hold(owned)
 
@@ -272,14 +349,15 @@ def _mass_of(mass, g):  # type: ignore[no-untyped-def]
 
 @Kernel
 def backward_kernel(
-    items, item, dy, x, dx, stats, affine, grads, part, claims, plan, stage, starts, order, how, r, w, dr, mass
+    items, item, dy, x, dx, stats, affine, grads, dgamma, dbeta, part, claims, plan, stage, starts, order, how, r, w,
+    dr, mass
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """`backward_item`, whose address is `item`, for all items."""
     for k in prange(items):
         call(
             item,
             (
-                np.int64(k), items, dy, x, dx, stats, affine, grads, part, claims, plan, stage, starts, order, how, r,
-                w, dr, mass,
+                np.int64(k), items, dy, x, dx, stats, affine, grads, dgamma, dbeta, part, claims, plan, stage, starts,
+                order, how, r, w, dr, mass,
             ),
         )  # fmt: skip

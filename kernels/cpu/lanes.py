@@ -98,8 +98,12 @@ def _splat(builder: Any, value: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def nothing(_typing: Any, like: Any) -> Any:
-    """0 in all lanes."""
-    return like(like), lambda _context, _builder, _signature, _args: ir.Constant(_numbers(like), None)
+    """0 in all lanes; of a number 0."""
+    return like(like), lambda _context, _builder, _signature, args: _zero(args[0].type)
+
+
+def _zero(kind: Any) -> Any:
+    return ir.Constant(kind, None if isinstance(kind, ir.VectorType) else 0.0)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -134,6 +138,36 @@ def negative(_typing: Any, lanes: Any) -> Any:
     return lanes(lanes), lambda _context, builder, _signature, args: builder.fneg(args[0])
 
 
+def _unary(name: str) -> Any:
+    def intrinsic_of(_typing: Any, lanes: Any) -> Any:
+        def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            kind, suffix = args[0].type, f"v{LANES}f{lanes.dtype.bitwidth}"
+            function = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(kind, [kind]), f"llvm.{name}.{suffix}"
+            )
+            return builder.call(function, args)
+
+        return lanes(lanes), codegen
+
+    intrinsic_of.__name__ = name
+    return intrinsic(intrinsic_of)
+
+
+magnitude, root = _unary("fabs"), _unary("sqrt")
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def rounded(_typing: Any, lanes: Any, array: Any) -> Any:
+    """Lanes of float64 as an array of float32 or float64 would have them."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        if array.dtype == types.float64:
+            return args[0]
+        return builder.fpext(builder.fptrunc(args[0], _numbers(SINGLE)), _numbers(DOUBLE))
+
+    return DOUBLE(DOUBLE, array), codegen
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def total(_typing: Any, lanes: Any) -> Any:
     """The sum of all lanes as float64, in pairs."""
@@ -152,13 +186,31 @@ def total(_typing: Any, lanes: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def where_nonzero(_typing: Any, flags: Any, a: Any, b: Any) -> Any:
-    """Lane by lane a where the flag is not 0, else b."""
+    """Lane by lane a where the flag is not 0, else b; of numbers too."""
 
     def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        zero = ir.Constant(_numbers(flags), None)
-        return builder.select(builder.fcmp_unordered("!=", args[0], zero), args[1], args[2])
+        return builder.select(_nonzero(builder, args[0]), args[1], args[2])
 
     return a(flags, a, a), codegen
+
+
+def _nonzero(builder: Any, flags: Any) -> Any:
+    return builder.fcmp_unordered("!=", flags, _zero(flags.type))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def count_nonzero(_typing: Any, flags: Any, n: Any) -> Any:
+    """How many of the first n lanes are not 0; of a number 0 or 1."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        found, word = _nonzero(builder, args[0]), ir.IntType(64)
+        if not isinstance(flags, Lanes):
+            return builder.zext(found, word)
+        bits = builder.bitcast(builder.and_(found, _lanes_below(builder, args[1])), _I16)
+        count = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_I16, [_I16]), "llvm.ctpop.i16")
+        return builder.zext(builder.call(count, [bits]), word)
+
+    return types.int64(flags, types.intp), codegen
 
 
 def _chosen(builder: Any, symbol: str, args: Any) -> Any:
@@ -340,15 +392,17 @@ def load_part(_typing: Any, pointer: Any, i: Any, n: Any, fill: Any) -> Any:
     """The first n <= 16 elements from `pointer[i]` on, and what `fill` has in the lanes behind them."""
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        place, mask = _place(builder, args[0], args[1]), _lanes_below(builder, args[2])
-        kind = place.type.pointee
-        zero = ir.Constant(kind, None)
-        kinds = [place.type, _I32, mask.type, kind]
-        values = [place, ir.Constant(_I32, _bytes(pointer.dtype)), mask, zero]
-        bits = _masked(builder, "load", place, kinds, kind, values)
-        return builder.select(mask, _decode(context, builder, bits, pointer.dtype, fill), args[3])
+        return _load_part(context, builder, _place(builder, *args[:2]), pointer.dtype, args[2], fill, args[3])
 
     return fill(pointer, types.intp, types.intp, fill), codegen
+
+
+def _load_part(context: Any, builder: Any, place: Any, element: Any, n: Any, wanted: Lanes, fill: Any) -> Any:
+    mask, kind = _lanes_below(builder, n), place.type.pointee
+    kinds = [place.type, _I32, mask.type, kind]
+    values = [place, ir.Constant(_I32, _bytes(element)), mask, ir.Constant(kind, None)]
+    bits = _masked(builder, "load", place, kinds, kind, values)
+    return builder.select(mask, _decode(context, builder, bits, element, wanted), fill)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -366,14 +420,17 @@ def save_part(_typing: Any, pointer: Any, i: Any, n: Any, lanes: Any) -> Any:
     """The first n <= 16 lanes."""
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        place, mask = _place(builder, args[0], args[1]), _lanes_below(builder, args[2])
-        bits = _encode(context, builder, args[3], lanes, pointer.dtype)
-        kinds = [bits.type, place.type, _I32, mask.type]
-        values = [bits, place, ir.Constant(_I32, _bytes(pointer.dtype)), mask]
-        _masked(builder, "store", place, kinds, ir.VoidType(), values)
+        _save_part(context, builder, _place(builder, *args[:2]), pointer.dtype, args[2], lanes, args[3])
         return context.get_dummy_value()
 
     return types.void(pointer, types.intp, types.intp, lanes), codegen
+
+
+def _save_part(context: Any, builder: Any, place: Any, element: Any, n: Any, given: Lanes, lanes: Any) -> None:
+    mask, bits = _lanes_below(builder, n), _encode(context, builder, lanes, given, element)
+    kinds = [bits.type, place.type, _I32, mask.type]
+    values = [bits, place, ir.Constant(_I32, _bytes(element)), mask]
+    _masked(builder, "store", place, kinds, ir.VoidType(), values)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -466,6 +523,39 @@ def shifted(_typing: Any, pointer: Any, offset: Any) -> Any:
         return cgutils.pointer_add(builder, args[0], args[1])
 
     return pointer(pointer, types.intp), codegen
+
+
+def _in_row(context: Any, builder: Any, kind: Any, array: Any, i: Any, c: Any) -> Any:
+    """Where element c of row i of a matrix is, whose rows are contiguous, or of a row by itself."""
+    whole = context.make_array(kind)(context, builder, array)
+    data = whole.data
+    if kind.ndim > 1:
+        data = cgutils.pointer_add(builder, data, builder.mul(i, cgutils.unpack_tuple(builder, whole.strides)[0]))
+    return _place(builder, data, c)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def take(_typing: Any, array: Any, i: Any, c: Any, n: Any, fill: Any) -> Any:
+    """Numbers of channels: the n <= 16 from c on, of row i of an array (M, G) or of a row (G,), as `load_part`."""
+
+    # An intrinsic, as Numba compiles a function again for each literal i.
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = _in_row(context, builder, signature.args[0], *args[:3])
+        return _load_part(context, builder, place, array.dtype, args[3], fill, args[4])
+
+    return fill(array, types.intp, types.intp, types.intp, fill), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def give(_typing: Any, array: Any, i: Any, c: Any, n: Any, lanes: Any) -> Any:
+    """The opposite of `take`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = _in_row(context, builder, signature.args[0], *args[:3])
+        _save_part(context, builder, place, array.dtype, args[3], lanes, args[4])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp, types.intp, lanes), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -19,8 +19,20 @@ import math
 
 import numpy as np
 
+from .activations import absent
 from .columns import columns_count, columns_deviations, columns_products, gather_columns, spread_column
-from .lanes import LANES, borrowed, claim, outer
+from .lanes import (
+    LANES,
+    borrowed,
+    claim,
+    give,
+    outer,
+    spread,
+    take,
+    where_at_most,
+    where_less,
+    where_nonzero,
+)
 from .parts import part, unless_none
 from .rows import GATHER, add_up, rows_count, rows_deviations, rows_products
 
@@ -33,6 +45,7 @@ UNITS = 8
 # Values of a channel (or an eighth of them), or rows of columns, whose mean is the pivot of a piece. Of 16 rows, of
 # which a mask leaves 11, one in a thousand is a standard deviation off: with 1024 channels nearly all was summed twice.
 FEW = 1024, 32
+NARROW = 2, 16  # rows of columns, or values of a channel
 SINGLE, DOUBLE = 1e30, 1e250  # what squares in lanes of float32 and float64 may be at most, and at least its inverse
 ALL = np.int64(1 << 62)  # a literal would be a type of its own, and all that takes it compiled again
 
@@ -148,15 +161,24 @@ def mean_of(x, k, c0, pivot, totals, sums, near, scratch, plan, few, w, order): 
 
 @part()
 def divide(pivot, totals, count, w):  # type: ignore[no-untyped-def]
-    for c in range(pivot.size):
-        n = counted_in(totals, c, count, w)
-        pivot[c] = totals[0, c] / n if n > 0.0 else 0.0
+    """pivot (G,) <- sums / counts; 0 where nothing has weight."""
+    zero = spread(0.0)
+    for c in range(0, pivot.size, LANES):
+        g = min(LANES, pivot.size - c)
+        n = counted_in(totals, c, g, count, w)
+        give(pivot, 0, c, g, where_nonzero(n, mean_in(take(totals, 0, c, g, zero), n, count, w), zero))
 
 
-@unless_none(3, lambda *args: args[2])
-def counted_in(totals, c, count, w):  # type: ignore[no-untyped-def]
-    """How many values the sums have: `count`, or the sum of their weights."""
-    return totals[2, c]
+@unless_none(4, lambda *args: spread(args[3]))
+def counted_in(totals, c, g, count, w):  # type: ignore[no-untyped-def]
+    """How many values the sums of g channels from c on have: `count`, or the sum of their weights."""
+    return take(totals, 2, c, g, spread(0.0))
+
+
+@unless_none(3, lambda *args: args[0] * spread(1.0 / args[2]))
+def mean_in(sums, n, count, w):  # type: ignore[no-untyped-def]
+    """Sums over how many values they have: `count`, or those of lanes n. Sixteen divisions take 32 cycles."""
+    return sums / n
 
 
 @part()
@@ -165,13 +187,32 @@ def few_of(shape, plan):  # type: ignore[no-untyped-def]
 
 
 @part()
-def near_enough(s, q, n, share, most):  # type: ignore[no-untyped-def]
-    """That the variance is `share` of the squares around the pivot at least, and these are of 1 / most to most.
+def few_in_double(x, plan, w):  # type: ignore[no-untyped-def]
+    """The same where sums are taken in float64; of numbers of less than 64 bits few are enough, see `share_of`."""
+    if x.itemsize == 8 or not absent(w):
+        return few_of(x.shape, plan)
+    return np.int64(NARROW[0] if plan[0] else NARROW[1])
 
-    By a half the pivot is one standard deviation off at most, by a tenth three: enough where the squares serve for
-    nothing else. Slopes of 0 and 1 let the mean of a few values be more than one off in one of many channels, often.
+
+@part()
+def share_of(x, share):  # type: ignore[no-untyped-def]
+    """For `near_enough` in float64: a pivot that is 30 standard deviations off costs 1000 eps of float64, which data of
+    fewer bits doesn't show."""
+    return share if x.itemsize == 8 else 2.0**-10
+
+
+@part()
+def near_enough(mean, q, n, share, most):  # type: ignore[no-untyped-def]
+    """1 where the variance is `share` of the squares around the pivot at least, and these are of 1 / most to most.
+
+    Of n values, squares q, and their mean, less the pivot. By a half the pivot is one standard deviation off at most,
+    by a tenth three: enough where the squares serve for nothing else. Slopes of 0 and 1 let the mean of a few values be
+    more than one off in one of many channels, often.
     """
-    return (q - s * s / n >= share * q and n / most < q < most * n) or (q == 0.0 and s == 0.0)
+    one, zero = spread(1.0), spread(0.0)
+    near = where_at_most(spread(share) * q, q - mean * (mean * n), one, zero)
+    near = where_less(spread(1.0 / most) * n, q, where_less(q, spread(most) * n, near, zero), zero)
+    return where_nonzero(q, near, where_nonzero(mean, near, one))
 
 
 @part()
@@ -191,14 +232,18 @@ def part_sizes(shape, plan):  # type: ignore[no-untyped-def]
 
 
 @part()
-def claimed(k, items, claims):  # type: ignore[no-untyped-def]
-    """The next unit of item k's own share that nobody has claimed, else one of another's; -1 if there is none."""
-    units = UNITS if items > 1 else 1
+def claimed(k, items, claims, last):  # type: ignore[no-untyped-def]
+    """The next unit of item k's own share that nobody has claimed, else one of another's; -1 if there is none.
+
+    One item alone has one unit, and the `last` one says whether it is done: it needs no claims.
+    """
+    if items == 1:
+        return 0 if last < 0 else -1
     for i in range(items):
         share = (k + i) % items
         u = claim(claims, share)
-        if u < units:
-            return share * units + u
+        if u < UNITS:
+            return share * UNITS + u
     return -1
 
 
