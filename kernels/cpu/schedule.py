@@ -162,11 +162,10 @@ def mean_of(x, k, c0, pivot, totals, sums, near, scratch, plan, few, w, order): 
 @part()
 def divide(pivot, totals, count, w):  # type: ignore[no-untyped-def]
     """pivot (G,) <- sums / counts; 0 where nothing has weight."""
-    zero = spread(0.0)
     for c in range(0, pivot.size, LANES):
         g = min(LANES, pivot.size - c)
         n = counted_in(totals, c, g, count, w)
-        give(pivot, 0, c, g, where_nonzero(n, mean_in(take(totals, 0, c, g, zero), n, count, w), zero))
+        give(pivot, 0, c, g, mean_in(take(totals, 0, c, g, spread(0.0)), n, count, w))
 
 
 @unless_none(4, lambda *args: spread(args[3]))
@@ -177,8 +176,8 @@ def counted_in(totals, c, g, count, w):  # type: ignore[no-untyped-def]
 
 @unless_none(3, lambda *args: args[0] * spread(1.0 / args[2]))
 def mean_in(sums, n, count, w):  # type: ignore[no-untyped-def]
-    """Sums over how many values they have: `count`, or those of lanes n. Sixteen divisions take 32 cycles."""
-    return sums / n
+    """Sums over how many values they have: `count`, or those of lanes n, if not 0. Sixteen divisions take 32 cycles."""
+    return where_nonzero(n, sums / n, spread(0.0))
 
 
 @part()
