@@ -26,7 +26,7 @@ from .lanes import (
     where_nonzero,
 )
 from .parts import by_type, part
-from .rows import EXACT, NEXT, rows_normalize
+from .rows import EXACT, NEXT, TWO, rows_normalize, rows_two
 from .schedule import (
     ALL,
     DOUBLE,
@@ -58,8 +58,8 @@ from .schedule import (
 
 
 @part(inline="always")
-def _forward_sum(p, c0, x, part, plan, memory, w, order):  # type: ignore[no-untyped-def]
-    """part (P, 4, G) of piece p of a tile: count, hi, lo, M2."""
+def _forward_sum(p, c0, x, part, plan, memory, w, order, cm, y, how, r):  # type: ignore[no-untyped-def]
+    """part (P, 4, G) of piece p of a tile: count, hi, lo, M2; meanwhile channel cm is mapped, if >= 0 (`rows_two`)."""
     k0, k1 = p * plan[3], min((p + 1) * plan[3], plan[2])
     g = min(plan[1], x.shape[1] - c0)
     numbers, all_sums, near64, singles, near, scratch = memory
@@ -74,17 +74,23 @@ def _forward_sum(p, c0, x, part, plan, memory, w, order):  # type: ignore[no-unt
         mean_of(x, k0, c0, pivot, totals, sums, near, scratch, plan, few_of(x.shape, plan), w, order)
         count = 0.0
         for k in range(k0, k1):
-            deviations(x, k, c0, pivot, sums, near, scratch, plan, ALL, w, order)
+            if cm >= 0:
+                rows_two(x, y, k, c0, pivot, sums, plan, cm, numbers[:3], singles[2:8], how, r, w)
+            else:
+                deviations(x, k, c0, pivot, sums, near, scratch, plan, ALL, w, order)
             count += count_of(k, x.shape, plan, ALL)
         by_channel(sums, totals, plan)
         again = _first(pivot, totals, mine, count, w)
     if again:
-        mean, merged, own, far = numbers[0, :g], numbers[1:5, :g], numbers[13, :g], numbers[14, :g]
+        mean, merged, own, far = numbers[15, :g], numbers[16:, :g], numbers[13, :g], numbers[14, :g]
         merged[:] = 0.0
         mean_of(x, k0, c0, mean, totals, sums, near64, scratch, plan, few_in_double(x, plan, w), w, order)
         share = share_of(x, 0.5)
         for k in range(k0, k1):
-            deviations(x, k, c0, mean, sums, near64, scratch, plan, ALL, w, order)
+            if cm >= 0 and plan[7] & EXACT:
+                rows_two(x, y, k, c0, mean, sums, plan, cm, numbers[:3], singles[2:8], how, r, w)
+            else:
+                deviations(x, k, c0, mean, sums, near64, scratch, plan, ALL, w, order)
             by_channel(sums, totals, plan)
             count = count_of(k, x.shape, plan, ALL)
             if _join(mean, totals, merged, far, count, w, share):
@@ -201,7 +207,7 @@ def _forward_numbers(s0, g, stats, affine, plan, memory, double, how, r, w):  # 
     return rare
 
 
-@part(inline="always")
+@part()
 def _forward_map(p0, p1, c0, ca, x, y, rare, summed, plan, memory, how, r, w, order):  # type: ignore[no-untyped-def]
     """Pieces p0 to p1 of a tile, backwards if they were summed: what was read last is in cache.
 
@@ -233,7 +239,8 @@ def forward_item(
     owned = memory_of(x, y, plan, stage, narrowest(x), 2 if absent(w) else 3, 3, 6, not absent(w))
     memory = lent(owned)
     pieces, tiles = part_sizes(x.shape, plan)
-    u, ready, rare = claimed(k, items, claims, -1), -1, False
+    u, ready, rare, waiting = claimed(k, items, claims, -1), -1, False, np.int64(-1)
+    in_turn = plan[7] & TWO != 0 and stage == SUM | FINISH | MAP and starts.size == 2
     while u >= 0:
         first, last, stop = borders(u, items, (starts.size - 1) * tiles, pieces, stage)
         for cell in range(first // pieces, (last + pieces - 1) // pieces):
@@ -252,7 +259,8 @@ def forward_item(
             sums = place(part, k if stage & SUM and stage & FINISH else cell)
             if stage & SUM:
                 for p in range(p0, p1):
-                    _forward_sum(p, c0, xs, sums, own, memory, ws, order_of)
+                    _forward_sum(p, c0, xs, sums, own, memory, ws, order_of, waiting, ys, how, rs)
+                waiting = np.int64(-1)
             if stage & FINISH:
                 count = float(xs.shape[0] * xs.shape[2])
                 _forward_finish(s0, channels, stats, sums, eps, part.shape[0] > 0, count, ws)
@@ -262,6 +270,9 @@ def forward_item(
                         s0, channels, stats, affine, own, memory, x.itemsize == 8, how, rs, _unless_unused(how, ws)
                     )  # fmt: skip
                     ready = cell
+                if in_turn and not rare:
+                    waiting = c0
+                    continue
                 ahead = -1
                 if (cell + 1) * pieces < stop and t + 1 < tiles and plan[7] & NEXT:
                     ahead = c0 + plan[1]
@@ -270,6 +281,12 @@ def forward_item(
                     order_of,
                 )  # fmt: skip
         u = claimed(k, items, claims, u)
+    if waiting >= 0:
+        n0, outers = start_of(order, starts[0]), starts[1] - starts[0]
+        _forward_map(
+            0, pieces, waiting, -1, outer(x, n0, outers), outer(y, n0, outers), rare, True, planned(x.shape, plan),
+            memory, how, outer(r, n0, outers), _unless_unused(how, outer(w, n0, outers)), order,
+        )  # fmt: skip
     fence()
     hold(owned)
 

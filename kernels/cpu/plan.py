@@ -8,8 +8,9 @@ import functools
 from pathlib import Path
 from typing import NamedTuple
 
+from .blocks import CHAIN
 from .lanes import LANES
-from .rows import EXACT, GATHER, NEXT, PAST
+from .rows import EXACT, GATHER, NEXT, PAST, TWO
 from .schedule import MAP, SUM
 
 WEIGHTED, ORDERED = 1, 2  # what is special about a call
@@ -86,13 +87,13 @@ def plan_of(
     if across or short:
         found = _by_columns(shape, strides, items, flags, inner if short else 1, sizes, special)
     else:
-        found = _by_rows(shape, strides, items, flags, stages, sizes)
+        found = _by_rows(shape, strides, items, flags, stages, sizes, special)
     return Plan(*found, work)
 
 
 def _by_rows(
     shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], items: tuple[int, ...], flags: int,
-    stages: int, sizes: Sizes,
+    stages: int, sizes: Sizes, special: int,
 ) -> tuple[int, int, tuple[int, ...]]:  # fmt: skip
     outer, channels, inner = shape
     itemsize = items[0]
@@ -105,13 +106,15 @@ def _by_rows(
         length = inner if segments == 1 else ceil(ceil(inner, segments), 2 * LANES) * 2 * LANES
         runs = min(outer, max(1, sizes.block // inner))
         tile = max(sizes.slab // (reads * outer * inner * itemsize), sizes.line // (inner * itemsize), 1)
-        if inner * itemsize >= 2 * sizes.line:
+        if inner * itemsize >= sizes.line:
             tile = 1
         if flags & GATHER:
             tile = max(tile, 16)  # whose elements share lines
         tile = min(tile, ceil(channels, 16))
         if outer >= sizes.far[0] and reads * outer * inner * itemsize > sizes.far[1]:
             tile = min(channels, 64)  # by channel, each run was in another page: forward of 1 GB took 109 ms, now 90
+        if tile == 1 and not flags & GATHER and length >= CHAIN and not special:
+            flags |= TWO
         flags |= NEXT if reads * tile * outer * inner * itemsize <= sizes.ahead else 0
     else:  # a map alone goes in the order of memory
         length, runs = min(inner, 16 * sizes.block), 1

@@ -26,7 +26,18 @@ from .activations import (
     put_part,
     read_as,
 )
-from .blocks import AHEAD, paired, run_deviations, run_normalize, run_products, run_weighted, together, write
+from .blocks import (
+    AHEAD,
+    CHAIN,
+    add_lanes,
+    paired,
+    run_deviations,
+    run_normalize,
+    run_products,
+    run_weighted,
+    together,
+    write,
+)
 from .lanes import (
     LANES,
     before_line,
@@ -46,12 +57,12 @@ from .lanes import (
     total,
     wide,
 )
-from .parts import by_type, part, unless_none
+from .parts import by_type, nothing_of, part, unless_none
 
 # Constants go to functions as runtime values below (`np.int64(0)`): Numba compiles a function again for each literal.
 
-# Flags of a plan: store past the caches; gather; all in float64; fetch the next tile while one is mapped.
-PAST, GATHER, EXACT, NEXT = 1, 2, 4, 8
+# Flags of a plan: store past the caches; gather; all in float64; fetch the next tile while one is mapped, or sum it.
+PAST, GATHER, EXACT, NEXT, TWO = 1, 2, 4, 8, 16
 
 
 @part()
@@ -342,6 +353,73 @@ def rows_normalize(x, y, k, c0, ca, doubles, singles, rare, plan, scratch, how, 
                 _normalize_runs(run, target, n, np.int64(0), g, fast, past, ahead, how, run_r, run_w, doubles, like)
             else:
                 _normalize_run(fast, run, target, n, c, doubles, singles, past, ahead, how, run_r, run_w)
+
+
+@part()
+def _run_two(x, y, m, p, past, how, like, other, n, then, pivot, sums, squares):  # type: ignore[no-untyped-def]
+    """y of m elements as `_normalize_runs`, and sums of n of another channel as `run_deviations`, to the same bits.
+
+    Memory reads and writes at once, and nothing is read twice into L2: 1.1 copies where one after the other takes 1.3
+    with what comes next fetched meanwhile, and 1.5 without.
+    """
+    near = spread(pivot)
+    s = t = q = r = nothing(near)
+    i, j, reach = 0, 0, min(AHEAD, n // (2 * LANES) * 2 * LANES)
+    if past:
+        i = min(m, before_line(y))
+    if i > 0:
+        save_part(y, 0, i, _normalized(how, load_part(x, 0, i, like), p, None, None))
+    while j < n:
+        stop = min(n, j + 2 * CHAIN)
+        while j + 2 * LANES <= stop:
+            after = other if j + reach < n else then
+            fetch(after, j + reach)
+            fetch(after, j + reach + LANES)
+            d = load(other, j, near) - near
+            e = load(other, j + LANES, near) - near
+            s, t, q, r = s + d, t + e, fma(d, d, q), fma(e, e, r)
+            j += 2 * LANES
+            if i + 2 * LANES <= m:
+                write(y, i, _normalized(how, load(x, i, like), p, None, None), past)
+                write(y, i + LANES, _normalized(how, load(x, i + LANES, like), p, None, None), past)
+                i += 2 * LANES
+        while j < stop:
+            d = load_part(other, j, stop - j, near) - near
+            s, q = s + d, fma(d, d, q)
+            j += LANES
+        if j < n:
+            add_lanes(sums, s + t)
+            add_lanes(squares, q + r)
+            s = t = q = r = nothing(near)
+    add_lanes(sums, s + t)
+    add_lanes(squares, q + r)
+    while i + LANES <= m:
+        write(y, i, _normalized(how, load(x, i, like), p, None, None), past)
+        i += LANES
+    if i < m:
+        save_part(y, i, m - i, _normalized(how, load_part(x, i, m - i, like), p, None, None))
+
+
+@by_type
+def rows_two(x, y, k, c0, pivot, sums, plan, cm, doubles, singles, how, r, w):  # type: ignore[no-untyped-def]
+    """Sums of block k of channel c0, and y of channel cm of the block that is as far from the last one, backwards.
+
+    As by `rows_deviations` and `rows_normalize`: of tiles of one channel, without residual and weights, in x's type.
+    """
+    plain = isinstance(r, types.NoneType) and isinstance(w, types.NoneType)
+    return _rows_two if plain and (pivot.dtype == types.float64) == (x.dtype == types.float64) else nothing_of
+
+
+def _rows_two(x, y, k, c0, pivot, sums, plan, cm, doubles, singles, how, r, w):  # type: ignore[no-untyped-def]
+    o0, o1, i0, n = _borders(k, x.shape, plan)
+    a0, a1, j0, m = _borders(plan[2] - 1 - k, x.shape, plan)
+    fast, like, past = fast_numbers(how, r, w, singles), spread(singles[0, 0]), plan[7] & PAST != 0
+    p, s, q = _numbers(fast, doubles, np.int64(0)), _lanes(sums, 0, 0), _lanes(sums, 1, 0)
+    for i in range(max(o1 - o0, a1 - a0)):
+        run, then = _at(x, min(o0 + i, o1 - 1), c0, i0), _at(x, min(o0 + i + 1, x.shape[0] - 1), c0, i0)
+        place, target = _at(x, max(a1 - 1 - i, a0), cm, j0), _at(y, max(a1 - 1 - i, a0), cm, j0)
+        count, mapped = n if i < o1 - o0 else 0, m if i < a1 - a0 else 0
+        _run_two(place, target, mapped, p, past, how, like, run, count, shifted(then, -n * x.itemsize), pivot[0], s, q)
 
 
 @unless_none(0, lambda *args: _normalize_exactly(*args[1:]))
