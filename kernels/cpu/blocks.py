@@ -157,15 +157,15 @@ def run_products(dy, x, n, pivot, hi, sums, line, how, r, w, lens, runs, steps, 
                 s, t, p, q, f = s + g, t + d, fma(g, d, p), fma(g, g, q), fma(e, e, f)
                 i += LANES
             if i < n:
-                _pass_on(sums, line, s, t, p, q, f)
+                pass_on(sums, line, s, t, p, q, f)
                 s = t = p = q = f = zero
         dy, x, r, w = shifted(dy, steps[0]), shifted(x, steps[1]), later(r, steps[2]), later(w, steps[3])
         then_dy, then_x = shifted(then_dy, steps[0]), shifted(then_x, steps[1])
-    _pass_on(sums, line, s, t, p, q, f)
+    pass_on(sums, line, s, t, p, q, f)
 
 
 @part()
-def _pass_on(sums, line, s, t, p, q, f):  # type: ignore[no-untyped-def]
+def pass_on(sums, line, s, t, p, q, f):  # type: ignore[no-untyped-def]
     add_lanes(sums, s)
     add_lanes(shifted(sums, line), t)
     add_lanes(shifted(sums, 2 * line), p)

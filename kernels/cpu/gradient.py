@@ -27,7 +27,7 @@ from .lanes import (
     where_nonzero,
 )
 from .parts import by_type, part, unless_none
-from .rows import EXACT, rows_gradient
+from .rows import EXACT, TWO, rows_gradient, rows_products_two
 from .schedule import (
     ALL,
     DOUBLE,
@@ -58,13 +58,15 @@ from .schedule import (
 
 
 @part(inline="always")
-def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order):  # type: ignore[no-untyped-def]
-    """part (P, 5, G) of piece p of a tile: count, mean of dy as hi and lo, mean of x - hi, co-moment."""
+def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order, cm, dx, dr):  # type: ignore[no-untyped-def]
+    """part (P, 5, G) of piece p of a tile: count, mean of dy as hi and lo, mean of x - hi, co-moment; meanwhile channel
+    cm is mapped, if >= 0 (`rows_products_two`)."""
     k0, k1 = p * plan[3], min((p + 1) * plan[3], plan[2])
     g = min(plan[1], x.shape[1] - c0)
     numbers, all_sums, near64, singles, near, scratch = memory
     totals, sums, pivot, hi = numbers[5:10, :g], all_sums[:, : tile_width(g, plan)], singles[0, :g], singles[1, :g]
     lenses, spread_lenses = numbers[10:13, :g], columns_of(how, r, near64[5:], near[8:])
+    used = used_of(how, r, w, x, numbers[:5], singles[2:10])
     mine = place(part, p)
     if k0 >= k1:
         part[p] = 0.0
@@ -82,12 +84,19 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order)
         )
         n = 0.0
         for k in range(k0, k1):
-            products(dy, x, k, c0, pivot, hi, sums, near, scratch, plan, ALL, how, r, w, order, lenses, spread_lenses)
+            if cm >= 0:
+                rows_products_two(
+                    dy, x, dx, k, c0, pivot, hi, sums, plan, cm, used, how, r, w, dr, lenses, numbers[20:]
+                )
+            else:
+                products(
+                    dy, x, k, c0, pivot, hi, sums, near, scratch, plan, ALL, how, r, w, order, lenses, spread_lenses
+                )
             n += count_of(k, x.shape, plan, ALL)
         by_channel(sums, totals, plan)
         again = _first(s0, pivot, hi, totals, stats, mine, n, float(x.shape[0] * x.shape[2]))
     if again:
-        mean, merged, hi64 = numbers[0, :g], numbers[1:5, :g], stats[0, s0 : s0 + g]
+        mean, merged, hi64 = numbers[15, :g], numbers[16:20, :g], stats[0, s0 : s0 + g]
         own, far = numbers[13, :g], numbers[14, :g]
         merged[:] = 0.0
         if plan[0]:
@@ -98,9 +107,14 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order)
         )  # fmt: skip
         n, share = 0.0, share_of(x, 0.25)
         for k in range(k0, k1):
-            products(
-                dy, x, k, c0, mean, hi64, sums, near64, scratch, plan, ALL, how, r, w, order, lenses, spread_lenses
-            )
+            if cm >= 0 and plan[7] & EXACT:
+                rows_products_two(
+                    dy, x, dx, k, c0, mean, hi64, sums, plan, cm, used, how, r, w, dr, lenses, numbers[20:]
+                )
+            else:
+                products(
+                    dy, x, k, c0, mean, hi64, sums, near64, scratch, plan, ALL, how, r, w, order, lenses, spread_lenses
+                )
             by_channel(sums, totals, plan)
             m = count_of(k, x.shape, plan, ALL)
             if _join(mean, totals, merged, far, n, m, share):
@@ -258,7 +272,7 @@ def _backward_finish(s0, g, stats, grads, dgamma, dbeta, part, values):  # type:
 def _backward_numbers(s0, c0, x, stats, affine, grads, plan, memory, how, r, w, mass):  # type: ignore[no-untyped-def]
     """What the map of a tile takes of its channels, in `memory`; and for how many of them float32 won't do."""
     g, exact, n = min(plan[1], x.shape[1] - c0), plan[7] & EXACT != 0, float(x.shape[0] * x.shape[2])
-    numbers, singles = memory[0][:5, :g], memory[3][2:, :g]
+    numbers, singles = memory[0][:5, :g], memory[3][2:10, :g]
     rare = backward_coefficients(s0, stats, affine, grads, numbers, singles, n, mass, is_frozen(how) != 0.0, exact)
     used = used_of(how, r, w, x, numbers, singles)
     if used.itemsize == 8:
@@ -270,14 +284,14 @@ def _backward_numbers(s0, c0, x, stats, affine, grads, plan, memory, how, r, w, 
     return rare
 
 
-@part(inline="always")
-def _backward_map(p0, p1, c0, dy, x, dx, rare, plan, memory, how, r, w, dr, order):  # type: ignore[no-untyped-def]
+@part()
+def _backward_map(p0, p1, c0, dy, x, dx, rare, plan, memory, how, r, w, dr, order, lens_row):  # type: ignore[no-untyped-def]
     """Pieces p0 to p1 of a tile, backwards."""
     g = min(plan[1], x.shape[1] - c0)
     all_numbers, _, spread_numbers, all_singles, spread_singles, scratch = memory
-    numbers, lenses = all_numbers[:5, :g], all_numbers[10:13, :g]
+    numbers, lenses = all_numbers[:5, :g], all_numbers[lens_row : lens_row + 3, :g]
     spread_lenses = columns_of(how, r, spread_numbers[5:], spread_singles[8:])
-    used = used_of(how, r, w, x, numbers, all_singles[2:, :g])
+    used = used_of(how, r, w, x, numbers, all_singles[2:10, :g])
     spread_used = used_of(how, r, w, x, spread_numbers, spread_singles)
     k0, k1 = p0 * plan[3], min(p1 * plan[3], plan[2])
     for k in range(k1 - 1, k0 - 1, -1):
@@ -307,7 +321,9 @@ def backward_item(
     owned = memory_of(x, dx, plan, stage, narrowest(x), 5, 8, 11, not absent(w))
     memory = lent(owned)
     pieces, tiles = part_sizes(x.shape, plan)
-    u, seen, ready, rare = claimed(k, items, claims, -1), -1, -1, 0
+    u, seen, ready, rare, waiting = claimed(k, items, claims, -1), -1, -1, 0, np.int64(-1)
+    in_turn = plan[7] & TWO != 0 and stage == SUM | FINISH | MAP and starts.size == 2
+    in_turn = in_turn and absent(r) and absent(w) and absent(dr)
     while u >= 0:
         first, last, _ = borders(u, items, (starts.size - 1) * tiles, pieces, stage)
         for cell in range(first // pieces, (last + pieces - 1) // pieces):
@@ -322,12 +338,15 @@ def backward_item(
             sums = place(part, k if stage & SUM and stage & FINISH else cell)
             if not is_plain(how) and cell != seen:
                 seen, lenses = cell, memory[0][10:13, :channels]
-                lenses_of(how, r, s0, stats, affine, lenses, memory[3], not absent(w) or plan[7] & EXACT != 0)
+                lenses_of(how, r, s0, stats, affine, lenses, memory[3][10:], not absent(w) or plan[7] & EXACT != 0)
                 if plan[0]:
                     spread_columns(lenses, columns_of(how, r, memory[2][5:], memory[4][8:]), plan)
             if stage & SUM:
                 for p in range(p0, p1):
-                    _backward_sum(p, s0, c0, dys, xs, stats, sums, own, memory, how, rs, ws, order_of)
+                    _backward_sum(
+                        p, s0, c0, dys, xs, stats, sums, own, memory, how, rs, ws, order_of, waiting, dxs, drs
+                    )
+                waiting = np.int64(-1)
             if stage & FINISH:
                 _backward_finish(s0, channels, stats, grads, dgamma, dbeta, sums, xs.shape[0] * xs.shape[2])
             if stage & MAP:
@@ -336,8 +355,18 @@ def backward_item(
                         s0, c0, xs, stats, affine, grads, own, memory, how, rs, ws, _mass_of(mass, g)
                     )
                     ready = cell
-                _backward_map(p0, p1, c0, dys, xs, dxs, rare, own, memory, how, rs, ws, drs, order_of)
+                if in_turn and rare == 0:
+                    waiting, memory[0][20:] = c0, memory[0][10:13]
+                    continue
+                _backward_map(p0, p1, c0, dys, xs, dxs, rare, own, memory, how, rs, ws, drs, order_of, 10)
         u = claimed(k, items, claims, u)
+    if waiting >= 0:
+        n0, outers = start_of(order, starts[0]), starts[1] - starts[0]
+        _backward_map(
+            0, pieces, waiting, outer(dy, n0, outers), outer(x, n0, outers), outer(dx, n0, outers), rare,
+            planned(x.shape, plan), memory, how, outer(r, n0, outers), outer(w, n0, outers), outer(dr, n0, outers),
+            order, 20,
+        )  # fmt: skip
     fence()
     hold(owned)
 

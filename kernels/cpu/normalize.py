@@ -82,7 +82,7 @@ def _forward_sum(p, c0, x, part, plan, memory, w, order, cm, y, how, r):  # type
         by_channel(sums, totals, plan)
         again = _first(pivot, totals, mine, count, w)
     if again:
-        mean, merged, own, far = numbers[15, :g], numbers[16:, :g], numbers[13, :g], numbers[14, :g]
+        mean, merged, own, far = numbers[15, :g], numbers[16:20, :g], numbers[13, :g], numbers[14, :g]
         merged[:] = 0.0
         mean_of(x, k0, c0, mean, totals, sums, near64, scratch, plan, few_in_double(x, plan, w), w, order)
         share = share_of(x, 0.5)
@@ -240,7 +240,7 @@ def forward_item(
     memory = lent(owned)
     pieces, tiles = part_sizes(x.shape, plan)
     u, ready, rare, waiting = claimed(k, items, claims, -1), -1, False, np.int64(-1)
-    in_turn = plan[7] & TWO != 0 and stage == SUM | FINISH | MAP and starts.size == 2
+    in_turn = plan[7] & TWO != 0 and stage == SUM | FINISH | MAP and starts.size == 2 and absent(r) and absent(w)
     while u >= 0:
         first, last, stop = borders(u, items, (starts.size - 1) * tiles, pieces, stage)
         for cell in range(first // pieces, (last + pieces - 1) // pieces):

@@ -63,16 +63,17 @@ def tile_width(channels, plan):  # type: ignore[no-untyped-def]
 def memory_of(x, y, plan, stage, like, depth, wide, narrow, weighted):  # type: ignore[no-untyped-def]
     """All that a work item needs: `borrowed` says why nothing below it may own an array. It hands on views of rows.
 
-    By channel of a tile: (20, G) float64, 5 coefficients or merged sums, 5 totals, a lens, two rows for what was far
-    from its pivot, and 5 for forward's merged sums, beside coefficients that are still needed; (10, G) in the elements' type, 2 pivots and 8 coefficients. By column or lane: `depth` sums; by
-    column: `wide` coefficients or pivots in float64 and `narrow` ones in the elements' type. Then what is gathered: of
-    x, of all of y's type, of weights, of which a run and its start again has room too.
+    By channel of a tile: (23, G) float64, 5 coefficients, 5 totals, a lens, two rows for what was far from its pivot, 5
+    merged sums, and the lens of a tile that waits to be mapped; (18, G) in the elements' type, 2 pivots, 8
+    coefficients, and room to look for edges. By column or lane: `depth` sums; by column: `wide` coefficients or pivots
+    in float64 and `narrow` ones in the elements' type. Then what is gathered: of x, of all of y's type, of weights, of
+    which a run and its start again has room too.
     """
     g = min(plan[1], x.shape[1])
     w = tile_width(g, plan)
     scratch = plan[4] * plan[6] if plan[7] & GATHER else 0
-    numbers, sums, columns = np.empty((20, g)), np.zeros((depth, w if stage & SUM else 0)), w if plan[0] else 0
-    singles, like_columns = np.full((10, g), like), np.full((narrow, columns), like)
+    numbers, sums, columns = np.empty((23, g)), np.zeros((depth, w if stage & SUM else 0)), w if plan[0] else 0
+    singles, like_columns = np.full((18, g), like), np.full((narrow, columns), like)
     weights = scratch if scratch > 0 else plan[6] + LANES if weighted and not plan[0] else 0
     gathered = np.empty((1, scratch), x.dtype), np.empty((4, scratch), y.dtype), np.full((1, weights), like)
     return numbers, sums, np.zeros((wide, columns)), singles, like_columns, gathered[0], gathered[1], gathered[2]
