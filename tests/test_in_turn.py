@@ -171,3 +171,15 @@ def test_light_first_values_far_off(rng):
     mean = (w * wide).sum(0) / w.sum()
     var = (w * (wide - mean) ** 2).sum(0) / w.sum()
     assert (np.abs(saved.table[2] - var) / var).max() <= 1100 * np.finfo(np.float64).eps
+
+
+def test_float32_that_is_summed_in_float64(monkeypatch, rng):
+    """As channels of few values are: no loop does that and maps another channel."""
+    monkeypatch.setattr(cpu, "SIZES", cpu.Sizes(few=10**6))
+    x, dy, gamma, beta = _draw(rng, SHAPES["one"], np.float32)
+    assert not _flags(x)[-1] & plan.TWO
+    y, _, dx, *_ = _pass(x, dy, gamma, beta)
+    exact, kept = reference.forward(x, gamma, beta)
+    for got, want in ((y, exact), (dx, reference.backward(dy, kept)[0])):
+        error = np.abs(got - want) / np.maximum(1, np.abs(want))
+        assert error.max() <= TOLERANCE["float32"] * eps(np.dtype(np.float32))

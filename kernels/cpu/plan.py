@@ -114,7 +114,7 @@ def _by_rows(
         if outer >= sizes.far[0] and reads * outer * inner * itemsize > sizes.far[1]:
             tile = min(channels, 64)  # by channel, each run was in another page: forward of 1 GB took 109 ms, now 90
         if tile == 1 and not flags & GATHER and length >= CHAIN and not special:
-            flags |= TWO
+            flags |= TWO if itemsize == 8 or not flags & EXACT else 0  # `rows_two` has no float64 sums of other types
         flags |= NEXT if reads * tile * outer * inner * itemsize <= sizes.ahead else 0
     else:  # a map alone goes in the order of memory
         length, runs = min(inner, 16 * sizes.block), 1
