@@ -83,16 +83,13 @@ def forward(
     eps: float,
     more: Any = None,
 ) -> None:
-    if table is not None:  # a new one's pages come at once: span by span, both threads waited for the same ones
-        _forward(x, y, table, given, eps, more, SIZES)
-        return
-    table, spans = np.empty((6, min(x.shape[1], SPAN))), _spans(x.shape[1])
-    if len(spans) == 1:
-        _forward(x, y, table, given, eps, None, SIZES)
+    number = x.shape[1]
+    if table is not None or number <= SPAN:  # span by span, both threads waited for the same pages of a new table
+        _forward(x, y, np.empty((6, number)) if table is None else table, given, eps, more, SIZES)
         return
     assert y is not None
-    sizes = _for_spans((x, y), False)
-    for some in spans:
+    table, sizes = np.empty((6, SPAN)), _for_spans((x, y), False)
+    for some in _spans(number):
         known = tuple([None if a is None else a[some] for a in given])
         _forward(x[:, some], y[:, some], table[:, : some.stop - some.start], known, eps, None, sizes)
 
@@ -189,14 +186,13 @@ def _backward(
     dy: np.ndarray, x: np.ndarray, dx: np.ndarray | None, table: np.ndarray, dgamma: np.ndarray | None,
     dbeta: np.ndarray | None, frozen: bool, sizes: Sizes,
 ) -> None:  # fmt: skip
-    summed = not frozen or dgamma is not None or dbeta is not None
-    if summed:
+    if not frozen or dgamma is not None or dbeta is not None:
         grads = np.empty((5, x.shape[1]))
         mapped = dx is not None and not frozen
         target = dx if mapped else np.empty((0, 0, 0), dy.dtype)
         stages = SUM | FINISH | (MAP if mapped else 0)
-        numbers = table, table[4:], grads, *_sums_of(x, None if frozen else dgamma, dbeta)
-        _carry_out(backward_kernel, (dy, x, target), numbers, 5, stages, None, None, _NO_EXTRAS, sizes)
+        sums = None if frozen else dgamma, dbeta
+        _carry_back((dy, x, target), table, grads, sums, stages, None, None, _NO_EXTRAS, sizes)
     if not frozen:
         return
     with np.errstate(all="ignore"):
@@ -210,10 +206,14 @@ def _backward(
 _NO_SUMS = np.empty(0, np.float32), np.empty(0)
 
 
-def _sums_of(x: np.ndarray, dgamma: np.ndarray | None, dbeta: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """As the kernel takes them: empty where there are none."""
-    none = _NO_SUMS[x.itemsize == 8]
-    return none if dgamma is None else dgamma, none if dbeta is None else dbeta
+def _carry_back(
+    arrays: tuple[np.ndarray, ...], table: np.ndarray, grads: np.ndarray, sums: tuple[np.ndarray | None, ...],
+    stages: int, how: Any, more: Any, extras: tuple[Any, ...], sizes: Sizes,
+) -> None:  # fmt: skip
+    """The backward kernel's stages; sums are dgamma and dbeta, which it takes empty where they are None."""
+    none = _NO_SUMS[arrays[1].itemsize == 8]
+    numbers = table, table[4:], grads, *[none if a is None else a for a in sums]
+    _carry_out(backward_kernel, arrays, numbers, 5, stages, how, more, extras, sizes)
 
 
 def _backward_with(
@@ -229,8 +229,7 @@ def _backward_with(
         target = np.empty(dy.shape, dy.dtype) if dx is None else dx  # dresidual alone is rare: it costs a buffer
     how, extras = _gradient_extras(more, frozen)
     stages = (SUM | FINISH if summed else 0) | (MAP if mapped else 0)
-    numbers = table, table[4:], grads, *_sums_of(x, None, dbeta)
-    _carry_out(backward_kernel, (dy, x, target), numbers, 5, stages, how, more, extras)
+    _carry_back((dy, x, target), table, grads, (None, dbeta), stages, how, more, extras, SIZES)
     if dgamma is not None:
         with np.errstate(all="ignore"):
             dgamma[...] = _products(x, grads, more) * table[3]
@@ -255,8 +254,7 @@ def _products(x: np.ndarray, grads: np.ndarray, more: Any) -> Any:
 def gradient_sums(dy: np.ndarray, x: np.ndarray, table: np.ndarray, more: Any = None) -> np.ndarray:
     grads, target = np.empty((5, x.shape[1])), np.empty((0, 0, 0), dy.dtype)
     how, extras = _gradient_extras(more, False)
-    numbers = table, table[4:], grads, *_sums_of(x, None, None)
-    _carry_out(backward_kernel, (dy, x, target), numbers, 5, SUM | FINISH, how, more, extras)
+    _carry_back((dy, x, target), table, grads, (None, None), SUM | FINISH, how, more, extras, SIZES)
     with np.errstate(all="ignore"):
         return np.stack([grads[4], _products(x, grads, more)])
 
@@ -270,16 +268,15 @@ def gradient_map(
     grads = np.zeros((5, x.shape[1]))
     with np.errstate(all="ignore"):
         grads[0], grads[2] = sums / count
-    numbers = table, table[4:], grads, *_sums_of(x, None, None)
-    _carry_out(backward_kernel, (dy, x, dx), numbers, 5, MAP, how, more, extras)
+    _carry_back((dy, x, dx), table, grads, (None, None), MAP, how, more, extras, SIZES)
 
 
 def _carry_out(
     kernel: Any, arrays: tuple[np.ndarray, ...], numbers: tuple[Any, ...], depth: int, stages: int, how: Any, more: Any,
-    extras: tuple[Any, ...], sizes: Sizes | None = None,
+    extras: tuple[Any, ...], sizes: Sizes,
 ) -> None:  # fmt: skip
     """Runs the stages; arrays (O, C, I) end in x and what is written, numbers are by channel, depth is part's."""
-    x, sizes = arrays[-2], sizes or SIZES
+    x = arrays[-2]
     walked = arrays if stages & MAP else arrays[:-1]
     if more is None:
         strides = tuple([a.strides for a in walked])
