@@ -11,8 +11,12 @@ from fastbn.kernels.cpu import plan
 import fastbn
 from fastbn import reference
 
-# Runs of 256 elements and more. In blocks: one; three, the last of them short; two segments of each run; many.
-SHAPES = {"one": (5, 7, 300), "three": (120, 3, 17, 18), "segments": (3, 4, 20_011), "many": (40, 5, 31, 33)}
+# Tiles of one channel, in blocks: one; three, the last of them short; two segments of each run; many. Then tiles of
+# several channels, the last one of fewer, in runs of little more than a vector, in one block and in two; of vectors.
+SHAPES = {
+    "one": (5, 7, 300), "three": (120, 3, 17, 18), "segments": (3, 4, 20_011), "many": (40, 5, 31, 33),
+    "tiles": (30, 37, 4, 5), "tiles in blocks": (900, 37, 20), "longer runs": (9, 70, 7, 11),
+}  # fmt: skip
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
 
 
@@ -87,15 +91,21 @@ def test_the_bits_are_those_of_one_after_the_other(dtype, shape, past, one_after
         _assert_same(got, want)
 
 
-@pytest.mark.parametrize("extra", ["relu", "residual", "groups", "weights"])
-def test_with_extras(extra, one_after_the_other, rng):
-    """An activation is looked at for two channels at once; with the others one comes after the other."""
-    x, dy, gamma, beta = _draw(rng, SHAPES["one"], np.float32)
+@pytest.mark.parametrize("shape", ["one", "segments", "tiles", "tiles in blocks", "longer runs"])
+@pytest.mark.parametrize("extra", ["relu", "residual", "groups", "weights", "weights and residual"])
+def test_with_extras(extra, shape, one_after_the_other, rng):
+    """Groups are mapped one after the other."""
+    shape = SHAPES[shape]
+    x, dy, gamma, beta = _draw(rng, shape, np.float32)
+    where = rng.uniform(0.1, 2, (shape[0], 1, *shape[2:])).astype(np.float32)
+    where[0] = 0
+    residual = rng.normal(size=x.shape).astype(np.float32)
     more = {
         "relu": {"activation": "relu"},
-        "residual": {"residual": rng.normal(size=x.shape).astype(np.float32), "activation": "relu"},
+        "residual": {"residual": residual, "activation": "relu"},
         "groups": {"groups": 2},
-        "weights": {"weights": rng.uniform(0.1, 2, len(x)).astype(np.float32)},
+        "weights": {"weights": where},
+        "weights and residual": {"weights": where, "residual": residual, "activation": "gelu", "masked": "zero"},
     }[extra]
     found = _pass(x, dy, gamma, beta, **more)
     with fastbn.set_backend("reference"):

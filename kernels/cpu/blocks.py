@@ -52,115 +52,107 @@ def add_lanes(sums, lanes):  # type: ignore[no-untyped-def]
     save(sums, 0, load(sums, 0, more) + more)
 
 
-@part()
-def run_deviations(x, n, pivot, sums, squares, runs, step, then):  # type: ignore[no-untyped-def]
-    """Lanes of sums and squares (16,) float64 += x - pivot and its square, in the pivot's type; for n elements of each
-    of `runs` runs, `step` bytes apart. Behind them, those from then[n] on are fetched."""
-    near = spread(pivot)
-    s = t = q = r = nothing(near)
-    for _ in range(runs):
-        i = 0
-        while i < n:
-            stop = min(n, i + 2 * CHAIN)
-            after = x if i + AHEAD < n else then
-            while i + 2 * LANES <= stop:
-                fetch(after, i + AHEAD)
-                fetch(after, i + AHEAD + LANES)
-                d = load(x, i, near) - near
-                e = load(x, i + LANES, near) - near
-                s, t, q, r = s + d, t + e, fma(d, d, q), fma(e, e, r)
-                i += 2 * LANES
-            while i < stop:  # twice at most; lanes behind the end hold the pivot, whose deviation is 0
-                d = load_part(x, i, stop - i, near) - near
-                s, q = s + d, fma(d, d, q)
-                i += LANES
-            if i < n:
-                add_lanes(sums, s + t)
-                add_lanes(squares, q + r)
-                s = t = q = r = nothing(near)
-        x, then = shifted(x, step), shifted(then, step)
-    add_lanes(sums, s + t)
-    add_lanes(squares, q + r)
-
-
-@part()
-def together(n):  # type: ignore[no-untyped-def]
-    """How many runs of n elements have as many additions in a lane as CHAIN elements: of deviations, of products.
-
-    Passing five lanes on takes as long as four vectors, which is all that a run of 49 has.
-    """
-    return max(1, 16 // ((n + 2 * LANES - 1) // (2 * LANES) + 1)), max(1, 16 // ((n + LANES - 1) // LANES))
-
-
-@part()
-def run_weighted(x, w, n, pivot, sums, squares, masses):  # type: ignore[no-untyped-def]
-    """Lanes += w (x - pivot), w (x - pivot)^2 and w; what has no weight isn't looked at."""
-    near = spread(pivot)
-    i, zero = 0, nothing(near)
-    while i < n:
-        stop = min(n, i + CHAIN)
-        s = q = m = zero
-        while i < stop:
-            if i + LANES <= stop:
-                d, f = load(x, i, near) - near, load(w, i, near)
-            else:
-                d, f = load_part(x, i, stop - i, near) - near, load_part(w, i, stop - i, zero)
-            d = where_nonzero(f, d, zero)
-            e = d * f
-            s, q, m = s + e, fma(e, d, q), m + f
-            i += LANES
-        add_lanes(sums, s)
-        add_lanes(squares, q)
-        add_lanes(masses, m)
-
-
 @unless_none()
 def later(a, offset):  # type: ignore[no-untyped-def]
     """A pointer, `offset` bytes on; None of None."""
     return shifted(a, offset)
 
 
+@unless_none(1, lambda *args: (args[0], args[0]))
+def weighed(d, f):  # type: ignore[no-untyped-def]
+    """d, and d by its weight f; 0 where that is 0: what has no weight isn't looked at."""
+    d = where_nonzero(f, d, nothing(d))
+    return d, d * f
+
+
+@unless_none(1, lambda *args: args[0])
+def heavier(m, f):  # type: ignore[no-untyped-def]
+    """m and a weight."""
+    return m + f
+
+
+@unless_none()
+def add_mass(w, masses, m):  # type: ignore[no-untyped-def]
+    """As `add_lanes`, where there are weights."""
+    add_lanes(masses, m)
+
+
 @part()
-def run_products(dy, x, n, pivot, hi, sums, line, how, r, w, lens, runs, steps, then_dy, then_x):  # type: ignore[no-untyped-def]
-    """Lanes of five sums, `line` bytes apart, += g = dy - pivot, d = x - hi, g d, g^2 and d^4, in the pivot's type; for
-    n pairs of each of `runs` runs; `steps` are bytes from run to run of dy, x, r and w. What is fetched behind them is
-    from then_dy[n] and then_x[n] on.
+def run_deviations(x, w, n, pivot, sums, line, then):  # type: ignore[no-untyped-def]
+    """Lanes of two or three sums, `line` bytes apart, += w d, w d^2 and w, d = x - pivot, in the pivot's type.
+
+    Without weights (None) w is 1 and has no sum. Behind the n elements, those from then[n] on are fetched.
+    """
+    near = spread(pivot)
+    s = t = q = r = m = o = zero = nothing(near)
+    i = 0
+    while i < n:
+        stop = min(n, i + 2 * CHAIN)
+        after = x if i + AHEAD < n else then
+        while i + 2 * LANES <= stop:
+            fetch(after, i + AHEAD)
+            fetch(after, i + AHEAD + LANES)
+            f, h = loaded(w, i, near), loaded(w, i + LANES, near)
+            d, a = weighed(load(x, i, near) - near, f)
+            e, b = weighed(load(x, i + LANES, near) - near, h)
+            s, t, q, r, m, o = s + a, t + b, fma(a, d, q), fma(b, e, r), heavier(m, f), heavier(o, h)
+            i += 2 * LANES
+        while i < stop:  # twice at most; lanes behind the end hold the pivot, whose deviation is 0
+            f = loaded_part(w, i, stop - i, near)
+            d, a = weighed(load_part(x, i, stop - i, near) - near, f)
+            s, q, m = s + a, fma(a, d, q), heavier(m, f)
+            i += LANES
+        if i < n:
+            add_deviations(w, sums, line, s + t, q + r, m + o)
+            s = t = q = r = m = o = zero
+    add_deviations(w, sums, line, s + t, q + r, m + o)
+
+
+@part()
+def add_deviations(w, sums, line, s, q, m):  # type: ignore[no-untyped-def]
+    add_lanes(sums, s)
+    add_lanes(shifted(sums, line), q)
+    add_mass(w, shifted(sums, 2 * line), m)
+
+
+@part()
+def run_products(dy, x, n, pivot, hi, sums, line, how, r, w, lens, then_dy, then_x):  # type: ignore[no-untyped-def]
+    """Lanes of five sums, `line` bytes apart, += g = dy - pivot, d = x - hi, g d, g^2 and d^4, in the pivot's type.
+
+    Of n pairs; what is fetched behind them is from then_dy[n] and then_x[n] on.
 
     With an activation dy is dy f'(z), by `activations.bent`, whose lens is h, a, b in float64.
     """
     near_dy, near_x = spread(pivot), spread(hi)
     zero = nothing(near_dy)
     s = t = p = q = f = zero
-    for _ in range(runs):
-        i = 0
-        while i < n:
-            stop = min(n, i + CHAIN)
-            after_dy, after_x = (dy, x) if i + AHEAD < n else (then_dy, then_x)
-            while i + LANES <= stop:
-                fetch(after_dy, i + AHEAD)
-                fetch(after_x, i + AHEAD)
-                m = loaded(w, i, near_x)
-                g, d = load(dy, i, near_dy), load(x, i, near_x)
-                g, d = bent(how, g, d, lens[0], lens[1], lens[2], loaded(r, i, near_x))
-                g, d = counted(how, g, m) - near_dy, counted(how, d - near_x, m)
-                e = d * d
-                s, t, p, q, f = s + g, t + d, fma(g, d, p), fma(g, g, q), fma(e, e, f)
-                i += LANES
-            if i < stop:
-                k = stop - i
-                m = loaded_part(w, i, k, near_x)
-                g, d = load_part(dy, i, k, near_dy), load_part(x, i, k, near_x)
-                g, d = bent(how, g, d, lens[0], lens[1], lens[2], loaded_part(r, i, k, near_x))
-                g, d = counted(how, g, m) - near_dy, counted(how, d - near_x, m)
-                g, d = joined(k, g, zero), joined(k, d, zero)
-                e = d * d
-                s, t, p, q, f = s + g, t + d, fma(g, d, p), fma(g, g, q), fma(e, e, f)
-                i += LANES
-            if i < n:
-                pass_on(sums, line, s, t, p, q, f)
-                s = t = p = q = f = zero
-        dy, x, r, w = shifted(dy, steps[0]), shifted(x, steps[1]), later(r, steps[2]), later(w, steps[3])
-        then_dy, then_x = shifted(then_dy, steps[0]), shifted(then_x, steps[1])
+    i = 0
+    while i < n:
+        stop = min(n, i + CHAIN)
+        after_dy, after_x = (dy, x) if i + AHEAD < n else (then_dy, then_x)
+        while i + LANES <= stop:
+            fetch(after_dy, i + AHEAD)
+            fetch(after_x, i + AHEAD)
+            m = loaded(w, i, near_x)
+            g, d = load(dy, i, near_dy), load(x, i, near_x)
+            g, d = bent(how, g, d, lens[0], lens[1], lens[2], loaded(r, i, near_x))
+            g, d = counted(how, g, m) - near_dy, counted(how, d - near_x, m)
+            e = d * d
+            s, t, p, q, f = s + g, t + d, fma(g, d, p), fma(g, g, q), fma(e, e, f)
+            i += LANES
+        if i < stop:
+            k = stop - i
+            m = loaded_part(w, i, k, near_x)
+            g, d = load_part(dy, i, k, near_dy), load_part(x, i, k, near_x)
+            g, d = bent(how, g, d, lens[0], lens[1], lens[2], loaded_part(r, i, k, near_x))
+            g, d = counted(how, g, m) - near_dy, counted(how, d - near_x, m)
+            g, d = joined(k, g, zero), joined(k, d, zero)
+            e = d * d
+            s, t, p, q, f = s + g, t + d, fma(g, d, p), fma(g, g, q), fma(e, e, f)
+            i += LANES
+        if i < n:
+            pass_on(sums, line, s, t, p, q, f)
+            s = t = p = q = f = zero
     pass_on(sums, line, s, t, p, q, f)
 
 
@@ -308,10 +300,9 @@ def _run(array):  # type: ignore[no-untyped-def]
 @part(_nrt=True)
 def _sums(run, n, pivot):  # type: ignore[no-untyped-def]
     lanes = np.zeros(2 * LANES)
-    s, q = pointer(lanes, 0), pointer(lanes, 8 * LANES)
-    run_deviations(run, n, pivot, s, q, 1, 0, run)
-    like = spread(0.0)
-    return total(load(s, 0, like)), total(load(q, 0, like))
+    sums, like = pointer(lanes, 0), spread(0.0)
+    run_deviations(run, None, n, pivot, sums, 8 * LANES, run)
+    return total(load(sums, 0, like)), total(load(sums, LANES, like))
 
 
 @njit(error_model="numpy")
@@ -332,9 +323,9 @@ def block_comoments(dy, x, hi):  # type: ignore[no-untyped-def]
     run, n = _run(dy), dy.size
     pivot = _sums(run, n, 0.0)[0] / n
     lanes, like, line = np.zeros(5 * LANES), spread(0.0), 8 * LANES
-    sums, steps = pointer(lanes, 0), (0, 0, 0, 0)
+    sums = pointer(lanes, 0)
     runs = run, _run(x)
-    run_products(*runs, n, pivot, np.float64(hi), sums, line, plain(), None, None, (like, like, like), 1, steps, *runs)
+    run_products(*runs, n, pivot, np.float64(hi), sums, line, plain(), None, None, (like, like, like), *runs)
     s, t, p = total(load(sums, 0, like)), total(load(sums, LANES, like)), total(load(sums, 2 * LANES, like))
     return pivot, s / n, t / n, p - s * t / n
 

@@ -86,8 +86,9 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order,
         for k in range(k0, k1):
             if cm >= 0:
                 rows_products_two(
-                    dy, x, dx, k, c0, pivot, hi, sums, plan, cm, used, how, r, w, dr, lenses, numbers[20:]
-                )
+                    dy, x, dx, k, c0, pivot, hi, sums, plan, cm, used, how, r, w, dr, lenses, numbers[20:],
+                    scratch[2][0],
+                )  # fmt: skip
             else:
                 products(
                     dy, x, k, c0, pivot, hi, sums, near, scratch, plan, ALL, how, r, w, order, lenses, spread_lenses
@@ -109,8 +110,9 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order,
         for k in range(k0, k1):
             if cm >= 0 and plan[7] & EXACT:
                 rows_products_two(
-                    dy, x, dx, k, c0, mean, hi64, sums, plan, cm, used, how, r, w, dr, lenses, numbers[20:]
-                )
+                    dy, x, dx, k, c0, mean, hi64, sums, plan, cm, used, how, r, w, dr, lenses, numbers[20:],
+                    scratch[2][0],
+                )  # fmt: skip
             else:
                 products(
                     dy, x, k, c0, mean, hi64, sums, near64, scratch, plan, ALL, how, r, w, order, lenses, spread_lenses
@@ -303,6 +305,14 @@ def _backward_map(p0, p1, c0, dy, x, dx, rare, plan, memory, how, r, w, dr, orde
             rows_gradient(dy, x, dx, k, c0, numbers, used, rare, plan, scratch, how, r, w, dr, order, lenses)
 
 
+@part()
+def _hand_on(lenses, waiting):  # type: ignore[no-untyped-def]
+    """waiting (3, G) <- lenses (3, G). One array set to another costs 3 s: Numba compiles strings for its error."""
+    for i in range(3):
+        for c in range(lenses.shape[1]):
+            waiting[i, c] = lenses[i, c]
+
+
 @compiled
 def backward_item(
     k, items, dy, x, dx, stats, affine, grads, dgamma, dbeta, part, claims, plan, stage, starts, order, how, r, w,
@@ -323,7 +333,6 @@ def backward_item(
     pieces, tiles = part_sizes(x.shape, plan)
     u, seen, ready, rare, waiting = claimed(k, items, claims, -1), -1, -1, 0, np.int64(-1)
     in_turn = plan[7] & TWO != 0 and stage == SUM | FINISH | MAP and starts.size == 2
-    in_turn = in_turn and absent(r) and absent(w) and absent(dr)
     while u >= 0:
         first, last, _ = borders(u, items, (starts.size - 1) * tiles, pieces, stage)
         for cell in range(first // pieces, (last + pieces - 1) // pieces):
@@ -356,7 +365,8 @@ def backward_item(
                     )
                     ready = cell
                 if in_turn and rare == 0:
-                    waiting, memory[0][20:] = c0, memory[0][10:13]
+                    waiting = c0
+                    _hand_on(memory[0][10:13], memory[0][20:])
                     continue
                 _backward_map(p0, p1, c0, dys, xs, dxs, rare, own, memory, how, rs, ws, drs, order_of, 10)
         u = claimed(k, items, claims, u)

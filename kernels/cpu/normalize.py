@@ -75,7 +75,10 @@ def _forward_sum(p, c0, x, part, plan, memory, w, order, cm, y, how, r):  # type
         count = 0.0
         for k in range(k0, k1):
             if cm >= 0:
-                rows_two(x, y, k, c0, pivot, sums, plan, cm, numbers[:3], singles[2:8], how, r, w)
+                rows_two(
+                    x, y, k, c0, pivot, sums, plan, cm, numbers[:3], singles[2:8], how, r, w, _unless_unused(how, w),
+                    scratch[2][0],
+                )  # fmt: skip
             else:
                 deviations(x, k, c0, pivot, sums, near, scratch, plan, ALL, w, order)
             count += count_of(k, x.shape, plan, ALL)
@@ -88,7 +91,10 @@ def _forward_sum(p, c0, x, part, plan, memory, w, order, cm, y, how, r):  # type
         share = share_of(x, 0.5)
         for k in range(k0, k1):
             if cm >= 0 and plan[7] & EXACT:
-                rows_two(x, y, k, c0, mean, sums, plan, cm, numbers[:3], singles[2:8], how, r, w)
+                rows_two(
+                    x, y, k, c0, mean, sums, plan, cm, numbers[:3], singles[2:8], how, r, w, _unless_unused(how, w),
+                    scratch[2][0],
+                )  # fmt: skip
             else:
                 deviations(x, k, c0, mean, sums, near64, scratch, plan, ALL, w, order)
             by_channel(sums, totals, plan)
@@ -240,7 +246,7 @@ def forward_item(
     memory = lent(owned)
     pieces, tiles = part_sizes(x.shape, plan)
     u, ready, rare, waiting = claimed(k, items, claims, -1), -1, False, np.int64(-1)
-    in_turn = plan[7] & TWO != 0 and stage == SUM | FINISH | MAP and starts.size == 2 and absent(r) and absent(w)
+    in_turn = plan[7] & TWO != 0 and stage == SUM | FINISH | MAP and starts.size == 2
     while u >= 0:
         first, last, stop = borders(u, items, (starts.size - 1) * tiles, pieces, stage)
         for cell in range(first // pieces, (last + pieces - 1) // pieces):

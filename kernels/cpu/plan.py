@@ -8,7 +8,6 @@ import functools
 from pathlib import Path
 from typing import NamedTuple
 
-from .blocks import CHAIN
 from .lanes import LANES
 from .rows import EXACT, GATHER, NEXT, PAST, TWO
 from .schedule import MAP, SUM
@@ -38,7 +37,9 @@ class Sizes:
 
     block: int = 16384  # values of a channel in a block of rows: a block costs 50 ns, these 1.4 us
     piece: int = 64  # blocks of a piece at most: its pivot fits where data doesn't drift within 4 MB of float32
-    slab: int = 400_000  # bytes of a tile of rows, so that it and the next one fit into L2 (1 MB)
+    slab: int = (
+        410_000  # bytes of a tile of rows, so that it and the next one fit into L2 (1 MB); 32 × 56² × 4 and less
+    )
     line: int = 2048  # bytes of a tile of rows that follow each other in memory, at least
     far: tuple[int, int] = (256, 4_000_000)  # runs and bytes of a channel that no cache holds: 64 are a tile then
     columns: int = 1024  # columns of a tile: its sums and coefficients stay in L1 and L2
@@ -85,7 +86,7 @@ def plan_of(
     passes = ((stages & SUM != 0) + (stages & MAP != 0)) * (3 if at else 2)  # backward's take half as long again
     work = size * max(4, itemsize) * passes // 2
     if across or short:
-        found = _by_columns(shape, strides, items, flags, inner if short else 1, sizes, special)
+        found = _by_columns(shape, strides, items, flags, stages, inner if short else 1, sizes, special)
     else:
         found = _by_rows(shape, strides, items, flags, stages, sizes, special)
     return Plan(*found, work)
@@ -105,17 +106,19 @@ def _by_rows(
         segments = ceil(inner, sizes.block)
         length = inner if segments == 1 else ceil(ceil(inner, segments), 2 * LANES) * 2 * LANES
         runs = min(outer, max(1, sizes.block // inner))
-        tile = max(sizes.slab // (reads * outer * inner * itemsize), sizes.line // (inner * itemsize), 1)
-        if inner * itemsize >= sizes.line:
-            tile = 1
+        slab = reads * outer * inner * itemsize
+        tile = max(sizes.slab // slab, sizes.line // (inner * itemsize), 1)
         if flags & GATHER:
             tile = max(tile, 16)  # whose elements share lines
         tile = min(tile, ceil(channels, 16))
-        if outer >= sizes.far[0] and reads * outer * inner * itemsize > sizes.far[1]:
+        if outer >= sizes.far[0] and slab > sizes.far[1]:
             tile = min(channels, 64)  # by channel, each run was in another page: forward of 1 GB took 109 ms, now 90
-        if tile == 1 and not flags & GATHER and length >= CHAIN and not special:
+        near = slab * tile <= sizes.ahead
+        adjacent = length == inner and all(s[1] == inner * n for s, n in zip(strides, items, strict=True))
+        joint = tile == 1 or (adjacent and near)
+        if joint and not flags & GATHER and length >= LANES and not special & ORDERED:
             flags |= TWO if itemsize == 8 or not flags & EXACT else 0  # `rows_two` has no float64 sums of other types
-        flags |= NEXT if reads * tile * outer * inner * itemsize <= sizes.ahead else 0
+        flags |= NEXT if near else 0
     else:  # a map alone goes in the order of memory
         length, runs = min(inner, 16 * sizes.block), 1
         tile = channels if outer >= 16 else ceil(channels, 16)
@@ -128,7 +131,7 @@ def _by_rows(
 
 def _by_columns(
     shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], items: tuple[int, ...], flags: int,
-    period: int, sizes: Sizes, special: int,
+    stages: int, period: int, sizes: Sizes, special: int,
 ) -> tuple[int, int, tuple[int, ...]]:  # fmt: skip
     outer, channels, inner = shape
     rows = outer if period > 1 else outer * inner

@@ -1,7 +1,8 @@
 """One block of the rows schedule: runs inside a channel (NCHW, (C, N), a single channel).
 
 A tile is some neighbouring channels; a block of it is the runs of a few outer indices, or a segment of one. Short runs
-(7×7, 14×14) are walked tile by tile in the order of memory, long ones one channel at a time: then the tile is one.
+(7×7, 14×14) are walked tile by tile in the order of memory, long ones one channel at a time: then the tile is one. A
+tile is mapped in the loop that sums the next one (`rows_two`, `rows_products_two`), run beside run.
 
 What has no unit stride, or runs of fewer elements than a vector, is gathered: a block's values of a channel come to a
 scratch run, and results are scattered from one.
@@ -29,14 +30,14 @@ from .activations import (
 from .blocks import (
     AHEAD,
     CHAIN,
-    add_lanes,
+    add_deviations,
+    heavier,
     paired,
     pass_on,
     run_deviations,
     run_normalize,
     run_products,
-    run_weighted,
-    together,
+    weighed,
     write,
 )
 from .lanes import (
@@ -147,17 +148,6 @@ def add_up(sums, s):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _add_plain_run(*args):  # type: ignore[no-untyped-def]
-    _, x, n, pivot, sums, c, runs, step, then = args
-    run_deviations(x, n, pivot, _lanes(sums, 0, c), _lanes(sums, 1, c), runs, step, then)
-
-
-@unless_none(0, lambda *args: _add_plain_run(*args))
-def _add_run(w, x, n, pivot, sums, c, _runs, _step, _then):  # type: ignore[no-untyped-def]
-    run_weighted(x, w, n, pivot, _lanes(sums, 0, c), _lanes(sums, 1, c), _lanes(sums, 2, c))
-
-
-@part()
 def rows_deviations(x, k, c0, pivot, sums, plan, scratch, few, w, order):  # type: ignore[no-untyped-def]
     """Lanes of sums (2, 16 G) += x - pivot and its square, for the channels from c0 on; pivot (G,) sets the type.
 
@@ -167,9 +157,8 @@ def rows_deviations(x, k, c0, pivot, sums, plan, scratch, few, w, order):  # typ
     o0, o1, i0, n = _borders(k, x.shape, plan)
     o1 = min(o1, o0 + (few + n - 1) // n)
     gather = plan[7] & GATHER
-    at_once = together(n)[0] if absent(w) and order.size == 0 and not gather else 1
-    for o in range(o0, o0 + 1 if gather else o1, at_once):
-        p, runs = index(order, o), min(at_once, o1 - o)
+    for o in range(o0, o0 + 1 if gather else o1):
+        p = index(order, o)
         for c in range(pivot.size):
             if gather:
                 run = gathered(x, c0 + c, o0, o1, i0, n, order, scratch[0][0])
@@ -177,7 +166,8 @@ def rows_deviations(x, k, c0, pivot, sums, plan, scratch, few, w, order):  # typ
             else:
                 run, count = _at(x, p, c0 + c, i0), n
             run_w = gathered(w, 0, o0, o1, i0, n, order, scratch[2][0]) if gather else _at(w, p, 0, i0)
-            _add_run(run_w, run, count, pivot[c], sums, c, runs, x.strides[0], _then(x, run, o, n, order))
+            then = _then(x, run, o, n, order)
+            run_deviations(run, run_w, count, pivot[c], _lanes(sums, 0, c), sums.strides[0], then)
 
 
 @part()
@@ -194,17 +184,6 @@ def lens(numbers, c):  # type: ignore[no-untyped-def]
     return spread(numbers[0, c]), spread(numbers[1, c]), spread(numbers[2, c])
 
 
-@unless_none(0, lambda *args: 0)
-def _step(a):  # type: ignore[no-untyped-def]
-    return a.strides[0]
-
-
-@part()
-def _steps(dy, x, r, w):  # type: ignore[no-untyped-def]
-    """Bytes from a run to that of the next outer index."""
-    return dy.strides[0], x.strides[0], _step(r), _step(w)
-
-
 @part()
 def rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch, few, how, r, w, order, lenses):  # type: ignore[no-untyped-def]
     """Lanes of sums (5, 16 G) += g = dy - pivot, d = x - hi, g d, g^2 and d^4; lenses (3, G) as in `lens`."""
@@ -212,9 +191,8 @@ def rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch, few, how, r, w, 
     o0, o1, i0, n = _borders(k, x.shape, plan)
     o1 = min(o1, o0 + (few + n - 1) // n)
     gather = plan[7] & GATHER
-    at_once, steps = together(n)[1] if order.size == 0 and not gather else 1, _steps(dy, x, r, w)
-    for o in range(o0, o0 + 1 if gather else o1, at_once):
-        p, runs = index(order, o), min(at_once, o1 - o)
+    for o in range(o0, o0 + 1 if gather else o1):
+        p = index(order, o)
         for c in range(pivot.size):
             if gather:
                 run_dy = gathered(dy, c0 + c, o0, o1, i0, n, order, scratch[1][0])
@@ -227,7 +205,7 @@ def rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch, few, how, r, w, 
                 run_r, run_w = _at(r, p, c0 + c, i0), _at(w, p, 0, i0)
             run_products(
                 run_dy, run_x, count, pivot[c], hi[c], _lanes(sums, 0, c), sums.strides[0], how, run_r, run_w,
-                lens(lenses, c), runs, steps, _then(dy, run_dy, o, n, order), _then(x, run_x, o, n, order),
+                lens(lenses, c), _then(dy, run_dy, o, n, order), _then(x, run_x, o, n, order),
             )  # fmt: skip
 
 
@@ -356,71 +334,100 @@ def rows_normalize(x, y, k, c0, ca, doubles, singles, rare, plan, scratch, how, 
                 _normalize_run(fast, run, target, n, c, doubles, singles, past, ahead, how, run_r, run_w)
 
 
-@part()
-def _run_two(x, y, m, p, past, how, like, other, n, then, pivot, sums, squares):  # type: ignore[no-untyped-def]
-    """y of m elements as `_normalize_runs`, and sums of n of another channel as `run_deviations`, to the same bits.
+@unless_none(0, lambda *args: None)
+def _weights_of(w, o, i0, n, channels, scratch):  # type: ignore[no-untyped-def]
+    """Of a run; as by `_repeated` where another one follows it."""
+    return _repeated(w, o, i0, n, scratch) if channels > 1 else _at(w, o, 0, i0)
 
-    Memory reads and writes at once, and nothing is read twice into L2: 1.1 copies where one after the other takes 1.3
-    with what comes next fetched meanwhile, and 1.5 without.
+
+@part()
+def _row_two(
+    x, y, r, w, m, n, past, how, fast, doubles, like, row, row_w, runs, count, then, pivot, sums
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """y of m elements, runs of n, as `_normalize_runs`, and sums of `runs` runs of other channels as `run_deviations`.
+
+    To the same bits. Memory reads and writes at once, and nothing is read twice into L2: 1.1 copies where one after the
+    other takes 1.3 with what comes next fetched meanwhile, and 1.5 without.
     """
-    near = spread(pivot)
-    s = t = q = r = nothing(near)
-    i, j, reach = 0, 0, min(AHEAD, n // (2 * LANES) * 2 * LANES)
+    p, c, i, end, near = _numbers(fast, doubles, np.int64(0)), np.int64(0), 0, min(m, n), spread(pivot[0])
+    size, line, zero = runs * count, sums.strides[0], nothing(near)
+    reach = min(AHEAD, size // (2 * LANES) * 2 * LANES)
     if past:
         i = min(m, before_line(y))
     if i > 0:
-        save_part(y, 0, i, _normalized(how, load_part(x, 0, i, like), p, None, None))
-    while j < n:
-        stop = min(n, j + 2 * CHAIN)
-        while j + 2 * LANES <= stop:
-            after = other if j + reach < n else then
-            fetch(after, j + reach)
-            fetch(after, j + reach + LANES)
-            d = load(other, j, near) - near
-            e = load(other, j + LANES, near) - near
-            s, t, q, r = s + d, t + e, fma(d, d, q), fma(e, e, r)
-            j += 2 * LANES
-            if i + 2 * LANES <= m:
-                write(y, i, _normalized(how, load(x, i, like), p, None, None), past)
-                write(y, i + LANES, _normalized(how, load(x, i + LANES, like), p, None, None), past)
-                i += 2 * LANES
-        while j < stop:
-            d = load_part(other, j, stop - j, near) - near
-            s, q = s + d, fma(d, d, q)
-            j += LANES
-        if j < n:
-            add_lanes(sums, s + t)
-            add_lanes(squares, q + r)
-            s = t = q = r = nothing(near)
-    add_lanes(sums, s + t)
-    add_lanes(squares, q + r)
-    while i + LANES <= m:
-        write(y, i, _normalized(how, load(x, i, like), p, None, None), past)
-        i += LANES
+        v, e = load_part(x, 0, i, like), loaded_part(r, 0, i, like)
+        save_part(y, 0, i, _normalized(how, v, p, e, loaded_part(w, 0, i, like)))
+    for k in range(max(runs, (m + n - 1) // n)):
+        if k < runs:
+            near, lanes, start = spread(pivot[k]), _lanes(sums, 0, k), k * count
+            s = t = q = u = g = h = zero
+            j, to = start, start + count
+            while j < to:
+                stop = min(to, j + 2 * CHAIN)
+                while j + 2 * LANES <= stop:
+                    after = row if j + reach < size else then
+                    fetch(after, j + reach)
+                    fetch(after, j + reach + LANES)
+                    f, b = loaded(row_w, j - start, near), loaded(row_w, j - start + LANES, near)
+                    d, a = weighed(load(row, j, near) - near, f)
+                    s, q, g = s + a, fma(a, d, q), heavier(g, f)
+                    d, a = weighed(load(row, j + LANES, near) - near, b)
+                    t, u, h = t + a, fma(a, d, u), heavier(h, b)
+                    j += 2 * LANES
+                    if i + 2 * LANES <= end:
+                        for _ in range(2):
+                            e, o = loaded(r, i, like), loaded(w, i - end + n, like)
+                            write(y, i, _normalized(how, load(x, i, like), p, e, o), past)
+                            i += LANES
+                while j < stop:
+                    f = loaded_part(row_w, j - start, stop - j, near)
+                    d, a = weighed(load_part(row, j, stop - j, near) - near, f)
+                    s, q, g = s + a, fma(a, d, q), heavier(g, f)
+                    j += LANES
+                if j < to:
+                    add_deviations(row_w, lanes, line, s + t, q + u, g + h)
+                    s = t = q = u = g = h = zero
+            add_deviations(row_w, lanes, line, s + t, q + u, g + h)
+        while i + LANES <= end:
+            e, o = loaded(r, i, like), loaded(w, i - end + n, like)
+            write(y, i, _normalized(how, load(x, i, like), p, e, o), past)
+            i += LANES
+        if i + LANES <= m:
+            c += 1
+            after_p = _numbers(fast, doubles, c)
+            if i < end:
+                e, o = loaded(r, i, like), loaded(w, i - end + n, like)
+                write(y, i, _normalized(how, load(x, i, like), _joined(end - i, p, after_p), e, o), past)
+                i += LANES
+            p = after_p
+            end += n
     if i < m:
-        save_part(y, i, m - i, _normalized(how, load_part(x, i, m - i, like), p, None, None))
+        v, e = load_part(x, i, m - i, like), loaded_part(r, i, m - i, like)
+        save_part(y, i, m - i, _normalized(how, v, p, e, loaded_part(w, i - end + n, m - i, like)))
 
 
 @by_type
-def rows_two(x, y, k, c0, pivot, sums, plan, cm, doubles, singles, how, r, w):  # type: ignore[no-untyped-def]
-    """Sums of block k of channel c0, and y of channel cm of the block that is as far from the last one, backwards.
+def rows_two(x, y, k, c0, pivot, sums, plan, cm, doubles, singles, how, r, w, seen, scratch):  # type: ignore[no-untyped-def]
+    """Sums of block k of the channels from c0 on, and y of those from cm on, of the block as far from the last one.
 
-    As by `rows_deviations` and `rows_normalize`: of tiles of one channel, without residual and weights, in x's type.
+    As by `rows_deviations` with weights w and by `rows_normalize` with `seen`, backwards; in x's type.
     """
-    plain = isinstance(r, types.NoneType) and isinstance(w, types.NoneType)
-    return _rows_two if plain and (pivot.dtype == types.float64) == (x.dtype == types.float64) else nothing_of
+    return _rows_two if (pivot.dtype == types.float64) == (x.dtype == types.float64) else nothing_of
 
 
-def _rows_two(x, y, k, c0, pivot, sums, plan, cm, doubles, singles, how, r, w):  # type: ignore[no-untyped-def]
+def _rows_two(x, y, k, c0, pivot, sums, plan, cm, doubles, singles, how, r, w, seen, scratch):  # type: ignore[no-untyped-def]
     o0, o1, i0, n = _borders(k, x.shape, plan)
     a0, a1, j0, m = _borders(plan[2] - 1 - k, x.shape, plan)
-    fast, like, past = fast_numbers(how, r, w, singles), spread(singles[0, 0]), plan[7] & PAST != 0
-    p, s, q = _numbers(fast, doubles, np.int64(0)), _lanes(sums, 0, 0), _lanes(sums, 1, 0)
+    fast, like, past = fast_numbers(how, r, seen, singles), spread(singles[0, 0]), plan[7] & PAST != 0
+    g, channels = pivot.size, min(plan[1], x.shape[1] - cm)
     for i in range(max(o1 - o0, a1 - a0)):
-        run, then = _at(x, min(o0 + i, o1 - 1), c0, i0), _at(x, min(o0 + i + 1, x.shape[0] - 1), c0, i0)
-        place, target = _at(x, max(a1 - 1 - i, a0), cm, j0), _at(y, max(a1 - 1 - i, a0), cm, j0)
-        count, mapped = n if i < o1 - o0 else 0, m if i < a1 - a0 else 0
-        _run_two(place, target, mapped, p, past, how, like, run, count, shifted(then, -n * x.itemsize), pivot[0], s, q)
+        o, a, then = min(o0 + i, o1 - 1), max(a1 - 1 - i, a0), min(o0 + i + 1, x.shape[0] - 1)
+        _row_two(
+            _at(x, a, cm, j0), _at(y, a, cm, j0), _at(r, a, cm, j0), _weights_of(seen, a, j0, m, channels, scratch),
+            channels * m if i < a1 - a0 else 0, m, past, how, fast, doubles, like, _at(x, o, c0, i0),
+            _at(w, o, 0, i0), g if i < o1 - o0 else 0, n, shifted(_at(x, then, c0, i0), -g * n * x.itemsize), pivot,
+            sums,
+        )  # fmt: skip
 
 
 @unless_none(0, lambda *args: _normalize_exactly(*args[1:]))
@@ -509,76 +516,108 @@ def _gradient_runs(dy, x, dx, n, c, count, used, past, ahead_dy, ahead_x, how, r
 
 @part()
 def _gradient_two(
-    dy, x, dx, m, p, z, past, how, like, next_dy, next_x, n, then_dy, then_x, pivot, hi, sums, line, lens
+    dy, x, dx, r, w, dr, m, n, past, how, used, lenses, like, row_dy, row_x, row_r, row_w, runs, count, then_dy, then_x,
+    pivot, hi, sums, own,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    """dx of m elements as `_gradient_runs`, and five sums over n of another channel as `run_products`, see `_run_two`.
+    """dx of m elements, runs of n, as `_gradient_runs`, and sums of `runs` others, by the lenses `own`: see `_row_two`.
 
     2.0 copies where one after the other takes 2.3; with what comes next fetched meanwhile 2.7.
     """
-    near_dy, near_x = spread(pivot), spread(hi)
-    zero = nothing(near_dy)
-    s = t = c = q = f = zero
-    i, j, reach = 0, 0, min(AHEAD, n // LANES * LANES)
+    c, i, end, near_dy = np.int64(0), 0, min(m, n), spread(pivot[0])
+    p, z, zero = _coefficients(how, r, w, used, c), lens(lenses, c), nothing(near_dy)
+    size = runs * count
+    reach = min(AHEAD, size // LANES * LANES)
     if past:
         i = min(m, before_line(dx))
     if i > 0:
-        b, _ = _slope(how, load_part(dy, 0, i, like), load_part(x, 0, i, like), p, z, None, None)
-        save_part(dx, 0, i, b)
-    while j < n:
-        stop = min(n, j + CHAIN)
-        while j < stop:
-            k = min(LANES, stop - j)
-            after_dy, after_x = (next_dy, next_x) if j + reach < n else (then_dy, then_x)
-            fetch(after_dy, j + reach)
-            fetch(after_x, j + reach)
-            if k == LANES:
-                g, d = load(next_dy, j, near_dy), load(next_x, j, near_x)
-            else:
-                g, d = load_part(next_dy, j, k, near_dy), load_part(next_x, j, k, near_x)
-            g, d = bent(how, g, d, lens[0], lens[1], lens[2], None)
-            g, d = counted(how, g, None) - near_dy, counted(how, d - near_x, None)
-            if k < LANES:
-                g, d = joined(k, g, zero), joined(k, d, zero)
-            e = d * d
-            s, t, c, q, f = s + g, t + d, fma(g, d, c), fma(g, g, q), fma(e, e, f)
-            j += LANES
-            if i + LANES <= m:
-                b, _ = _slope(how, load(dy, i, like), load(x, i, like), p, z, None, None)
-                write(dx, i, b, past)
+        g, d, e = load_part(dy, 0, i, like), load_part(x, 0, i, like), loaded_part(r, 0, i, like)
+        a, b = _slope(how, g, d, p, z, e, loaded_part(w, 0, i, like))
+        save_part(dx, 0, i, a)
+        put_part(dr, 0, i, b)
+    for at in range(max(runs, (m + n - 1) // n)):
+        if at < runs:
+            near_dy, near_x, bend_of = spread(pivot[at]), spread(hi[at]), lens(own, at)
+            s = t = u = q = f = zero
+            j, start, to = at * count, at * count, (at + 1) * count
+            while j < to:
+                stop = min(to, j + CHAIN)
+                while j < stop:
+                    k = min(LANES, stop - j)
+                    after_dy, after_x = (row_dy, row_x) if j + reach < size else (then_dy, then_x)
+                    fetch(after_dy, j + reach)
+                    fetch(after_x, j + reach)
+                    if k == LANES:
+                        g, d, e = load(row_dy, j, near_dy), load(row_x, j, near_x), loaded(row_r, j, near_x)
+                        o = loaded(row_w, j - start, near_x)
+                    else:
+                        g, d = load_part(row_dy, j, k, near_dy), load_part(row_x, j, k, near_x)
+                        e, o = loaded_part(row_r, j, k, near_x), loaded_part(row_w, j - start, k, near_x)
+                    g, d = bent(how, g, d, bend_of[0], bend_of[1], bend_of[2], e)
+                    g, d = counted(how, g, o) - near_dy, counted(how, d - near_x, o)
+                    if k < LANES:
+                        g, d = joined(k, g, zero), joined(k, d, zero)
+                    e = d * d
+                    s, t, u, q, f = s + g, t + d, fma(g, d, u), fma(g, g, q), fma(e, e, f)
+                    j += LANES
+                    if i + LANES <= end:
+                        _map_one(dy, x, dx, r, w, dr, i, i - end + n, past, how, like, p, z)
+                        i += LANES
+                if j < to:
+                    pass_on(_lanes(sums, 0, at), sums.strides[0], s, t, u, q, f)
+                    s = t = u = q = f = zero
+            pass_on(_lanes(sums, 0, at), sums.strides[0], s, t, u, q, f)
+        while i + LANES <= end:
+            _map_one(dy, x, dx, r, w, dr, i, i - end + n, past, how, like, p, z)
+            i += LANES
+        if i + LANES <= m:
+            c += 1
+            p_next, z_next = _coefficients(how, r, w, used, c), lens(lenses, c)
+            if i < end:
+                both, seen = _joined(end - i, p, p_next), _joined(end - i, z, z_next)
+                _map_one(dy, x, dx, r, w, dr, i, i - end + n, past, how, like, both, seen)
                 i += LANES
-        if j < n:
-            pass_on(sums, line, s, t, c, q, f)
-            s = t = c = q = f = zero
-    pass_on(sums, line, s, t, c, q, f)
-    while i + LANES <= m:
-        b, _ = _slope(how, load(dy, i, like), load(x, i, like), p, z, None, None)
-        write(dx, i, b, past)
-        i += LANES
+            p, z = p_next, z_next
+            end += n
     if i < m:
-        b, _ = _slope(how, load_part(dy, i, m - i, like), load_part(x, i, m - i, like), p, z, None, None)
-        save_part(dx, i, m - i, b)
+        k = m - i
+        g, d, e = load_part(dy, i, k, like), load_part(x, i, k, like), loaded_part(r, i, k, like)
+        a, b = _slope(how, g, d, p, z, e, loaded_part(w, i - end + n, k, like))
+        save_part(dx, i, k, a)
+        put_part(dr, i, k, b)
+
+
+@part()
+def _map_one(dy, x, dx, r, w, dr, i, i_w, past, how, like, p, z):  # type: ignore[no-untyped-def]
+    g, v, e = load(dy, i, like), load(x, i, like), loaded(r, i, like)
+    s, b = _slope(how, g, v, p, z, e, loaded(w, i_w, like))
+    write(dx, i, s, past)
+    put(dr, i, b)
 
 
 @by_type
-def rows_products_two(dy, x, dx, k, c0, pivot, hi, sums, plan, cm, used, how, r, w, dr, lenses, waiting):  # type: ignore[no-untyped-def]
-    """As `rows_two`: sums of block k of channel c0 by `lenses`, and dx of channel cm by the lenses `waiting`."""
-    plain = all(isinstance(a, types.NoneType) for a in (r, w, dr))
-    alike = (pivot.dtype == types.float64) == (x.dtype == types.float64)
-    return _rows_products_two if plain and alike else nothing_of
+def rows_products_two(
+    dy, x, dx, k, c0, pivot, hi, sums, plan, cm, used, how, r, w, dr, lenses, waiting, scratch
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """As `rows_two`: sums of block k of channels c0 and on, by `lenses`, and dx of channels cm and on, by `waiting`."""
+    return _rows_products_two if (pivot.dtype == types.float64) == (x.dtype == types.float64) else nothing_of
 
 
-def _rows_products_two(dy, x, dx, k, c0, pivot, hi, sums, plan, cm, used, how, r, w, dr, lenses, waiting):  # type: ignore[no-untyped-def]
+def _rows_products_two(
+    dy, x, dx, k, c0, pivot, hi, sums, plan, cm, used, how, r, w, dr, lenses, waiting, scratch
+):  # type: ignore[no-untyped-def]  # fmt: skip
     o0, o1, i0, n = _borders(k, x.shape, plan)
     a0, a1, j0, m = _borders(plan[2] - 1 - k, x.shape, plan)
-    past, c = plan[7] & PAST != 0, np.int64(0)
-    p, z, lens_of = _coefficients(how, r, w, used, c), lens(waiting, c), lens(lenses, c)
-    like, back = read_as(how, r, spread(narrowest(x)), p[0]), -n * x.itemsize
+    past, g, channels = plan[7] & PAST != 0, pivot.size, min(plan[1], x.shape[1] - cm)
+    like = read_as(how, r, spread(narrowest(x)), _coefficients(how, r, w, used, np.int64(0))[0])
     for i in range(max(o1 - o0, a1 - a0)):
         o, a, then = min(o0 + i, o1 - 1), max(a1 - 1 - i, a0), min(o0 + i + 1, x.shape[0] - 1)
+        back = -g * n * x.itemsize
         _gradient_two(
-            _at(dy, a, cm, j0), _at(x, a, cm, j0), _at(dx, a, cm, j0), m if i < a1 - a0 else 0, p, z, past, how, like,
-            _at(dy, o, c0, i0), _at(x, o, c0, i0), n if i < o1 - o0 else 0, shifted(_at(dy, then, c0, i0), back),
-            shifted(_at(x, then, c0, i0), back), pivot[0], hi[0], _lanes(sums, 0, 0), sums.strides[0], lens_of,
+            _at(dy, a, cm, j0), _at(x, a, cm, j0), _at(dx, a, cm, j0), _at(r, a, cm, j0),
+            _weights_of(w, a, j0, m, channels, scratch), _at(dr, a, cm, j0), channels * m if i < a1 - a0 else 0, m,
+            past, how, used, waiting, like, _at(dy, o, c0, i0), _at(x, o, c0, i0), _at(r, o, c0, i0),
+            _at(w, o, 0, i0), g if i < o1 - o0 else 0, n, shifted(_at(dy, then, c0, i0), back),
+            shifted(_at(x, then, c0, i0), back), pivot, hi, sums, lenses,
         )  # fmt: skip
 
 

@@ -4,9 +4,9 @@ An array is cut into tiles of channels, a tile into pieces, a piece into blocks.
 and all merging is in order, so one thread or many give the same bits. What a block is, `rows` and `columns` know.
 
 With the FINISH stage, a unit of work is a span of tiles that go through all stages one after the other: a tile is
-mapped while its data is still in cache. Memory should read and write at once, so a tile of one channel is mapped in the
-loop that sums the next one (`TWO`); in forward, what comes next to other tiles is fetched meanwhile. Without it, a unit
-is a span of pieces: that is how few tiles feed many threads.
+mapped while its data is still in cache. Memory should read and write at once, so a tile of rows is mapped in the loop
+that sums the next one (`TWO`); where it can't, in forward, what comes next is fetched meanwhile. Without it, a unit is
+a span of pieces: that is how few tiles feed many threads.
 
 **Sums** of float32 and half data are taken in float32 lanes around a pivot, the mean of the piece's first values: small
 deviations, whatever the mean. The piece's channel is summed again in float64, block by block, where those values
