@@ -19,7 +19,6 @@ from .activations import (
     fast_numbers,
     finished,
     in_singles,
-    is_plain,
     line,
     loaded,
     loaded_part,
@@ -432,7 +431,7 @@ def _rows_two(x, y, k, c0, pivot, sums, plan, cm, doubles, singles, how, r, w, s
 
 @unless_none(0, lambda *args: _normalize_exactly(*args[1:]))
 def _normalize_run(fast, x, y, n, c, doubles, singles, past, ahead, how, r, w):  # type: ignore[no-untyped-def]
-    if singles[5, c] != 0 or (is_plain(how) and n < LANES):
+    if singles[5, c] != 0:
         _normalize_exactly(x, y, n, c, doubles, singles, past, ahead, how, r, w)
     else:
         _normalize_runs(x, y, n, c, np.int64(1), fast, past, ahead, how, r, w, doubles, spread(singles[0, c]))
