@@ -329,7 +329,7 @@ def backward_item(
     dgamma, dbeta = borrowed(dgamma), borrowed(dbeta)
     order, r, w, dr, mass = borrowed(order), borrowed(r), borrowed(w), borrowed(dr), borrowed(mass)
     owned = memory_of(x, dx, plan, stage, narrowest(x), 5, 8, 11, not absent(w))
-    memory = lent(owned)
+    memory = lent(owned, dx, plan)
     pieces, tiles = part_sizes(x.shape, plan)
     u, seen, ready, rare, waiting = claimed(k, items, claims, -1), -1, -1, 0, np.int64(-1)
     in_turn = plan[7] & TWO != 0 and stage == SUM | FINISH | MAP and starts.size == 2

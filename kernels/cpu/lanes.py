@@ -597,6 +597,20 @@ def borrowed(_typing: Any, array: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def in_step(_typing: Any, array: Any, i: Any) -> Any:
+    """A borrowed array, up to 63 bytes on, so that its element i lies at the start of a line: there must be room."""
+    size = _bytes(array.dtype)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        view, word = context.make_array(signature.return_type)(context, builder, value=args[0]), ir.IntType(64)
+        place = builder.add(builder.ptrtoint(view.data, word), builder.mul(args[1], ir.Constant(word, size)))
+        view.data = cgutils.pointer_add(builder, view.data, builder.and_(builder.neg(place), ir.Constant(word, 63)))
+        return view._getvalue()
+
+    return array(array, types.intp), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def outer(_typing: Any, array: Any, start: Any, count: Any) -> Any:
     """`array[start : start + count]` of a borrowed array, as a borrowed one; None of None."""
 

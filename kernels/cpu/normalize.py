@@ -243,7 +243,7 @@ def forward_item(
     x, y, stats, affine, part = borrowed(x), borrowed(y), borrowed(stats), borrowed(affine), borrowed(part)
     claims, starts, order, r, w = borrowed(claims), borrowed(starts), borrowed(order), borrowed(r), borrowed(w)
     owned = memory_of(x, y, plan, stage, narrowest(x), 2 if absent(w) else 3, 3, 6, not absent(w))
-    memory = lent(owned)
+    memory = lent(owned, y, plan)
     pieces, tiles = part_sizes(x.shape, plan)
     u, ready, rare, waiting = claimed(k, items, claims, -1), -1, False, np.int64(-1)
     in_turn = plan[7] & TWO != 0 and stage == SUM | FINISH | MAP and starts.size == 2
