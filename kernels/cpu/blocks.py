@@ -10,7 +10,7 @@ pair hi + lo.
 """
 
 import numpy as np
-from numba import njit
+from numba import njit, types
 
 from .activations import bent, counted, loaded, loaded_part, plain
 from .lanes import (
@@ -35,7 +35,7 @@ from .lanes import (
     where_nonzero,
     wide,
 )
-from .parts import part, unless_none
+from .parts import by_type, nothing_of, part, unless_none
 
 # Squares of numbers on a grid leave remainders of 0, 1 and 4 eighths, which a float32 sum of a hundred drops more often
 # than it rounds them up: the variance of data at 1e4 was 5e-7 too small. So lanes pass sums on after 16 additions.
@@ -119,7 +119,7 @@ def add_deviations(w, sums, line, s, q, m):  # type: ignore[no-untyped-def]
 def run_products(dy, x, n, pivot, hi, sums, line, how, r, w, lens, then_dy, then_x):  # type: ignore[no-untyped-def]
     """Lanes of five sums, `line` bytes apart, += g = dy - pivot, d = x - hi, g d, g^2 and d^4, in the pivot's type.
 
-    Of n pairs; what is fetched behind them is from then_dy[n] and then_x[n] on.
+    Of n pairs; no d^4 in float64. What is fetched behind them is from then_dy[n] and then_x[n] on.
 
     With an activation dy is dy f'(z), by `activations.bent`, whose lens is h, a, b in float64.
     """
@@ -137,8 +137,7 @@ def run_products(dy, x, n, pivot, hi, sums, line, how, r, w, lens, then_dy, then
             g, d = load(dy, i, near_dy), load(x, i, near_x)
             g, d = bent(how, g, d, lens[0], lens[1], lens[2], loaded(r, i, near_x))
             g, d = counted(how, g, m) - near_dy, counted(how, d - near_x, m)
-            e = d * d
-            s, t, p, q, f = s + g, t + d, fma(g, d, p), fma(g, g, q), fma(e, e, f)
+            s, t, p, q, f = s + g, t + d, fma(g, d, p), fma(g, g, q), fourth(d, f)
             i += LANES
         if i < stop:
             k = stop - i
@@ -147,8 +146,7 @@ def run_products(dy, x, n, pivot, hi, sums, line, how, r, w, lens, then_dy, then
             g, d = bent(how, g, d, lens[0], lens[1], lens[2], loaded_part(r, i, k, near_x))
             g, d = counted(how, g, m) - near_dy, counted(how, d - near_x, m)
             g, d = joined(k, g, zero), joined(k, d, zero)
-            e = d * d
-            s, t, p, q, f = s + g, t + d, fma(g, d, p), fma(g, g, q), fma(e, e, f)
+            s, t, p, q, f = s + g, t + d, fma(g, d, p), fma(g, g, q), fourth(d, f)
             i += LANES
         if i < n:
             pass_on(sums, line, s, t, p, q, f)
@@ -162,7 +160,30 @@ def pass_on(sums, line, s, t, p, q, f):  # type: ignore[no-untyped-def]
     add_lanes(shifted(sums, line), t)
     add_lanes(shifted(sums, 2 * line), p)
     add_lanes(shifted(sums, 3 * line), q)
-    add_lanes(shifted(sums, 4 * line), f)
+    add_fourth(shifted(sums, 4 * line), f)
+
+
+# Sums of d^4 tell where float32 won't do (`gradient._first`): in float64 there are none.
+
+
+@by_type
+def fourth(d, f):  # type: ignore[no-untyped-def]
+    """f + d^4, of float32 lanes; of others f."""
+    return _fourth if d.dtype == types.float32 else lambda d, f: f
+
+
+def _fourth(d, f):  # type: ignore[no-untyped-def]
+    e = d * d
+    return fma(e, e, f)
+
+
+@by_type
+def add_fourth(sums, f):  # type: ignore[no-untyped-def]
+    return _add_fourth if f.dtype == types.float32 else nothing_of
+
+
+def _add_fourth(sums, f):  # type: ignore[no-untyped-def]
+    add_lanes(sums, f)
 
 
 @part()

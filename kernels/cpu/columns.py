@@ -23,7 +23,7 @@ from .activations import (
     put_part,
     read_as,
 )
-from .blocks import later, paired, write
+from .blocks import add_fourth, add_lanes, add_mass, fourth, heavier, later, paired, weighed, write
 from .lanes import (
     LANES,
     before_line,
@@ -190,70 +190,42 @@ def _ahead(a, here, step, r, c0, plan, order):  # type: ignore[no-untyped-def]
     return place, step
 
 
-@part()
-def _add(sums, j, lanes):  # type: ignore[no-untyped-def]
-    total = wide(lanes)
-    save(sums, j, load(sums, j, total) + total)
+@unless_none()
+def _within_tile(f, k):  # type: ignore[no-untyped-def]
+    """Weights of the first k lanes; those behind belong to no column of this tile, but to some of the next one."""
+    return joined(k, f, nothing(f))
 
 
 @part()
-def _add_deviations(x, step, rows, n, near, s, q, ahead, step_ahead):  # type: ignore[no-untyped-def]
-    """Columns s, q (W,) float64 += sums over some rows of n columns, in lanes of the type of near (W,)."""
-    like = spread(near[0])
-    near, s, q = pointer(near, 0), pointer(s, 0), pointer(q, 0)
+def _add_deviations(x, step, rows, n, near, sums, w, step_w, ahead, step_ahead):  # type: ignore[no-untyped-def]
+    """Columns of sums (2, W) float64 += over some rows of n columns, in lanes of the type of near (W,).
+
+    By weights, if there are some: sums has a third row then, for them.
+    """
+    like, line = spread(near[0]), sums.strides[0]
+    near, zero = pointer(near, 0), nothing(like)
+    s, q, m = pointer(sums, 0), pointer(sums, line), pointer(sums, 2 * line)
     i = 0  # what is fetched is so in the order of memory
     for j in range(0, n, LANES):
         h = load(near, j, like)
-        a = b = nothing(like)
+        a = b = c = zero
         if j + LANES <= n:
             for r in range(rows):
                 fetch(ahead, i)
                 i += LANES
                 if i >= n:
                     ahead, i = shifted(ahead, step_ahead), 0
-                d = load(shifted(x, r * step), j, like) - h
-                a, b = a + d, fma(d, d, b)
+                f = _weight_at(w, step_w, r, like)
+                d, e = weighed(load(shifted(x, r * step), j, like) - h, f)
+                a, b, c = a + e, fma(e, d, b), heavier(c, f)
         else:
             for r in range(rows):
-                d = load_part(shifted(x, r * step), j, n - j, h) - h
-                a, b = a + d, fma(d, d, b)
-        _add(s, j, a)
-        _add(q, j, b)
-
-
-@part()
-def _add_plain(*args):  # type: ignore[no-untyped-def]
-    _, _, x, step, rows, n, near, sums, ahead, step_ahead = args
-    _add_deviations(x, step, rows, n, near, sums[0], sums[1], ahead, step_ahead)
-
-
-@unless_none(0, lambda *args: _add_plain(*args))
-def _add_weighted(w, step_w, x, step, rows, n, near, sums, ahead, step_ahead):  # type: ignore[no-untyped-def]
-    """The same by weights, and their sums; what has no weight isn't looked at."""
-    like, line = spread(near[0]), sums.strides[0]
-    near, zero = pointer(near, 0), nothing(like)
-    s, q, m = pointer(sums, 0), pointer(sums, line), pointer(sums, 2 * line)
-    i = 0
-    for j in range(0, n, LANES):
-        h = load(near, j, like)
-        a = b = c = zero
-        for r in range(rows):
-            fetch(ahead, i)
-            i += LANES
-            if i >= n:
-                ahead, i = shifted(ahead, step_ahead), 0
-            f = _weight_at(w, step_w, r, like)
-            row = shifted(x, r * step)
-            if j + LANES <= n:
-                d = load(row, j, like) - h
-            else:  # the lanes behind the end belong to no column of this tile, but to some of the next one
-                d, f = load_part(row, j, n - j, h) - h, joined(n - j, f, zero)
-            d = where_nonzero(f, d, zero)
-            e = d * f
-            a, b, c = a + e, fma(e, d, b), c + f
-        _add(s, j, a)
-        _add(q, j, b)
-        _add(m, j, c)
+                f = _within_tile(_weight_at(w, step_w, r, like), n - j)
+                d, e = weighed(load_part(shifted(x, r * step), j, n - j, h) - h, f)
+                a, b, c = a + e, fma(e, d, b), heavier(c, f)
+        add_lanes(shifted(s, 8 * j), a)
+        add_lanes(shifted(q, 8 * j), b)
+        add_mass(w, shifted(m, 8 * j), c)
 
 
 @part()
@@ -273,7 +245,7 @@ def columns_deviations(x, k, c0, channels, near, sums, plan, few, w, order):  # 
             rows -= 1
         weight, step_w = _weight(w, r, plan, order)
         ahead, step_ahead = _ahead(x, shifted(place, rows * step), step, r + rows, c0 + channels, plan, order)
-        _add_weighted(weight, step_w, place, step, rows, n, near[0], sums, ahead, step_ahead)
+        _add_deviations(place, step, rows, n, near[0], sums, weight, step_w, ahead, step_ahead)
         r += rows
 
 
@@ -301,8 +273,7 @@ def _add_products(
                 g, d = load(shifted(dy, r * step_dy), j, like), load(shifted(x, r * step_x), j, like)
                 g, d = bent(how, g, d, z[0], z[1], z[2], e)
                 g, d = counted(how, g, m) - gh, counted(how, d - dh, m)
-                e = d * d
-                a, b, c, u, v = a + g, b + d, fma(g, d, c), fma(g, g, u), fma(e, e, v)
+                a, b, c, u, v = a + g, b + d, fma(g, d, c), fma(g, g, u), fourth(d, v)
         else:
             k = n - j
             for r in range(rows):
@@ -310,13 +281,12 @@ def _add_products(
                 g, d = load_part(shifted(dy, r * step_dy), j, k, gh), load_part(shifted(x, r * step_x), j, k, dh)
                 g, d = bent(how, g, d, z[0], z[1], z[2], e)
                 g, d = joined(k, counted(how, g, m) - gh, zero), joined(k, counted(how, d - dh, m), zero)
-                e = d * d
-                a, b, c, u, v = a + g, b + d, fma(g, d, c), fma(g, g, u), fma(e, e, v)
-        _add(s, j, a)
-        _add(t, j, b)
-        _add(p, j, c)
-        _add(q, j, u)
-        _add(f, j, v)
+                a, b, c, u, v = a + g, b + d, fma(g, d, c), fma(g, g, u), fourth(d, v)
+        add_lanes(shifted(s, 8 * j), a)
+        add_lanes(shifted(t, 8 * j), b)
+        add_lanes(shifted(p, 8 * j), c)
+        add_lanes(shifted(q, 8 * j), u)
+        add_fourth(shifted(f, 8 * j), v)
 
 
 @part()

@@ -117,7 +117,7 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order,
                 products(
                     dy, x, k, c0, mean, hi64, sums, near64, scratch, plan, ALL, how, r, w, order, lenses, spread_lenses
                 )
-            by_channel(sums, totals, plan)
+            by_channel(sums[:4], totals[:4], plan)
             m = count_of(k, x.shape, plan, ALL)
             if _join(mean, totals, merged, far, n, m, share):
                 _mean_of_dy(
@@ -127,7 +127,7 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order,
                 products(
                     dy, x, k, c0, own, hi64, sums, near64, scratch, plan, ALL, how, r, w, order, lenses, spread_lenses
                 )
-                by_channel(sums, totals, plan)
+                by_channel(sums[:4], totals[:4], plan)
                 for c in range(0, g, LANES):
                     some = min(LANES, g - c)
                     _merge(c, some, take(far, 0, c, some, spread(0.0)), own, totals, merged, n, m)

@@ -185,6 +185,16 @@ def total(_typing: Any, lanes: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def first(_typing: Any, lanes: Any) -> Any:
+    """The first lane."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.extract_element(args[0], ir.Constant(_I32, 0))
+
+    return lanes.dtype(lanes), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def where_nonzero(_typing: Any, flags: Any, a: Any, b: Any) -> Any:
     """Lane by lane a where the flag is not 0, else b; of numbers too."""
 

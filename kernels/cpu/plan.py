@@ -41,6 +41,7 @@ class Sizes:
         410_000  # bytes of a tile of rows, so that it and the next one fit into L2 (1 MB); 32 × 56² × 4 and less
     )
     line: int = 2048  # bytes of a tile of rows that follow each other in memory, at least
+    most: int = 32  # channels of a tile of rows: their sums stay in L1
     far: tuple[int, int] = (256, 4_000_000)  # runs and bytes of a channel that no cache holds: 64 are a tile then
     columns: int = 1024  # columns of a tile: its sums and coefficients stay in L1 and L2
     height: int = 64  # rows of a block of columns: as many are added in a lane
@@ -110,7 +111,7 @@ def _by_rows(
         tile = max(sizes.slab // slab, sizes.line // (inner * itemsize), 1)
         if flags & GATHER:
             tile = max(tile, 16)  # whose elements share lines
-        tile = min(tile, ceil(channels, 16))
+        tile = min(tile, sizes.most, ceil(channels, 16))
         if outer >= sizes.far[0] and (slab > sizes.far[1] or (short and slab * tile > sizes.ahead)):
             # By channel, each run was in another page: forward of 1 GB took 109 ms, now 90; of 26 MB in 1792 times 64
             # runs of 224 bytes, 2.5 ms by 9 channels, now 1.7, and backward 5.0, now 2.6.

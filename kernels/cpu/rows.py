@@ -30,6 +30,7 @@ from .blocks import (
     AHEAD,
     CHAIN,
     add_deviations,
+    fourth,
     heavier,
     paired,
     pass_on,
@@ -43,6 +44,7 @@ from .lanes import (
     LANES,
     before_line,
     fetch,
+    first,
     fma,
     joined,
     keep_whole,
@@ -65,6 +67,8 @@ from .parts import by_type, nothing_of, part, unless_none
 # Flags of a plan: store past the caches; gather; all in float64; fetch the next tile while one is mapped, or sum it.
 PAST, GATHER, EXACT, NEXT, TWO = 1, 2, 4, 8, 16
 
+SAMPLE = 2 * LANES
+
 
 @part()
 def _borders(k, shape, plan):  # type: ignore[no-untyped-def]
@@ -76,10 +80,36 @@ def _borders(k, shape, plan):  # type: ignore[no-untyped-def]
 
 
 @part()
-def rows_count(k, shape, plan, few):  # type: ignore[no-untyped-def]
-    """Values of a channel in block k, or in its first runs of `few` values at least."""
+def _samples(k, shape, plan, few):  # type: ignore[no-untyped-def]
+    """What is walked of block k: how many samples, the runs and elements of each, the steps from one to the next.
+
+    All of it: run by run, or at once where it is gathered. Or `few` values at least, from here and there: neighbours
+    are alike, and a pivot that is far from the mean costs more than all samples.
+    """
     o0, o1, _, n = _borders(k, shape, plan)
-    return min(o1 - o0, (few + n - 1) // n) * n
+    runs, gather = o1 - o0, plan[7] & GATHER != 0
+    if few >= runs * n:
+        return (1, runs, n, runs, n) if gather else (runs, 1, n, 1, 0)
+    m = min(n, few, SAMPLE)
+    each = min(runs, (min(few, SAMPLE) + m - 1) // m) if gather else 1
+    count = (few + each * m - 1) // (each * m)
+    return count, each, m, max(1, (runs - each + 1) // count), (n - m) // count
+
+
+@part()
+def rows_count(k, shape, plan, few):  # type: ignore[no-untyped-def]
+    """Values of a channel in block k, or in its samples of `few` values at least."""
+    count, runs, n, _, _ = _samples(k, shape, plan, few)
+    return count * runs * n
+
+
+@part()
+def rows_first(x, k, c0, pivot, plan, order):  # type: ignore[no-untyped-def]
+    """pivot (G,) <- the first values of the channels from c0 on in block k."""
+    o0, _, i0, _ = _borders(k, x.shape, plan)
+    o, like = index(order, o0), spread(pivot[0])
+    for c in range(pivot.size):
+        pivot[c] = first(load_part(_at(x, o, c0 + c, i0), 0, 1, like))
 
 
 @part()
@@ -150,23 +180,24 @@ def add_up(sums, s):  # type: ignore[no-untyped-def]
 def rows_deviations(x, k, c0, pivot, sums, plan, scratch, few, w, order):  # type: ignore[no-untyped-def]
     """Lanes of sums (2, 16 G) += x - pivot and its square, for the channels from c0 on; pivot (G,) sets the type.
 
-    For all of block k, or for its first runs of `few` values at least. With weights w sums has a third row, for them.
+    For all of block k, or for samples of `few` values. With weights w sums has a third row, for them.
     """
     keep_whole()
-    o0, o1, i0, n = _borders(k, x.shape, plan)
-    o1 = min(o1, o0 + (few + n - 1) // n)
-    gather = plan[7] & GATHER
-    for o in range(o0, o0 + 1 if gather else o1):
+    o0, o1, i0, _ = _borders(k, x.shape, plan)
+    samples, runs, n, step, further = _samples(k, x.shape, plan, few)
+    gather, o, i = plan[7] & GATHER, o0, i0
+    for _ in range(samples):
         p = index(order, o)
         for c in range(pivot.size):
             if gather:
-                run = gathered(x, c0 + c, o0, o1, i0, n, order, scratch[0][0])
-                count = (o1 - o0) * n
+                run = gathered(x, c0 + c, o, o + runs, i, n, order, scratch[0][0])
+                run_w = gathered(w, 0, o, o + runs, i, n, order, scratch[2][0])
             else:
-                run, count = _at(x, p, c0 + c, i0), n
-            run_w = gathered(w, 0, o0, o1, i0, n, order, scratch[2][0]) if gather else _at(w, p, 0, i0)
+                run, run_w = _at(x, p, c0 + c, i), _at(w, p, 0, i)
             then = _then(x, run, o, n, order)
-            run_deviations(run, run_w, count, pivot[c], _lanes(sums, 0, c), sums.strides[0], then)
+            run_deviations(run, run_w, runs * n, pivot[c], _lanes(sums, 0, c), sums.strides[0], then)
+        o, i = o + step, i + further
+        o = o if o + runs <= o1 else o0
 
 
 @part()
@@ -187,25 +218,26 @@ def lens(numbers, c):  # type: ignore[no-untyped-def]
 def rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch, few, how, r, w, order, lenses):  # type: ignore[no-untyped-def]
     """Lanes of sums (5, 16 G) += g = dy - pivot, d = x - hi, g d, g^2 and d^4; lenses (3, G) as in `lens`."""
     keep_whole()
-    o0, o1, i0, n = _borders(k, x.shape, plan)
-    o1 = min(o1, o0 + (few + n - 1) // n)
-    gather = plan[7] & GATHER
-    for o in range(o0, o0 + 1 if gather else o1):
+    o0, o1, i0, _ = _borders(k, x.shape, plan)
+    samples, runs, n, step, further = _samples(k, x.shape, plan, few)
+    gather, o, i = plan[7] & GATHER, o0, i0
+    for _ in range(samples):
         p = index(order, o)
         for c in range(pivot.size):
             if gather:
-                run_dy = gathered(dy, c0 + c, o0, o1, i0, n, order, scratch[1][0])
-                run_x = gathered(x, c0 + c, o0, o1, i0, n, order, scratch[0][0])
-                run_r = gathered(r, c0 + c, o0, o1, i0, n, order, scratch[1][2])
-                run_w = gathered(w, 0, o0, o1, i0, n, order, scratch[2][0])
-                count = (o1 - o0) * n
+                run_dy = gathered(dy, c0 + c, o, o + runs, i, n, order, scratch[1][0])
+                run_x = gathered(x, c0 + c, o, o + runs, i, n, order, scratch[0][0])
+                run_r = gathered(r, c0 + c, o, o + runs, i, n, order, scratch[1][2])
+                run_w = gathered(w, 0, o, o + runs, i, n, order, scratch[2][0])
             else:
-                run_dy, run_x, count = _at(dy, p, c0 + c, i0), _at(x, p, c0 + c, i0), n
-                run_r, run_w = _at(r, p, c0 + c, i0), _at(w, p, 0, i0)
+                run_dy, run_x = _at(dy, p, c0 + c, i), _at(x, p, c0 + c, i)
+                run_r, run_w = _at(r, p, c0 + c, i), _at(w, p, 0, i)
             run_products(
-                run_dy, run_x, count, pivot[c], hi[c], _lanes(sums, 0, c), sums.strides[0], how, run_r, run_w,
+                run_dy, run_x, runs * n, pivot[c], hi[c], _lanes(sums, 0, c), sums.strides[0], how, run_r, run_w,
                 lens(lenses, c), _then(dy, run_dy, o, n, order), _then(x, run_x, o, n, order),
             )  # fmt: skip
+        o, i = o + step, i + further
+        o = o if o + runs <= o1 else o0
 
 
 @part()
@@ -270,27 +302,37 @@ def _normalize_runs(x, y, n, c, count, fast, past, ahead, how, r, w, doubles, li
     if past:
         i = min(m, before_line(y))
     if i > 0:  # a masked store of nothing still held up the stores behind it: 0.22 against 0.09 ns an element
-        v = load_part(x, 0, i, like)
-        save_part(y, 0, i, _normalized(how, v, p, loaded_part(r, 0, i, like), loaded_part(w, 0, i, like)))
+        _put_part(x, y, r, w, 0, 0, i, how, like, p)
     while i + LANES <= m:
         while i + LANES <= end:
             fetch(ahead, i)
-            write(y, i, _normalized(how, load(x, i, like), p, loaded(r, i, like), loaded(w, i - end + n, like)), past)
+            _put_one(x, y, r, w, i, i - end + n, past, how, like, p)
             i += LANES
         if i + LANES <= m:
             c += 1
             q = _numbers(fast, doubles, c)
             if i < end:
                 fetch(ahead, i)
-                pq, f = _joined(end - i, p, q), loaded(w, i - end + n, like)
-                write(y, i, _normalized(how, load(x, i, like), pq, loaded(r, i, like), f), past)
+                _put_one(x, y, r, w, i, i - end + n, past, how, like, _joined(end - i, p, q))
                 i += LANES
             p = q
             end += n
     if i < m:
         fetch(ahead, i)
-        v, k = load_part(x, i, m - i, like), m - i
-        save_part(y, i, k, _normalized(how, v, p, loaded_part(r, i, k, like), loaded_part(w, i - end + n, k, like)))
+        _put_part(x, y, r, w, i, i - end + n, m - i, how, like, p)
+
+
+@part()
+def _put_one(x, y, r, w, i, i_w, past, how, like, p):  # type: ignore[no-untyped-def]
+    """A vector of y at i, by weights at i_w."""
+    write(y, i, _normalized(how, load(x, i, like), p, loaded(r, i, like), loaded(w, i_w, like)), past)
+
+
+@part()
+def _put_part(x, y, r, w, i, i_w, k, how, like, p):  # type: ignore[no-untyped-def]
+    """The first k elements of one."""
+    v, e = load_part(x, i, k, like), loaded_part(r, i, k, like)
+    save_part(y, i, k, _normalized(how, v, p, e, loaded_part(w, i_w, k, like)))
 
 
 @unless_none(0, lambda *args: True)
@@ -354,8 +396,7 @@ def _row_two(
     if past:
         i = min(m, before_line(y))
     if i > 0:
-        v, e = load_part(x, 0, i, like), loaded_part(r, 0, i, like)
-        save_part(y, 0, i, _normalized(how, v, p, e, loaded_part(w, 0, i, like)))
+        _put_part(x, y, r, w, 0, 0, i, how, like, p)
     for k in range(max(runs, (m + n - 1) // n)):
         if k < runs:
             near, lanes, start = spread(pivot[k]), _lanes(sums, 0, k), k * count
@@ -375,8 +416,7 @@ def _row_two(
                     j += 2 * LANES
                     if i + 2 * LANES <= end:
                         for _ in range(2):
-                            e, o = loaded(r, i, like), loaded(w, i - end + n, like)
-                            write(y, i, _normalized(how, load(x, i, like), p, e, o), past)
+                            _put_one(x, y, r, w, i, i - end + n, past, how, like, p)
                             i += LANES
                 while j < stop:
                     f = loaded_part(row_w, j - start, stop - j, near)
@@ -388,21 +428,18 @@ def _row_two(
                     s = t = q = u = g = h = zero
             add_deviations(row_w, lanes, line, s + t, q + u, g + h)
         while i + LANES <= end:
-            e, o = loaded(r, i, like), loaded(w, i - end + n, like)
-            write(y, i, _normalized(how, load(x, i, like), p, e, o), past)
+            _put_one(x, y, r, w, i, i - end + n, past, how, like, p)
             i += LANES
         if i + LANES <= m:
             c += 1
             after_p = _numbers(fast, doubles, c)
             if i < end:
-                e, o = loaded(r, i, like), loaded(w, i - end + n, like)
-                write(y, i, _normalized(how, load(x, i, like), _joined(end - i, p, after_p), e, o), past)
+                _put_one(x, y, r, w, i, i - end + n, past, how, like, _joined(end - i, p, after_p))
                 i += LANES
             p = after_p
             end += n
     if i < m:
-        v, e = load_part(x, i, m - i, like), loaded_part(r, i, m - i, like)
-        save_part(y, i, m - i, _normalized(how, v, p, e, loaded_part(w, i - end + n, m - i, like)))
+        _put_part(x, y, r, w, i, i - end + n, m - i, how, like, p)
 
 
 @by_type
@@ -458,6 +495,24 @@ def _slope(how, g, v, p, z, r, w):  # type: ignore[no-untyped-def]
     return line(how, g, bowed, d, p, w), bowed
 
 
+@part()
+def _map_one(dy, x, dx, r, w, dr, i, i_w, past, how, like, p, z):  # type: ignore[no-untyped-def]
+    """A vector of dx at i, by weights at i_w."""
+    g, v, e = load(dy, i, like), load(x, i, like), loaded(r, i, like)
+    s, b = _slope(how, g, v, p, z, e, loaded(w, i_w, like))
+    write(dx, i, s, past)
+    put(dr, i, b)
+
+
+@part()
+def _map_part(dy, x, dx, r, w, dr, i, i_w, k, how, like, p, z):  # type: ignore[no-untyped-def]
+    """The first k elements of one."""
+    g, v, e = load_part(dy, i, k, like), load_part(x, i, k, like), loaded_part(r, i, k, like)
+    s, b = _slope(how, g, v, p, z, e, loaded_part(w, i_w, k, like))
+    save_part(dx, i, k, s)
+    put_part(dr, i, k, b)
+
+
 @by_type
 def _coefficients(how, r, w, numbers, c):  # type: ignore[no-untyped-def]
     return _seven if in_singles(how, r, w, numbers) else lambda how, r, w, numbers, c: _five(numbers, c)
@@ -476,18 +531,12 @@ def _gradient_runs(dy, x, dx, n, c, count, used, past, ahead_dy, ahead_x, how, r
     if past:
         i = min(m, before_line(dx))
     if i > 0:
-        g, v = load_part(dy, 0, i, like), load_part(x, 0, i, like)
-        s, b = _slope(how, g, v, p, z, loaded_part(r, 0, i, like), loaded_part(w, 0, i, like))
-        save_part(dx, 0, i, s)
-        put_part(dr, 0, i, b)
+        _map_part(dy, x, dx, r, w, dr, 0, 0, i, how, like, p, z)
     while i + LANES <= m:
         while i + LANES <= end:
             fetch(ahead_dy, i)
             fetch(ahead_x, i)
-            g, v = load(dy, i, like), load(x, i, like)
-            s, b = _slope(how, g, v, p, z, loaded(r, i, like), loaded(w, i - end + n, like))
-            write(dx, i, s, past)
-            put(dr, i, b)
+            _map_one(dy, x, dx, r, w, dr, i, i - end + n, past, how, like, p, z)
             i += LANES
         if i + LANES <= m:
             c += 1
@@ -495,22 +544,15 @@ def _gradient_runs(dy, x, dx, n, c, count, used, past, ahead_dy, ahead_x, how, r
             if i < end:
                 fetch(ahead_dy, i)
                 fetch(ahead_x, i)
-                g, v = load(dy, i, like), load(x, i, like)
-                pq, zz = _joined(end - i, p, q), _joined(end - i, z, zq)
-                s, b = _slope(how, g, v, pq, zz, loaded(r, i, like), loaded(w, i - end + n, like))
-                write(dx, i, s, past)
-                put(dr, i, b)
+                both, seen = _joined(end - i, p, q), _joined(end - i, z, zq)
+                _map_one(dy, x, dx, r, w, dr, i, i - end + n, past, how, like, both, seen)
                 i += LANES
             p, z = q, zq
             end += n
     if i < m:
         fetch(ahead_dy, i)
         fetch(ahead_x, i)
-        k = m - i
-        g, v = load_part(dy, i, k, like), load_part(x, i, k, like)
-        s, b = _slope(how, g, v, p, z, loaded_part(r, i, k, like), loaded_part(w, i - end + n, k, like))
-        save_part(dx, i, k, s)
-        put_part(dr, i, k, b)
+        _map_part(dy, x, dx, r, w, dr, i, i - end + n, m - i, how, like, p, z)
 
 
 @part()
@@ -529,10 +571,7 @@ def _gradient_two(
     if past:
         i = min(m, before_line(dx))
     if i > 0:
-        g, d, e = load_part(dy, 0, i, like), load_part(x, 0, i, like), loaded_part(r, 0, i, like)
-        a, b = _slope(how, g, d, p, z, e, loaded_part(w, 0, i, like))
-        save_part(dx, 0, i, a)
-        put_part(dr, 0, i, b)
+        _map_part(dy, x, dx, r, w, dr, 0, 0, i, how, like, p, z)
     for at in range(max(runs, (m + n - 1) // n)):
         if at < runs:
             near_dy, near_x, bend_of = spread(pivot[at]), spread(hi[at]), lens(own, at)
@@ -555,8 +594,7 @@ def _gradient_two(
                     g, d = counted(how, g, o) - near_dy, counted(how, d - near_x, o)
                     if k < LANES:
                         g, d = joined(k, g, zero), joined(k, d, zero)
-                    e = d * d
-                    s, t, u, q, f = s + g, t + d, fma(g, d, u), fma(g, g, q), fma(e, e, f)
+                    s, t, u, q, f = s + g, t + d, fma(g, d, u), fma(g, g, q), fourth(d, f)
                     j += LANES
                     if i + LANES <= end:
                         _map_one(dy, x, dx, r, w, dr, i, i - end + n, past, how, like, p, z)
@@ -578,19 +616,7 @@ def _gradient_two(
             p, z = p_next, z_next
             end += n
     if i < m:
-        k = m - i
-        g, d, e = load_part(dy, i, k, like), load_part(x, i, k, like), loaded_part(r, i, k, like)
-        a, b = _slope(how, g, d, p, z, e, loaded_part(w, i - end + n, k, like))
-        save_part(dx, i, k, a)
-        put_part(dr, i, k, b)
-
-
-@part()
-def _map_one(dy, x, dx, r, w, dr, i, i_w, past, how, like, p, z):  # type: ignore[no-untyped-def]
-    g, v, e = load(dy, i, like), load(x, i, like), loaded(r, i, like)
-    s, b = _slope(how, g, v, p, z, e, loaded(w, i_w, like))
-    write(dx, i, s, past)
-    put(dr, i, b)
+        _map_part(dy, x, dx, r, w, dr, i, i - end + n, m - i, how, like, p, z)
 
 
 @by_type

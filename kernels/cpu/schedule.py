@@ -38,7 +38,7 @@ from .lanes import (
     where_nonzero,
 )
 from .parts import part, unless_none
-from .rows import GATHER, PAST, add_up, rows_count, rows_deviations, rows_products
+from .rows import GATHER, PAST, add_up, rows_count, rows_deviations, rows_first, rows_products
 
 SUM, FINISH, MAP = 1, 2, 4
 
@@ -46,10 +46,12 @@ SUM, FINISH, MAP = 1, 2, 4
 # thread's processor, finds its share done. With fixed shares, two threads that had slept took as long as one.
 UNITS = 8
 
-# Values of a channel (or an eighth of them), or rows of columns, whose mean is the pivot of a piece. Of 16 rows, of
-# which a mask leaves 11, one in a thousand is a standard deviation off: with 1024 channels nearly all was summed twice.
-FEW = 1024, 32
-NARROW = 2, 16  # rows of columns, or values of a channel
+# Values of a channel, at least and at most, or rows of columns, whose mean is the pivot of a piece. Of 16 rows, of
+# which a mask leaves 11, one in a thousand is a standard deviation off: of 1024 channels nearly all was summed twice.
+FEW = 128, 256, 32
+# The same for data of fewer bits than its sums, see `share_of`. One value of n is sqrt(n - 1) standard deviations off
+# at most.
+NARROW = 1, 2
 SINGLE, DOUBLE = 1e30, 1e250  # what squares in lanes of float32 and float64 may be at most, and at least its inverse
 ALL = np.int64(1 << 62)  # a literal would be a type of its own, and all that takes it compiled again
 
@@ -137,7 +139,7 @@ def deviations(x, k, c0, pivot, sums, near, scratch, plan, few, w, order):  # ty
 
 @part(inline="always")
 def products(dy, x, k, c0, pivot, hi, sums, near, scratch, plan, few, how, r, w, order, lenses, spread_lenses):  # type: ignore[no-untyped-def]
-    """sums (5, W) += g = dy - pivot, d = x - hi, g d, g^2 and d^4."""
+    """sums (5, W) += g = dy - pivot, d = x - hi, g d, g^2 and, in float32, d^4."""
     if plan[0]:
         columns_products(dy, x, k, c0, pivot.size, near, sums, plan, few, how, r, w, order, spread_lenses)
     else:
@@ -159,6 +161,9 @@ def mean_of(x, k, c0, pivot, totals, sums, near, scratch, plan, few, w, order): 
 
     0 where nothing has weight.
     """
+    if few == 1 and not plan[0]:
+        rows_first(x, k, c0, pivot, plan, order)
+        return
     pivot[:] = 0
     near[0] = 0
     deviations(x, k, c0, pivot, sums, near, scratch, plan, few, w, order)
@@ -191,7 +196,7 @@ def mean_in(sums, n, count, w):  # type: ignore[no-untyped-def]
 
 @part()
 def few_of(shape, plan):  # type: ignore[no-untyped-def]
-    return FEW[1] if plan[0] else min(FEW[0], max(64, shape[0] * shape[2] // 8))
+    return FEW[2] if plan[0] else min(FEW[1], max(FEW[0], shape[0] * shape[2] // 32))
 
 
 @part()
@@ -199,7 +204,7 @@ def few_in_double(x, plan, w):  # type: ignore[no-untyped-def]
     """The same where sums are taken in float64; of numbers of less than 64 bits few are enough, see `share_of`."""
     if x.itemsize == 8 or not absent(w):
         return few_of(x.shape, plan)
-    return np.int64(NARROW[0] if plan[0] else NARROW[1])
+    return np.int64(NARROW[1] if plan[0] else NARROW[0])
 
 
 @part()
