@@ -8,6 +8,8 @@ columns before a block, and columns are added up to channels after it.
 A tile is some neighbouring channels, a block some rows of it.
 """
 
+import numpy as np
+
 from .activations import (
     absent,
     bend,
@@ -104,7 +106,7 @@ def _in_step(r, rows, order):  # type: ignore[no-untyped-def]
 @unless_none(0, lambda *args: (None, 0))
 def _weight(w, r, plan, order):  # type: ignore[no-untyped-def]
     """A pointer to the weight of row r, and bytes to that of the next one."""
-    place, step, _ = _row(w, r, 0, plan, order)
+    place, step, _ = _row(w, r, np.int64(0), plan, order)
     return place, step
 
 
@@ -186,7 +188,7 @@ def _ahead(a, here, step, r, c0, plan, order):  # type: ignore[no-untyped-def]
     """The rows to fetch while those up to r are summed: the next ones, or the first ones of the next tile."""
     if r * plan[6] < _rows(a.shape, plan) or c0 >= a.shape[1]:
         return here, step
-    place, step, _ = _row(a, 0, c0, plan, order)
+    place, step, _ = _row(a, np.int64(0), c0, plan, order)
     return place, step
 
 
@@ -378,7 +380,7 @@ def _normalize_run(x, y, n, width, last, like, doubles, fast, mode, past, ahead,
         i = min(n, before_line(y))
     if i > 0:
         v, f = load_part(x, 0, i, like), _weight_at(w, step_w, 0, like)
-        save_part(y, 0, i, _normalized(how, v, 0, doubles, fast, mode, loaded_part(r, 0, i, like), f))
+        save_part(y, 0, i, _normalized(how, v, np.int64(0), doubles, fast, mode, loaded_part(r, 0, i, like), f))
     j = _within(i, width)
     while i + LANES <= n:
         for _ in range(min((width - j + LANES - 1) // LANES, (n - i) // LANES)):
@@ -483,7 +485,7 @@ def _gradient_run(
         i = min(n, before_line(dx))
     if i > 0:
         g, v, f = load_part(dy, 0, i, like), load_part(x, 0, i, like), _weight_at(w, step_w, 0, like)
-        s, b = _slope(how, g, v, 0, doubles, used, mode, lenses, loaded_part(r, 0, i, like), f)
+        s, b = _slope(how, g, v, np.int64(0), doubles, used, mode, lenses, loaded_part(r, 0, i, like), f)
         save_part(dx, 0, i, s)
         put_part(dr, 0, i, b)
     j = _within(i, width)

@@ -287,11 +287,11 @@ def _backward_numbers(s0, c0, x, stats, affine, grads, plan, memory, how, r, w, 
 
 
 @part()
-def _backward_map(p0, p1, c0, dy, x, dx, rare, plan, memory, how, r, w, dr, order, lens_row):  # type: ignore[no-untyped-def]
+def _backward_map(p0, p1, c0, dy, x, dx, rare, plan, memory, how, r, w, dr, order, lenses):  # type: ignore[no-untyped-def]
     """Pieces p0 to p1 of a tile, backwards."""
     g = min(plan[1], x.shape[1] - c0)
     all_numbers, _, spread_numbers, all_singles, spread_singles, scratch = memory
-    numbers, lenses = all_numbers[:5, :g], all_numbers[lens_row : lens_row + 3, :g]
+    numbers = all_numbers[:5, :g]
     spread_lenses = columns_of(how, r, spread_numbers[5:], spread_singles[8:])
     used = used_of(how, r, w, x, numbers, all_singles[2:10, :g])
     spread_used = used_of(how, r, w, x, spread_numbers, spread_singles)
@@ -328,10 +328,10 @@ def backward_item(
     stats, affine, grads, starts = borrowed(stats), borrowed(affine), borrowed(grads), borrowed(starts)
     dgamma, dbeta = borrowed(dgamma), borrowed(dbeta)
     order, r, w, dr, mass = borrowed(order), borrowed(r), borrowed(w), borrowed(dr), borrowed(mass)
-    owned = memory_of(x, dx, plan, stage, narrowest(x), 5, 8, 11, not absent(w))
+    owned = memory_of(x, dx, plan, stage, narrowest(x), np.int64(5), np.int64(8), np.int64(11), not absent(w))
     memory = lent(owned, dx, plan)
     pieces, tiles = part_sizes(x.shape, plan)
-    u, seen, ready, rare, waiting = claimed(k, items, claims, -1), -1, -1, 0, np.int64(-1)
+    u, seen, ready, rare, waiting = claimed(k, items, claims, np.int64(-1)), -1, -1, np.int64(0), np.int64(-1)
     in_turn = plan[7] & TWO != 0 and stage == SUM | FINISH | MAP and starts.size == 2
     while u >= 0:
         first, last, _ = borders(u, items, (starts.size - 1) * tiles, pieces, stage)
@@ -368,14 +368,14 @@ def backward_item(
                     waiting = c0
                     _hand_on(memory[0][10:13], memory[0][20:])
                     continue
-                _backward_map(p0, p1, c0, dys, xs, dxs, rare, own, memory, how, rs, ws, drs, order_of, 10)
+                _backward_map(p0, p1, c0, dys, xs, dxs, rare, own, memory, how, rs, ws, drs, order_of, memory[0][10:])
         u = claimed(k, items, claims, u)
     if waiting >= 0:
         n0, outers = start_of(order, starts[0]), starts[1] - starts[0]
         _backward_map(
-            0, pieces, waiting, outer(dy, n0, outers), outer(x, n0, outers), outer(dx, n0, outers), rare,
+            np.int64(0), pieces, waiting, outer(dy, n0, outers), outer(x, n0, outers), outer(dx, n0, outers), rare,
             planned(x.shape, plan), memory, how, outer(r, n0, outers), outer(w, n0, outers), outer(dr, n0, outers),
-            order, 20,
+            order, memory[0][20:],
         )  # fmt: skip
     fence()
     hold(owned)

@@ -592,6 +592,9 @@ def borrowed(_typing: Any, array: Any) -> Any:
 
     Numba counts in every call. That is an atomic operation, for which threads contend, and which waits until all stores
     past the caches have arrived: 1.5 copies in place of 1.1.
+
+    Of one type whatever the layout is, and whether it may be written: all that takes an array is compiled again for
+    each type.
     """
 
     if isinstance(array, types.NoneType):
@@ -603,7 +606,7 @@ def borrowed(_typing: Any, array: Any) -> Any:
         view.parent = cgutils.get_null_value(view.parent.type)
         return view._getvalue()
 
-    return array(array), codegen
+    return types.Array(array.dtype, array.ndim, "A")(array), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -639,8 +642,8 @@ def outer(_typing: Any, array: Any, start: Any, count: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def place(_typing: Any, array: Any, i: Any) -> Any:
-    """`array[i]` of a borrowed C-contiguous array, as a borrowed one."""
-    one = types.Array(array.dtype, array.ndim - 1, "C")
+    """`array[i]` of a borrowed array, as a borrowed one."""
+    one = types.Array(array.dtype, array.ndim - 1, "A")
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         whole = context.make_array(array)(context, builder, value=args[0])

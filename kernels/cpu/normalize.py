@@ -242,10 +242,10 @@ def forward_item(
     keep_whole()
     x, y, stats, affine, part = borrowed(x), borrowed(y), borrowed(stats), borrowed(affine), borrowed(part)
     claims, starts, order, r, w = borrowed(claims), borrowed(starts), borrowed(order), borrowed(r), borrowed(w)
-    owned = memory_of(x, y, plan, stage, narrowest(x), 2 if absent(w) else 3, 3, 6, not absent(w))
+    owned = memory_of(x, y, plan, stage, narrowest(x), 2 if absent(w) else 3, np.int64(3), np.int64(6), not absent(w))
     memory = lent(owned, y, plan)
     pieces, tiles = part_sizes(x.shape, plan)
-    u, ready, rare, waiting = claimed(k, items, claims, -1), -1, False, np.int64(-1)
+    u, ready, rare, waiting = claimed(k, items, claims, np.int64(-1)), -1, np.bool_(False), np.int64(-1)
     in_turn = plan[7] & TWO != 0 and stage == SUM | FINISH | MAP and starts.size == 2
     while u >= 0:
         first, last, stop = borders(u, items, (starts.size - 1) * tiles, pieces, stage)
@@ -290,8 +290,9 @@ def forward_item(
     if waiting >= 0:
         n0, outers = start_of(order, starts[0]), starts[1] - starts[0]
         _forward_map(
-            0, pieces, waiting, -1, outer(x, n0, outers), outer(y, n0, outers), rare, True, planned(x.shape, plan),
-            memory, how, outer(r, n0, outers), _unless_unused(how, outer(w, n0, outers)), order,
+            np.int64(0), pieces, waiting, np.int64(-1), outer(x, n0, outers), outer(y, n0, outers), rare,
+            part.shape[0] > 0, planned(x.shape, plan), memory, how, outer(r, n0, outers),
+            _unless_unused(how, outer(w, n0, outers)), order,
         )  # fmt: skip
     fence()
     hold(owned)
