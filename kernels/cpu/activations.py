@@ -585,13 +585,13 @@ def counted(how, lanes, w):  # type: ignore[no-untyped-def]
 
 
 @by_type
-def trained(how, d):  # type: ignore[no-untyped-def]
-    """x - mean, or 0 where statistics are constants: it may be NaN, and dx has nothing of it."""
-    return (lambda how, d: d) if how.simple else _trained
+def trained(how, v, hi):  # type: ignore[no-untyped-def]
+    """x, or its mean where statistics are constants: it may be NaN, and dx has nothing of it."""
+    return (lambda how, v, hi: v) if how.simple else _trained
 
 
-def _trained(how, d):  # type: ignore[no-untyped-def]
-    return where_nonzero(constant(d, is_frozen(how)), nothing(d), d)
+def _trained(how, v, hi):  # type: ignore[no-untyped-def]
+    return where_nonzero(constant(v, is_frozen(how)), hi, v)
 
 
 @by_type
@@ -605,8 +605,8 @@ def line(how, raw, bowed, v, p, w):  # type: ignore[no-untyped-def]
 @part()
 def _centred(how, bowed, v, p, w):  # type: ignore[no-untyped-def]
     """g and d."""
-    d = alike(v, p[1]) - p[1]
-    return alike(bowed, p[0]) - p[0], counted(how, trained(how, d), w)
+    d = trained(how, alike(v, p[1]), p[1]) - p[1]
+    return alike(bowed, p[0]) - p[0], counted(how, d, w)
 
 
 def _line_itself(how, raw, bowed, v, p, w):  # type: ignore[no-untyped-def]
@@ -623,8 +623,9 @@ def _line_by_weight(how, raw, bowed, v, p, w):  # type: ignore[no-untyped-def]
 def _line_in_singles(how, raw, bowed, v, p, w):  # type: ignore[no-untyped-def]
     # Where the terms cancel, the rounding of g, d and b d is all that is left: 7 eps if dy follows x. It is added.
     ghi, hi, a, b, c, al, bl = p
-    g, d = bowed - ghi, trained(how, v - hi)
-    more_g, more_d = trained(how, (bowed - g) - ghi), trained(how, (v - d) - hi)
+    v = trained(how, v, hi)
+    g, d = bowed - ghi, v - hi
+    more_g, more_d = (bowed - g) - ghi, (v - d) - hi
     second = d * b
     lost = fma(d, b, negative(second)) + fma(more_d, b, fma(more_g, a, fma(g, al, fma(d, bl, c))))
     return fma(g, a, second) + lost

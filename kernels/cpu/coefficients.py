@@ -112,7 +112,7 @@ def backward_coefficients(s0, stats, affine, grads, numbers, singles, n, mass, f
             glo = (glo + ghi) * spread(n / mass)
             ghi = zero
         if frozen:
-            ghi = glo = lo = covariance = zero
+            ghi = glo = hi = lo = covariance = zero
         b = negative(a) * (covariance * invstd) * invstd
         rest = negative(a * glo + b * lo)
         _give_three(numbers, c, g, ghi, hi, a)
