@@ -564,29 +564,36 @@ def test_a_layer_with_an_activation(rng, backend):
         fastbn.BatchNorm(5, activation="swish")
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda d: d.__name__)
-def test_the_edge_of_two_lines_is_where_z_changes_its_sign(dtype, rng, backend):
+@pytest.mark.parametrize(
+    ("dtype", "short"),
+    [(np.float32, False), (np.float32, True), (np.float64, False)],
+    ids=["float32", "half", "float64"],
+)
+def test_the_edge_of_two_lines_is_where_z_changes_its_sign(dtype, short, rng, backend):
     """Backward compares x with a threshold where forward computes z: for every x they must agree."""
     if backend == "reference":
         pytest.skip("has no such threshold")
     import numba
+    from fastbn.kernels.cpu import activations
     from fastbn.kernels.cpu import coefficients as parts
+
+    how = activations.always(activations.How("relu", False, False, short))
 
     @numba.njit
     def coefficients(h, a, b, exactly, slot, numbers, singles):
         """As of a mean of h, gamma a, beta b and a deviation of 1."""
         stats, affine = np.array([[h], [0.0], [1.0], [1.0]]), np.array([[a], [b]])
-        parts.forward_coefficients(0, stats, affine, numbers, singles, exactly, slot.itemsize == 8)
+        parts.forward_coefficients(how(), 0, stats, affine, numbers, singles, exactly, slot.itemsize == 8)
         return exactly or singles[5, 0] != 0
 
     @numba.njit
     def edge(numbers, singles, exactly, slot):
-        return parts.edge((numbers[0, 0], numbers[1, 0], numbers[2, 0]), singles, 0, exactly, slot)
+        return parts.edge(how(), (numbers[0, 0], numbers[1, 0], numbers[2, 0]), singles, 0, exactly, slot)
 
     @numba.njit
     def below(x, numbers, singles, exactly, slot):
         lens = numbers[0, 0], numbers[1, 0], numbers[2, 0]
-        return parts.below(x, 1.0, lens, singles, 0, exactly, slot)
+        return parts.below(how(), x, 1.0, lens, singles, 0, exactly, slot)
 
     numbers, singles, fast = np.zeros((3, 1)), np.zeros((6, 1), dtype), 0
     slot = np.zeros(1, dtype)

@@ -420,6 +420,6 @@ def _twins(kernel: Any, dtype: np.dtype[Any], result: np.dtype[Any], how: Any, k
         none if kind is None else layout or array(numba.from_dtype(kind), 3, "A", readonly=True)
         for kind, layout in zip(kinds, layouts, strict=True)
     ]
-    return _Twins(
-        item, kernel, (*arrays, row, numba.types.UniTuple(integer, 8), integer, row, row, how or PLAIN, *extras)
-    )
+    how = how or PLAIN
+    how = How(how.activation, how.inverse, how.simple, short=result.itemsize == 2)
+    return _Twins(item, kernel, (*arrays, row, numba.types.UniTuple(integer, 8), integer, row, row, how, *extras))

@@ -35,15 +35,16 @@ from .parts import by_type, part, unless_none
 
 
 class How(types.Type):  # type: ignore[misc]
-    """Which activation, whether x holds y, and whether anything beyond batch norm is done at all.
+    """Which activation, whether x holds y, whether anything beyond batch norm is done at all, and whether results are
+    of 16 bits: their own rounding is 2^13 times that of float32 coefficients, or 2^16 times.
 
     Its value is three numbers: the activation's parameter; 1 where masked positions are normalized like all others, and
     where statistics are constants: what costs nothing beside the rest is no type, as every type is compiled on its own.
     """
 
-    def __init__(self, activation: str, inverse: bool, simple: bool) -> None:
-        self.activation, self.inverse, self.simple = activation, inverse, simple
-        super().__init__(name=f"How({activation}, {inverse}, {simple})")
+    def __init__(self, activation: str, inverse: bool, simple: bool, short: bool = False) -> None:
+        self.activation, self.inverse, self.simple, self.short = activation, inverse, simple, short
+        super().__init__(name=f"How({activation}, {inverse}, {simple}, {short})")
 
 
 PLAIN = How("", False, True)
@@ -61,11 +62,18 @@ def _unbox(_how: Any, value: Any, c: Any) -> Any:
     return c.unbox(_VALUE, value)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def plain(_typing: Any) -> Any:
-    """No activation, no mask."""
-    kind = ir.ArrayType(ir.DoubleType(), 4)
-    return PLAIN(), lambda _context, _builder, _signature, _args: ir.Constant(kind, [0.0, 1.0, 0.0, 0.0])
+def always(how: How) -> Any:
+    """A function of no arguments for compiled code: this one, without parameters and masks."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def constant(_typing: Any) -> Any:
+        kind = ir.ArrayType(ir.DoubleType(), 4)
+        return how(), lambda _context, _builder, _signature, _args: ir.Constant(kind, [0.0, 1.0, 0.0, 0.0])
+
+    return constant
+
+
+plain = always(PLAIN)
 
 
 def _number(i: int) -> Any:
@@ -640,14 +648,14 @@ def _unless_masked(how, raw, dx, w):  # type: ignore[no-untyped-def]
 
 def in_singles(how: Any, r: Any, w: Any, singles: Any) -> bool:
     """Whether backward's map of float32 data is computed in float32, by seven numbers: where f' needs no z."""
-    return not needs_z(how, r) and _is_none(w) and bool(singles.dtype == types.float32)
+    return not how.short and not needs_z(how, r) and _is_none(w) and bool(singles.dtype == types.float32)
 
 
 @by_type
 def used_of(how, r, w, x, doubles, singles):  # type: ignore[no-untyped-def]
     """The coefficients of backward's map: float32 ones (8, G) where it may be computed by them, else float64 ones.
 
-    Half types, whose own rounding is 2^13 times float32's, always take float32.
+    Half types always take float32, by the first five of them.
     """
     if isinstance(x.dtype, types.Integer) or in_singles(how, r, w, singles):
         return lambda how, r, w, x, doubles, singles: singles

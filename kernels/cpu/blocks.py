@@ -206,6 +206,14 @@ def paired(x, h, a, al, b, bl):  # type: ignore[no-untyped-def]
     return fma(d, a, b) + fma(d, al, bl)
 
 
+@by_type
+def through(how, x, h, a, al, b, bl):  # type: ignore[no-untyped-def]
+    """`paired`; without the second halves where results are of 16 bits."""
+    if how.short:
+        return lambda how, x, h, a, al, b, bl: fma(x - h, a, b)
+    return lambda how, x, h, a, al, b, bl: paired(x, h, a, al, b, bl)
+
+
 @part()
 def run_normalize(x, y, n, hi, a, b, past, ahead):  # type: ignore[no-untyped-def]
     """n elements of y = a (x - hi) + b in float64; stored past the caches if `past`. y may be x.

@@ -3,7 +3,7 @@
 import math
 
 from .activations import has_edge, looks
-from .blocks import paired
+from .blocks import through
 from .lanes import (
     LANES,
     count_nonzero,
@@ -22,12 +22,13 @@ from .parts import by_type, nothing_of, part
 
 
 @part()
-def forward_coefficients(s0, stats, affine, numbers, singles, exact, double):  # type: ignore[no-untyped-def]
+def forward_coefficients(how, s0, stats, affine, numbers, singles, exact, double):  # type: ignore[no-untyped-def]
     """By channel. numbers (3, G): hi, a, b for y = a (x - hi) + b. singles (6, G): h, a, al, b, bl in float32 for
     y = (a d + b) + (al d + bl), d = x - h; and 1 where they won't do. Returns whether there is such a channel. Float64
     data (`double`) has its own numbers there; other data in which all is `exact` has none that will do.
 
     A mean within 1000 standard deviations goes to b: d = x is exact then, and so is x - h with h near x otherwise.
+    Within 16 where al and bl are left out (`through`): the rounding of a and b stays.
     """
     rare, one, zero = 0, spread(1.0), spread(0.0)
     for c in range(0, numbers.shape[1], LANES):
@@ -42,7 +43,7 @@ def forward_coefficients(s0, stats, affine, numbers, singles, exact, double):  #
             fits = one if double else zero
         else:
             invstd, lo = take(stats, 3, s0 + c, g, zero), take(stats, 1, s0 + c, g, zero)
-            near = where_at_most(magnitude(hi * invstd), spread(1024.0), zero, rounded(hi, singles))
+            near = where_at_most(magnitude(hi * invstd), spread(_near(how)), zero, rounded(hi, singles))
             first, second = _split(a, singles)
             _give_three(singles, c, g, near, first, second)
             b = take(affine, 1, s0 + c, g, zero) - a * ((hi - near) + lo)
@@ -53,6 +54,11 @@ def forward_coefficients(s0, stats, affine, numbers, singles, exact, double):  #
         give(singles, 5, c, g, one - fits)
         rare += count_nonzero(one - fits, g)
     return rare > 0
+
+
+@by_type
+def _near(how):  # type: ignore[no-untyped-def]
+    return (lambda how: 16.0) if how.short else (lambda how: 1024.0)
 
 
 @part()
@@ -163,19 +169,19 @@ def _plain_lenses(how, r, s0, stats, affine, numbers, singles, exact):  # type: 
 def _edges(how, r, s0, stats, affine, numbers, singles, exact):  # type: ignore[no-untyped-def]
     """singles (10, G): two rows to work in, and six as the forward map's."""
     slot, own = singles[0, :1], singles[2:8, : numbers.shape[1]]
-    forward_coefficients(s0, stats, affine, numbers, own, exact, slot.itemsize == 8)
+    forward_coefficients(how, s0, stats, affine, numbers, own, exact, slot.itemsize == 8)
     for c in range(numbers.shape[1]):
         lens = numbers[0, c], numbers[1, c], numbers[2, c]
-        numbers[0, c], numbers[1, c] = edge(lens, own, c, exact or own[5, c] != 0, slot)
+        numbers[0, c], numbers[1, c] = edge(how, lens, own, c, exact or own[5, c] != 0, slot)
 
 
 @part()
-def below(u, s, lens, singles, c, exactly, slot):  # type: ignore[no-untyped-def]
+def below(how, u, s, lens, singles, c, exactly, slot):  # type: ignore[no-untyped-def]
     """Whether the forward map finds z <= 0 for x = s u."""
     if exactly:
         return fma(s * u - lens[0], lens[1], lens[2]) <= 0.0
     slot[0] = s * u
-    return paired(slot[0], singles[0, c], singles[1, c], singles[2, c], singles[3, c], singles[4, c]) <= 0.0
+    return through(how, slot[0], singles[0, c], singles[1, c], singles[2, c], singles[3, c], singles[4, c]) <= 0.0
 
 
 @part()
@@ -185,14 +191,14 @@ def _rounded(slot, value):  # type: ignore[no-untyped-def]
 
 
 @part()
-def edge(lens, singles, c, exactly, slot):  # type: ignore[no-untyped-def]
+def edge(how, lens, singles, c, exactly, slot):  # type: ignore[no-untyped-def]
     """s and t for which s x <= t exactly where forward finds z = a (x - h) + b <= 0, of x in the type of slot (1,).
 
     t is the root, rounded to that type, or a neighbour of it; further off where rounding has made steps of z wide.
     """
     h, a, b = lens
     if a == 0.0:  # NaN stays NaN
-        return 0.0, 1.0 if below(0.0, 1.0, lens, singles, c, exactly, slot) else -1.0
+        return 0.0, 1.0 if below(how, 0.0, 1.0, lens, singles, c, exactly, slot) else -1.0
     s = 1.0 if a > 0.0 else -1.0
     if math.isnan(h) or math.isnan(a) or math.isnan(b):
         return s, math.nan
@@ -203,11 +209,11 @@ def edge(lens, singles, c, exactly, slot):  # type: ignore[no-untyped-def]
         low = -top
     high = low
     step = max(abs(low) * (2.0**-24 if top < 1e39 else 2.0**-53), 1e-300)
-    while below(high, s, lens, singles, c, exactly, slot):
+    while below(how, high, s, lens, singles, c, exactly, slot):
         if high == top:
             return s, top
         low, high, step = high, min(_rounded(slot, high + step), top), 2.0 * step
-    while not below(low, s, lens, singles, c, exactly, slot):
+    while not below(how, low, s, lens, singles, c, exactly, slot):
         if low == -top:
             return s, -math.inf
         high, low, step = low, max(_rounded(slot, low - step), -top), 2.0 * step
@@ -215,7 +221,7 @@ def edge(lens, singles, c, exactly, slot):  # type: ignore[no-untyped-def]
         middle = _rounded(slot, 0.5 * low + 0.5 * high)
         if not low < middle < high:
             return s, low
-        if below(middle, s, lens, singles, c, exactly, slot):
+        if below(how, middle, s, lens, singles, c, exactly, slot):
             low = middle
         else:
             high = middle

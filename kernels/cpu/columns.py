@@ -25,7 +25,7 @@ from .activations import (
     put_part,
     read_as,
 )
-from .blocks import add_fourth, add_lanes, add_mass, fourth, heavier, later, paired, weighed, write
+from .blocks import add_fourth, add_lanes, add_mass, fourth, heavier, later, through, weighed, write
 from .lanes import (
     LANES,
     before_line,
@@ -345,7 +345,7 @@ def _normalized(how, v, j, doubles, fast, mode, r, w):  # type: ignore[no-untype
     if mode == EXACT:
         return _normalized_with(how, v, j, doubles, fast, mode, r, w)
     h, a, al, b, bl = _from(fast, j)
-    z = paired(v, h, a, al, b, bl)
+    z = through(how, v, h, a, al, b, bl)
     if mode == 0:
         return wide(bend(how, z))
     z = where_nonzero(wide(load(fast[5], j, v)), _double(v, j, doubles), wide(z))

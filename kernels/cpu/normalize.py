@@ -204,7 +204,7 @@ def _unless_unused(how, w):  # type: ignore[no-untyped-def]
 def _forward_numbers(s0, g, stats, affine, plan, memory, double, how, r, w):  # type: ignore[no-untyped-def]
     """What the map of a tile takes of its channels, in `memory`; and whether float32 won't do for one of them."""
     numbers, singles, exact = memory[0][:3, :g], memory[3][2:8, :g], plan[7] & EXACT != 0
-    rare = forward_coefficients(s0, stats, affine, numbers, singles, exact, double)
+    rare = forward_coefficients(how, s0, stats, affine, numbers, singles, exact, double)
     if plan[0]:
         if exact or rare or absent(fast_numbers(how, r, w, memory[4])):
             spread_columns(numbers, memory[2], plan)

@@ -32,11 +32,11 @@ from .blocks import (
     add_deviations,
     fourth,
     heavier,
-    paired,
     pass_on,
     run_deviations,
     run_normalize,
     run_products,
+    through,
     weighed,
     write,
 )
@@ -269,8 +269,8 @@ def _joined_seven(n, p, q):  # type: ignore[no-untyped-def]
     return (*_joined(n, p[:5], q[:5]), joined(n, p[5], q[5]), joined(n, p[6], q[6]))
 
 
-# A map computes in the elements' type where it may (`fast_numbers`), `paired`. Else in float64, by its lens. Backward
-# looks at the same z: f may have a kink.
+# A map computes in the elements' type where it may (`fast_numbers`), by `through`. Else in float64, by its lens.
+# Backward looks at the same z: f may have a kink.
 
 
 @unless_none(0, lambda *args: lens(args[1], args[2]))
@@ -284,7 +284,7 @@ def _normalized(how, v, p, r, w):  # type: ignore[no-untyped-def]
 
 
 def _normalized_fast(how, v, p, r, w):  # type: ignore[no-untyped-def]
-    return bend(how, paired(v, p[0], p[1], p[2], p[3], p[4]))
+    return bend(how, through(how, v, p[0], p[1], p[2], p[3], p[4]))
 
 
 def _normalized_with(how, v, p, r, w):  # type: ignore[no-untyped-def]
