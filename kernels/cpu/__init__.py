@@ -11,6 +11,7 @@ normalize, gradient  the two kernels: sums, what they make of a channel, maps
 second    second order and forward mode
 plan      how a shape is cut
 compile   njit with a disk cache that cannot fail a call
+items     all items of a kernel, by one thread or by all
 threads   when a parallel region may be entered
 """
 
@@ -18,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numba
@@ -34,9 +34,10 @@ from .blocks import (
     merge_comoments,
     merge_moments,
 )
-from .gradient import backward_item, backward_kernel
+from .gradient import backward_item
+from .items import Twins
 from .lanes import SIGNED16, UNSIGNED16
-from .normalize import forward_item, forward_kernel
+from .normalize import forward_item
 from .plan import ORDERED, WEIGHTED, Plan, Sizes, plan_of
 from .schedule import FINISH, MAP, SUM
 
@@ -133,7 +134,7 @@ def _forward(
         weights = more.weights if stages & SUM or more.masked != "normalize" else None
         how, value = _how(more, False, more.residual is None and (weights is None or more.masked == "normalize"))
         extras = _order(more), value, more.residual, weights
-    _carry_out(forward_kernel, (x, y), (table, affine, float(eps)), 4, stages, how, more, extras, sizes)
+    _carry_out(forward_item, (x, y), (table, affine, float(eps)), 4, stages, how, more, extras, sizes)
 
 
 _NO_ORDER = _NO_CLAIMS = np.zeros(0, np.int64)
@@ -213,7 +214,7 @@ def _carry_back(
     """The backward kernel's stages; sums are dgamma and dbeta, which it takes empty where they are None."""
     none = _NO_SUMS[arrays[1].itemsize == 8]
     numbers = table, table[4:], grads, *[none if a is None else a for a in sums]
-    _carry_out(backward_kernel, arrays, numbers, 5, stages, how, more, extras, sizes)
+    _carry_out(backward_item, arrays, numbers, 5, stages, how, more, extras, sizes)
 
 
 def _backward_with(
@@ -272,7 +273,7 @@ def gradient_map(
 
 
 def _carry_out(
-    kernel: Any, arrays: tuple[np.ndarray, ...], numbers: tuple[Any, ...], depth: int, stages: int, how: Any, more: Any,
+    item: Any, arrays: tuple[np.ndarray, ...], numbers: tuple[Any, ...], depth: int, stages: int, how: Any, more: Any,
     extras: tuple[Any, ...], sizes: Sizes,
 ) -> None:  # fmt: skip
     """Runs the stages; arrays (O, C, I) end in x and what is written, numbers are by channel, depth is part's."""
@@ -280,9 +281,9 @@ def _carry_out(
     walked = arrays if stages & MAP else arrays[:-1]
     if more is None:
         strides = tuple([a.strides for a in walked])
-        job = _plain_job(kernel, x.shape, strides, x.dtype, arrays[-1].dtype, stages, sizes)
+        job = _plain_job(item, x.shape, strides, x.dtype, arrays[-1].dtype, stages, sizes)
     else:
-        job = _job(kernel, arrays, [*walked, *(a for a in (extras[2], more.dresidual) if a is not None)], stages, how,
+        job = _job(item, arrays, [*walked, *(a for a in (extras[2], more.dresidual) if a is not None)], stages, how,
                    more, extras)  # fmt: skip
     twins, plan, cells, starts = job
     sums = 1 if stages & SUM else 0
@@ -316,7 +317,7 @@ def _carry_out(
 class _Job(NamedTuple):
     """A kernel over arrays of some shape, strides and types: its compiled code, and how the work is cut."""
 
-    twins: _Twins
+    twins: Twins
     plan: Plan
     cells: int  # tiles of all sets
     starts: np.ndarray  # of the sets; kernels only read it
@@ -324,17 +325,17 @@ class _Job(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def _plain_job(
-    kernel: Any, shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], dtype: np.dtype[Any],
+    item: Any, shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], dtype: np.dtype[Any],
     result: np.dtype[Any], stages: int, sizes: Sizes,
 ) -> _Job:  # fmt: skip
-    sized = dtype.itemsize, result.itemsize, 0 if kernel is forward_kernel else 1
+    sized = dtype.itemsize, result.itemsize, 0 if item is forward_item else 1
     plan = plan_of(shape, strides, sized, stages, sizes, shape[0], shape[0], 0)
-    twins = _twins(kernel, dtype, result, None, None)
+    twins = _twins(item, dtype, result, None, None)
     return _Job(twins, plan, plan.tiles, np.array([0, shape[0]]))
 
 
 def _job(
-    kernel: Any, arrays: tuple[np.ndarray, ...], walked: list[np.ndarray], stages: int, how: Any, more: Any,
+    item: Any, arrays: tuple[np.ndarray, ...], walked: list[np.ndarray], stages: int, how: Any, more: Any,
     extras: tuple[Any, ...],
 ) -> _Job:  # fmt: skip
     x, shape, least = arrays[-2], arrays[-2].shape, arrays[-2].shape[0]
@@ -346,52 +347,12 @@ def _job(
     strides, sized = tuple([a.strides for a in walked]), (x.itemsize, arrays[-1].itemsize, len(arrays) - 2)
     plan = plan_of(shape, strides, sized, stages, SIZES, least, x.shape[0], special)
     kinds = tuple([a.dtype if isinstance(a, np.ndarray) else None for a in extras[2:]])
-    twins = _twins(kernel, x.dtype, arrays[-1].dtype, how, kinds)
+    twins = _twins(item, x.dtype, arrays[-1].dtype, how, kinds)
     return _Job(twins, plan, (len(starts) - 1) * plan.tiles, starts)
 
 
-class _Twins:
-    """A kernel for one element type, for arrays of any strides, read-only ones too: one compilation serves all."""
-
-    def __init__(self, item: Any, kernel: Any, arguments: tuple[Any, ...]) -> None:
-        self._item, self._kernel, self._arguments = item, kernel, arguments
-
-    def serial(self, _items: int, *args: Any) -> None:
-        self._one(0, 1, *args)  # one item is all of the work
-
-    def parallel(self, items: int, *args: Any) -> None:
-        self._many(items, self._address, *args)
-
-    @functools.cached_property
-    def _compiled_item(self) -> Any:
-        return _compiled(self._item, (numba.types.int64, numba.types.int64, *self._arguments))
-
-    @functools.cached_property
-    def _one(self) -> Callable[..., None]:
-        # The compiled entry converts its arguments to the signature by itself. The dispatcher would look at the
-        # layout of each array first, and compile again for every combination of layouts.
-        entry: Callable[..., None] = self._compiled_item.entry_point
-        return entry
-
-    @functools.cached_property
-    def _many(self) -> Callable[..., None]:
-        signature = (numba.types.int64, numba.types.int64, *self._arguments)
-        entry: Callable[..., None] = _compiled(self._kernel.parallel, signature).entry_point
-        return entry
-
-    @functools.cached_property
-    def _address(self) -> int:
-        item = self._compiled_item
-        return int(item.library.get_pointer_to_function(item.fndesc.llvm_func_name))
-
-
-def _compiled(dispatcher: Any, signature: tuple[Any, ...]) -> Any:
-    dispatcher.compile(signature)
-    return dispatcher.overloads[signature]
-
-
 @functools.cache
-def _twins(kernel: Any, dtype: np.dtype[Any], result: np.dtype[Any], how: Any, kinds: tuple[Any, ...] | None) -> _Twins:
+def _twins(item: Any, dtype: np.dtype[Any], result: np.dtype[Any], how: Any, kinds: tuple[Any, ...] | None) -> Twins:
     """For elements of these types, and for extras of the types `kinds`; `how` and `kinds` are None of a plain call."""
     if numba.config.DISABLE_JIT:
         raise RuntimeError(
@@ -407,13 +368,13 @@ def _twins(kernel: Any, dtype: np.dtype[Any], result: np.dtype[Any], how: Any, k
     read, numbers, part = array(written.dtype, 3, "A", readonly=True), array(real, 2, "A"), array(real, 4, "C")
     row, reals = array(integer, 1, "C"), array(real, 1, "C")
     sums = reals if dtype.itemsize == 8 else array(numba.types.float32, 1, "C")
-    item, arrays, layouts = {
-        forward_kernel: (forward_item, (given, written, numbers, numbers, real, part), (read, None)),
-        backward_kernel: (
-            backward_item, (read, given, written, numbers, numbers, numbers, sums, sums, part),
+    arrays, layouts = {
+        forward_item: ((given, written, numbers, numbers, real, part), (read, None)),
+        backward_item: (
+            (read, given, written, numbers, numbers, numbers, sums, sums, part),
             (read, None, written, reals),
         ),
-    }[kernel]  # fmt: skip
+    }[item]  # fmt: skip
     if kinds is None:
         kinds = (None,) * len(layouts)
     extras = [
@@ -422,4 +383,4 @@ def _twins(kernel: Any, dtype: np.dtype[Any], result: np.dtype[Any], how: Any, k
     ]
     how = how or PLAIN
     how = How(how.activation, how.inverse, how.simple, short=result.itemsize == 2)
-    return _Twins(item, kernel, (*arrays, row, numba.types.UniTuple(integer, 8), integer, row, row, how, *extras))
+    return Twins(item, (*arrays, row, numba.types.UniTuple(integer, 8), integer, row, row, how, *extras))

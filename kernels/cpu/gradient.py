@@ -1,17 +1,16 @@
 """The backward kernel: sums of a tile, what they make of a channel, the map."""
 
 import numpy as np
-from numba import prange
 
 from .activations import absent, is_frozen, is_plain, used_of
 from .blocks import joined_comoments, settle
 from .coefficients import backward_coefficients, columns_of, lenses_of
 from .columns import columns_gradient, spread_column, spread_columns
-from .compile import Kernel, compiled
+from .compile import compiled
 from .lanes import (
     LANES,
     borrowed,
-    call,
+    by_all,
     count_nonzero,
     fence,
     give,
@@ -316,7 +315,7 @@ def _hand_on(lenses, waiting):  # type: ignore[no-untyped-def]
 @compiled
 def backward_item(
     k, items, dy, x, dx, stats, affine, grads, dgamma, dbeta, part, claims, plan, stage, starts, order, how, r, w,
-    dr, mass
+    dr, mass, every
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """dy, x, dx (O, C, I), stats (4, G C), affine (2, G C), grads (5, G C), dgamma and dbeta (G C,) or (0,), part
     (cells or items, P, 5, channels).
@@ -324,6 +323,10 @@ def backward_item(
     starts (G + 1,), order (O,) or (0,), r and dr (O, C, I) or None, w (O, 1, I) or None, mass (G,) or None.
     """
     keep_whole()
+    if k < 0:
+        by_all(every, items, (dy, x, dx, stats, affine, grads, dgamma, dbeta, part, claims, plan, stage, starts, order,
+                              how, r, w, dr, mass, every))  # fmt: skip
+        return
     dy, x, dx, part, claims = borrowed(dy), borrowed(x), borrowed(dx), borrowed(part), borrowed(claims)
     stats, affine, grads, starts = borrowed(stats), borrowed(affine), borrowed(grads), borrowed(starts)
     dgamma, dbeta = borrowed(dgamma), borrowed(dbeta)
@@ -384,19 +387,3 @@ def backward_item(
 @unless_none(0, lambda *args: 0.0)
 def _mass_of(mass, g):  # type: ignore[no-untyped-def]
     return mass[g]
-
-
-@Kernel
-def backward_kernel(
-    items, item, dy, x, dx, stats, affine, grads, dgamma, dbeta, part, claims, plan, stage, starts, order, how, r, w,
-    dr, mass
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    """`backward_item`, whose address is `item`, for all items."""
-    for k in prange(items):
-        call(
-            item,
-            (
-                np.int64(k), items, dy, x, dx, stats, affine, grads, dgamma, dbeta, part, claims, plan, stage, starts,
-                order, how, r, w, dr, mass,
-            ),
-        )  # fmt: skip

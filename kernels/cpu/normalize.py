@@ -1,17 +1,16 @@
 """The forward kernel: sums of a tile, what they make of a channel, the map."""
 
 import numpy as np
-from numba import prange
 
 from .activations import absent, fast_numbers
 from .blocks import joined_moments, not_negative, settle
 from .coefficients import forward_coefficients
 from .columns import columns_normalize, spread_columns
-from .compile import Kernel, compiled
+from .compile import compiled
 from .lanes import (
     LANES,
     borrowed,
-    call,
+    by_all,
     count_nonzero,
     fence,
     give,
@@ -233,13 +232,16 @@ def _forward_map(p0, p1, c0, ca, x, y, rare, summed, plan, memory, how, r, w, or
 
 @compiled
 def forward_item(
-    k, items, x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w
+    k, items, x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w, every
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """x, y (O, C, I), stats (4, G C), affine (2, G C), part (cells or items, P, 4, channels of a tile).
 
     y is not touched without the MAP stage. starts (G + 1,), order (O,) or (0,), r (O, C, I) and w (O, 1, I) or None.
     """
     keep_whole()
+    if k < 0:
+        by_all(every, items, (x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w, every))
+        return
     x, y, stats, affine, part = borrowed(x), borrowed(y), borrowed(stats), borrowed(affine), borrowed(part)
     claims, starts, order, r, w = borrowed(claims), borrowed(starts), borrowed(order), borrowed(r), borrowed(w)
     owned = memory_of(x, y, plan, stage, narrowest(x), 2 if absent(w) else 3, np.int64(3), np.int64(6), not absent(w))
@@ -296,12 +298,3 @@ def forward_item(
         )  # fmt: skip
     fence()
     hold(owned)
-
-
-@Kernel
-def forward_kernel(
-    items, item, x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    """`forward_item`, whose address is `item`, for all items."""
-    for k in prange(items):
-        call(item, (np.int64(k), items, x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w))

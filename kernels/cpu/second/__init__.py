@@ -34,11 +34,12 @@ import numba
 import numpy as np
 
 from .. import threads
+from ..items import Twins
 from ..lanes import LANES
 from ..plan import ceil
 from ..schedule import FINISH, MAP, SUM
 from .columns import ROWS
-from .kernel import COEFFICIENTS, second_item, second_kernel
+from .kernel import COEFFICIENTS, second_item
 from .runs import FROZEN, GATHER, KEEP, NO_R, NO_Z, PAST, PIVOTED, SKIP
 
 DEPTH = 9  # of partial sums
@@ -173,16 +174,13 @@ def second(
 
 
 @functools.cache
-def _twins(dtype: np.dtype[Any], weights: np.dtype[Any] | None) -> Any:
-    from .. import _Twins  # which imports nothing of this module
-
+def _twins(dtype: np.dtype[Any], weights: np.dtype[Any] | None) -> Twins:
     integer, real = numba.types.int64, numba.types.float64
     given, written = (numba.types.Array(numba.from_dtype(dtype), 3, "A", readonly=b) for b in (True, False))
     kind = numba.types.none if weights is None else numba.types.Array(numba.from_dtype(weights), 3, "C", readonly=True)
     list_, numbers, three = (numba.types.Array(t, n, "C") for t, n in ((integer, 1), (real, 2), (real, 3)))
-    return _Twins(
+    return Twins(
         second_item,
-        second_kernel,
         (
             given, given, given, written, written, kind, list_, list_, three, numbers, numbers, three, three, numbers,
             list_, numba.types.UniTuple(integer, 12), integer,

@@ -3,11 +3,11 @@
 from typing import Any
 
 import numpy as np
-from numba import prange, types
+from numba import types
 from numba.extending import intrinsic
 
-from ..compile import Kernel, compiled
-from ..lanes import borrowed, call, claim, fence, hold, keep_whole
+from ..compile import compiled
+from ..lanes import borrowed, by_all, claim, fence, hold, keep_whole
 from ..parts import part
 from ..schedule import FINISH, MAP, SUM
 from .columns import ROWS, SUMS, columns_map, columns_sums, group_rows, tile_width, to_channels, to_columns
@@ -158,12 +158,16 @@ def _lent(m):  # type: ignore[no-untyped-def]
 
 @compiled
 def second_item(
-    _k, _items, u, g, x, r, z, w, order, starts, table, tangents, sizes, part, co, ggamma, claims, plan, stage
+    k, items, u, g, x, r, z, w, order, starts, table, tangents, sizes, part, co, ggamma, claims, plan, stage, every
 ):  # type: ignore[no-untyped-def]
     """u, g, x, r, z (O, C, I), u, g, r, z or none of it; w (O, 1, I) or None; order (O,) or (0,), starts (Q + 1,),
     table (Q, 6, C), tangents (2, C), sizes (2, Q): count and sum of weights; part (Q P, 9, C), co (Q, 11, C),
     ggamma (Q, C)."""
     keep_whole()
+    if k < 0:
+        by_all(every, items, (u, g, x, r, z, w, order, starts, table, tangents, sizes, part, co, ggamma, claims, plan,
+                              stage, every))  # fmt: skip
+        return
     arrays = (borrowed(u), borrowed(g), borrowed(x), borrowed(r), borrowed(z))
     w, order, starts, claims = borrowed(w), borrowed(order), borrowed(starts), borrowed(claims)
     table, tangents, sizes, part = borrowed(table), borrowed(tangents), borrowed(sizes), borrowed(part)
@@ -196,15 +200,3 @@ def second_item(
         unit = claim(claims, 0)
     fence()
     hold(owned)
-
-
-@Kernel
-def second_kernel(
-    items, item, u, g, x, r, z, w, order, starts, table, tangents, sizes, part, co, ggamma, claims, plan, stage
-):  # type: ignore[no-untyped-def]
-    """`second_item`, whose address is `item`, for all items."""
-    for k in prange(items):
-        call(item, (
-            np.int64(k), items, u, g, x, r, z, w, order, starts, table, tangents, sizes, part, co, ggamma, claims, plan,
-            stage,
-        ))  # fmt: skip
