@@ -103,7 +103,7 @@ def test_items_do_what_others_leave(shape, order, order_of_items, rng, monkeypat
     def some_items(twins, items, *args):
         assert items == min(4, items)
         for k in order_of_items:
-            twins._one(k % items, items, *args)
+            twins._entry(k % items, items, *args, 0)
 
     x, dy = np.ascontiguousarray(rng.normal(3, 2, (2, *shape)).astype(np.float32).transpose(0, *(1 + i for i in order)))
     x, dy = x.transpose(np.argsort(order)), dy.transpose(np.argsort(order))
