@@ -43,7 +43,7 @@ def test_float64_at_any_offset(shape, axis, ratio, rng):
     assert max(errors(x, axis, x.dtype, rng)) <= TOLERANCE["float64"]
 
 
-@pytest.mark.parametrize("ratio", [0, 1, 30])
+@pytest.mark.parametrize("ratio", [0, 1, 15, 30, 1000])  # from 16 on, the mean is subtracted first
 @pytest.mark.parametrize("dtype", [np.dtype(np.float16), BFLOAT16], ids=lambda d: d.name)
 @layouts
 def test_half_types(shape, axis, dtype, ratio, rng):

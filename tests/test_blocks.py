@@ -99,3 +99,33 @@ def test_vectors_in_the_machine_code():
     for function in (run_deviations, block_normalize):
         assembly = "".join(function.inspect_asm().values())
         assert any(name in assembly for name in ("mulpd", "fmadd", "fmla"))
+
+
+def test_samples_of_a_block_lie_in_it_here_and_there(rng):
+    """As `rows_deviations` walks them: the pivot is the mean of as many values as `rows_count` says."""
+    from fastbn.kernels.cpu import rows
+
+    @njit
+    def walk(shape, plan, few, seen):
+        o0, o1, i0, _ = rows._borders(0, shape, plan)
+        samples, runs, n, step, further = rows._samples(0, shape, plan, few)
+        o, i = o0, i0
+        for _ in range(samples):
+            seen[o : o + runs, i : i + n] += 1
+            o, i = o + step, i + further
+            o = o if o + runs <= o1 else o0
+        return rows.rows_count(0, shape, plan, few)
+
+    for case in range(400):
+        runs, n, few = (int(k) for k in rng.integers(1, [40, 300, 400]))
+        gather = rows.GATHER if case % 2 else 0
+        seen = np.zeros((runs, n), np.int64)
+        count = walk((runs, 1, n), (0, 1, 1, 1, runs, 1, n, gather), few if case % 5 else 10**9, seen)
+        assert seen.sum() == count  # nothing beside the block, which NumPy would cut off
+        if few >= runs * n or case % 5 == 0:
+            assert (seen == 1).all()
+            continue
+        assert few <= count < few + 2 * rows.SAMPLE
+        if few >= 4 * rows.SAMPLE and n >= rows.SAMPLE:
+            assert np.unique(seen.nonzero()[0]).size >= min(runs, 3)
+            assert seen.nonzero()[1].max() >= n // 2

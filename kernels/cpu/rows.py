@@ -91,7 +91,7 @@ def _samples(k, shape, plan, few):  # type: ignore[no-untyped-def]
     if few >= runs * n:
         return (1, runs, n, runs, n) if gather else (runs, 1, n, 1, 0)
     m = min(n, few, SAMPLE)
-    each = min(runs, (min(few, SAMPLE) + m - 1) // m) if gather else 1
+    each = (min(few, SAMPLE) + m - 1) // m if gather else 1
     count = (few + each * m - 1) // (each * m)
     return count, each, m, max(1, (runs - each + 1) // count), (n - m) // count
 
