@@ -107,13 +107,12 @@ def test_samples_of_a_block_lie_in_it_here_and_there(rng):
 
     @njit
     def walk(shape, plan, few, seen):
-        o0, o1, i0, _ = rows._borders(0, shape, plan)
+        o0, o1, i0, _ = rows.block(0, shape, plan)
         samples, runs, n, step, further = rows._samples(0, shape, plan, few)
         o, i = o0, i0
         for _ in range(samples):
             seen[o : o + runs, i : i + n] += 1
-            o, i = o + step, i + further
-            o = o if o + runs <= o1 else o0
+            o, i = rows.following(o, i, o0, o1, runs, step, further)
         return rows.rows_count(0, shape, plan, few)
 
     for case in range(400):

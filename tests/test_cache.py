@@ -28,10 +28,14 @@ SOURCES = Path(__file__).resolve().parents[1] / "kernels" / "cpu"
 
 TOY = """
 from numba import prange
-from .compile import Kernel
+from .compile import compiled
 from .helper import scaled
 
-@Kernel
+class Twins:
+    def __init__(self, function):
+        self.serial, self.parallel = compiled(function), compiled(function, parallel=True)
+
+@Twins
 def scale(items, x, out):
     for k in prange(items):
         out[k] = scaled(x[k])
@@ -78,7 +82,7 @@ def module() -> Any:
 
 
 def next_process(toy: ModuleType) -> Any:
-    return module().Kernel(toy.scale.serial.py_func)
+    return toy.Twins(toy.scale.serial.py_func)
 
 
 def check(dispatcher: Any, hits: int, *, factor: float = 3.0, dtype: type = np.float64) -> None:
@@ -148,7 +152,7 @@ def test_next_process_compiles_nothing_and_next_machine_all(folder: Path) -> Non
 
 
 def test_serial_and_parallel_are_kept_apart(folder: Path) -> None:
-    # Under one name the parallel dispatcher finds the serial code, and is as slow ever after.
+    # By Numba's key the parallel dispatcher finds the serial code, and is as slow ever after.
     toy = imported()
     check(toy.scale.serial, 0)
     check(toy.scale.parallel, 0)
@@ -161,16 +165,21 @@ def test_serial_and_parallel_are_kept_apart(folder: Path) -> None:
     assert [bool(code.reload_init) for code in fresh.parallel.overloads.values()] == [True]
 
 
-def test_options_reach_both(folder: Path) -> None:
-    toy = imported()
-    function = toy.scale.serial.py_func
-    for made in (module().Kernel(function, fastmath={"nsz"}), module().kernel(fastmath={"nsz"})(function)):
-        for dispatcher in (made.serial, made.parallel):
-            options = dispatcher.targetoptions
-            assert options["nogil"] is True
-            assert options["error_model"] == "numpy"
-            assert options["fastmath"] == {"nsz"}
+def test_options(folder: Path) -> None:
+    function = imported().scale.serial.py_func
+    for given in ({}, {"fastmath": {"nsz"}}, {"parallel": True}):
+        options = module().compiled(function, **given).targetoptions
+        assert options == options | {"nogil": True, "error_model": "numpy"} | given
     assert files(folder) == []
+
+
+def test_other_options_are_other_code(folder: Path) -> None:
+    function = imported().scale.serial.py_func
+    for hits in (0, 1):
+        check(module().compiled(function), hits)
+        check(module().compiled(function, fastmath=True), hits)
+        check(module().compiled(function, error_model="python"), hits)
+    assert len(files(folder)) == 3
 
 
 @pytest.mark.parametrize(
@@ -569,7 +578,7 @@ def test_no_source(folder: Path) -> None:
     toy = imported()
     space: dict[str, Any] = {"__name__": "toys.toy"}
     exec("def scale(items, x, out):\n    for k in range(items):\n        out[k] = 3 * x[k]\n", space)
-    check(module().Kernel(space["scale"]).serial, 0)
+    check(module().compiled(space["scale"]), 0)
     with pytest.raises(FileNotFoundError, match="no sources in"):
         module()._stamp(folder / "empty")
     assert toy.scale.serial.signatures == []

@@ -17,14 +17,18 @@ SOURCES = Path(__file__).resolve().parents[1] / "kernels" / "cpu"
 
 TOY = """
 from numba import prange
-from .compile import Kernel
+from .compile import compiled
 
-@Kernel
+class Twins:
+    def __init__(self, function):
+        self.serial, self.parallel = compiled(function), compiled(function, parallel=True)
+
+@Twins
 def double(items, x, out):
     for k in prange(items):
         out[k] = x[k] + x[k]
 
-@Kernel
+@Twins
 def spin(items, rounds, out):
     for k in prange(items):
         a = 0.5 + k

@@ -4,6 +4,7 @@ lanes     sixteen numbers at a time, and the element formats
 activations  residuals, activations and masks, sixteen numbers at a time
 blocks    sums and maps over one contiguous run; the building blocks for your own @njit code
 rows      a block of runs inside one channel (NCHW)
+in_turn   rows of a tile mapped while those of the next one are summed
 columns   a block of rows across the channels (NHWC)
 schedule  units of work, pivots and sums
 coefficients  what maps are given of a channel
@@ -12,6 +13,7 @@ second    second order and forward mode
 plan      how a shape is cut
 compile   njit with a disk cache that cannot fail a call
 items     all items of a kernel, by one thread or by all
+views     arrays as an item has them
 threads   when a parallel region may be entered
 """
 

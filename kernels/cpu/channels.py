@@ -9,8 +9,8 @@ import numpy as np
 
 from . import SIZES, threads
 from .compile import compiled
-from .items import Twins
-from .lanes import by_all, fetch, pointer, reserve
+from .items import Twins, by_all
+from .lanes import fetch, pointer, reserve
 
 # Rows ahead for which memory is asked. One of 64 channels of 103 MB: 2.5 ms by two threads with it, and 3.1 without;
 # put back, where a line is read before it is written, 2.6 and 3.6. NumPy picks it in 4.6.

@@ -21,7 +21,6 @@ import pickle
 import sys
 import threading
 import time
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,47 +35,35 @@ _log = logging.getLogger(__name__)
 _SETTINGS = ("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "USING_SVML")
 
 
-class Kernel:
-    """One function `f(items, ...): for k in prange(items): ...` as a serial and as a parallel dispatcher.
+def compiled(function: Callable[..., Any], **options: Any) -> Any:
+    """A dispatcher of its own in the cache, for Python and for other compiled functions to call.
 
-    Both release the GIL, divide as NumPy does (1 / 0 is inf) and compile on the first call with each set of
-    argument types; `options` are those of `numba.njit`, for both. A kernel costs 0.4 ms at import.
+    It releases the GIL, divides as NumPy does (1 / 0 is inf) and compiles on the first call with each set of argument
+    types, 0.2 ms at import; `options` are those of `numba.njit`. With NUMBA_DISABLE_JIT=1 it is the function itself.
 
     Globals are frozen into the code, and the cache knows them by the sources only: a block size that a test
     has patched would be stored as the one in the file. Pass such a number as an argument.
     """
+    dispatcher = _cached(function, {"nogil": True, "error_model": "numpy", **options})
+    with contextlib.suppress(AttributeError):  # no JIT, or a Numba that has changed these names
+        compiler = dispatcher._compiler
+        compile_ = compiler.compile
 
-    def __init__(self, function: Callable[..., None], **options: Any) -> None:
-        options = {"nogil": True, "error_model": "numpy", **options}
-        self.serial = _compiled(function, options)
-        self.parallel = _compiled(_twin(function), options | {"parallel": True})
+        def watched(*args: Any, **keywords: Any) -> Any:
+            with notice.watching(isinstance(getattr(dispatcher, "_cache", None), _Guard)), _uncollected():
+                return compile_(*args, **keywords)
 
-
-def kernel(**options: Any) -> Callable[[Callable[..., None]], Kernel]:
-    """`@kernel(fastmath=...)`: a `Kernel` with options of `numba.njit`."""
-    return lambda function: Kernel(function, **options)
-
-
-def compiled(function: Callable[..., Any]) -> Any:
-    """A serial dispatcher of its own in the cache, for Python and for other compiled functions to call."""
-    return _compiled(function, {"nogil": True, "error_model": "numpy"})
+        compiler.compile = watched
+    return dispatcher
 
 
 def cache_folder() -> str | None:
     """The folder that compiled kernels are kept in, or None where every process compiles its own."""
-    cache = getattr(_compiled(_nothing, {}), "_cache", None)
+    cache = getattr(compiled(_nothing), "_cache", None)
     return getattr(cache, "cache_path", None)
 
 
 def _nothing() -> None: ...
-
-
-def _twin(function: Callable[..., None]) -> Callable[..., None]:
-    """The same function by another name: under one, the cache would give the serial code for the parallel."""
-    code, name = function.__code__, function.__name__ + "_parallel"
-    twin = types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
-    twin.__qualname__ = function.__qualname__ + "_parallel"
-    return twin
 
 
 PATIENCE = 2.0  # seconds of compiling, all in all, after which a person wants to know what takes so long
@@ -124,21 +111,6 @@ class _Notice:
 notice = _Notice()
 
 
-def _compiled(function: Callable[..., None], options: dict[str, Any]) -> Any:
-    """A dispatcher, cached where it can be; with NUMBA_DISABLE_JIT=1 the function itself."""
-    dispatcher = _cached(function, options)
-    with contextlib.suppress(AttributeError):  # no JIT, or a Numba that has changed these names
-        compiler = dispatcher._compiler
-        compile_ = compiler.compile
-
-        def watched(*args: Any, **keywords: Any) -> Any:
-            with notice.watching(isinstance(getattr(dispatcher, "_cache", None), _Guard)), _uncollected():
-                return compile_(*args, **keywords)
-
-        compiler.compile = watched
-    return dispatcher
-
-
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
     """Without the collector of cycles, which takes an eighth of a compilation's time and finds little in it."""
@@ -151,12 +123,12 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _cached(function: Callable[..., None], options: dict[str, Any]) -> Any:
+def _cached(function: Callable[..., Any], options: dict[str, Any]) -> Any:
     dispatcher = numba.njit(**options)(function)
     try:
         dispatcher.enable_caching()
         cache = dispatcher._cache
-        cache._cache_file = _Files(cache, _stamp(Path(function.__code__.co_filename).parent))
+        cache._cache_file = _Files(cache, _stamp(Path(function.__code__.co_filename).parent), options)
         dispatcher._cache = _Guard(cache)
     except Exception as cause:  # no folder, no source, no JIT, or a Numba that has changed these names
         _log.debug("%s is compiled without a cache: %r", function.__qualname__, cause)
@@ -180,14 +152,17 @@ def _stamp(folder: Path) -> bytes:
 class _Files:
     """Stands in for Numba's index and data files: one file for each specialisation, checksum first."""
 
-    def __init__(self, cache: Any, stamp: bytes) -> None:
+    def __init__(self, cache: Any, stamp: bytes, options: dict[str, Any]) -> None:
+        self._options = sorted(options.items())  # Numba's key has none: code for one thread would be found for many
         self._start = os.path.join(cache.cache_path, cache._impl.filename_base)
         self._to_bytes = cache._cache_file._dump
         self._stamp = stamp
 
     def _path(self, key: Any) -> str:
         settings = [getattr(numba.config, name, None) for name in _SETTINGS]
-        name = hashlib.sha256(repr((key, settings, numba.__version__, np.__version__)).encode()).hexdigest()
+        name = hashlib.sha256(
+            repr((key, self._options, settings, numba.__version__, np.__version__)).encode()
+        ).hexdigest()
         return f"{self._start}.{name[:32]}.kernel"
 
     def _checksum(self, path: str, payload: bytes) -> bytes:

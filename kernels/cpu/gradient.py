@@ -7,18 +7,14 @@ from .blocks import joined_comoments, settle
 from .coefficients import backward_coefficients, columns_of, lenses_of
 from .columns import columns_gradient, spread_column, spread_columns
 from .compile import compiled
+from .in_turn import rows_products_two
+from .items import by_all, fence
 from .lanes import (
     LANES,
-    borrowed,
-    by_all,
     count_nonzero,
-    fence,
     give,
-    hold,
     keep_whole,
     narrowest,
-    outer,
-    place,
     spread,
     take,
     where_at_most,
@@ -26,7 +22,7 @@ from .lanes import (
     where_nonzero,
 )
 from .parts import by_type, part, unless_none
-from .rows import EXACT, TWO, rows_gradient, rows_products_two
+from .rows import EXACT, TWO, rows_gradient
 from .schedule import (
     ALL,
     DOUBLE,
@@ -54,6 +50,9 @@ from .schedule import (
     start_of,
     tile_width,
 )
+from .views import borrowed, hold, outer, place
+
+IN_DOUBLE = 4  # sums of products, in float64: d^4 is for what float32 can't do
 
 
 @part(inline="always")
@@ -116,7 +115,7 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order,
                 products(
                     dy, x, k, c0, mean, hi64, sums, near64, scratch, plan, ALL, how, r, w, order, lenses, spread_lenses
                 )
-            by_channel(sums[:4], totals[:4], plan)
+            by_channel(sums[:IN_DOUBLE], totals[:IN_DOUBLE], plan)
             m = count_of(k, x.shape, plan, ALL)
             if _join(mean, totals, merged, far, n, m, share):
                 _mean_of_dy(
@@ -126,7 +125,7 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order,
                 products(
                     dy, x, k, c0, own, hi64, sums, near64, scratch, plan, ALL, how, r, w, order, lenses, spread_lenses
                 )
-                by_channel(sums[:4], totals[:4], plan)
+                by_channel(sums[:IN_DOUBLE], totals[:IN_DOUBLE], plan)
                 for c in range(0, g, LANES):
                     some = min(LANES, g - c)
                     _merge(c, some, take(far, 0, c, some, spread(0.0)), own, totals, merged, n, m)

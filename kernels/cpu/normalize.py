@@ -7,25 +7,11 @@ from .blocks import joined_moments, not_negative, settle
 from .coefficients import forward_coefficients
 from .columns import columns_normalize, spread_columns
 from .compile import compiled
-from .lanes import (
-    LANES,
-    borrowed,
-    by_all,
-    count_nonzero,
-    fence,
-    give,
-    hold,
-    keep_whole,
-    narrowest,
-    outer,
-    place,
-    root,
-    spread,
-    take,
-    where_nonzero,
-)
+from .in_turn import rows_two
+from .items import by_all, fence
+from .lanes import LANES, count_nonzero, give, keep_whole, narrowest, root, spread, take, where_nonzero
 from .parts import by_type, part
-from .rows import EXACT, NEXT, TWO, rows_normalize, rows_two
+from .rows import EXACT, NEXT, TWO, rows_normalize
 from .schedule import (
     ALL,
     DOUBLE,
@@ -54,6 +40,7 @@ from .schedule import (
     start_of,
     tile_width,
 )
+from .views import borrowed, hold, outer, place
 
 
 @part(inline="always")

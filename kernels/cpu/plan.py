@@ -120,7 +120,7 @@ def _by_rows(
         adjacent = length == inner and all(s[1] == inner * n for s, n in zip(strides, items, strict=True))
         joint = tile == 1 or (adjacent and near)
         if joint and not flags & GATHER and length >= LANES and not special & ORDERED:
-            flags |= TWO if itemsize == 8 or not flags & EXACT else 0  # `rows_two` has no float64 sums of other types
+            flags |= TWO if itemsize == 8 or not flags & EXACT else 0  # `in_turn` has no float64 sums of other types
         flags |= NEXT if near else 0
     else:  # a map alone goes in the order of memory
         length, runs = min(inner, 16 * sizes.block), 1

@@ -2,7 +2,7 @@
 
 A tile is some neighbouring channels; a block of it is the runs of a few outer indices, or a segment of one. Short runs
 (7×7, 14×14) are walked tile by tile in the order of memory, long ones one channel at a time: then the tile is one. A
-tile is mapped in the loop that sums the next one (`rows_two`, `rows_products_two`), run beside run.
+tile is mapped in the loop that sums the next one, run beside run (`in_turn`).
 
 What has no unit stride, or runs of fewer elements than a vector, is gathered: a block's values of a channel come to a
 scratch run, and results are scattered from one.
@@ -28,16 +28,10 @@ from .activations import (
 )
 from .blocks import (
     AHEAD,
-    CHAIN,
-    add_deviations,
-    fourth,
-    heavier,
-    pass_on,
     run_deviations,
     run_normalize,
     run_products,
     through,
-    weighed,
     write,
 )
 from .lanes import (
@@ -60,7 +54,7 @@ from .lanes import (
     total,
     wide,
 )
-from .parts import by_type, nothing_of, part, unless_none
+from .parts import by_type, part, unless_none
 
 # Constants go to functions as runtime values below (`np.int64(0)`): Numba compiles a function again for each literal.
 
@@ -71,7 +65,7 @@ SAMPLE = 2 * LANES
 
 
 @part()
-def _borders(k, shape, plan):  # type: ignore[no-untyped-def]
+def block(k, shape, plan):  # type: ignore[no-untyped-def]
     """Block k of a tile: outer o0 to o1, and in each of its runs n elements from i0 on."""
     runs, segments, length = plan[4], plan[5], plan[6]
     o = (k // segments) * runs
@@ -86,7 +80,7 @@ def _samples(k, shape, plan, few):  # type: ignore[no-untyped-def]
     All of it: run by run, or at once where it is gathered. Or `few` values at least, from here and there: neighbours
     are alike, and a pivot that is far from the mean costs more than all samples.
     """
-    o0, o1, _, n = _borders(k, shape, plan)
+    o0, o1, _, n = block(k, shape, plan)
     runs, gather = o1 - o0, plan[7] & GATHER != 0
     if few >= runs * n:
         return (1, runs, n, runs, n) if gather else (runs, 1, n, 1, 0)
@@ -94,6 +88,12 @@ def _samples(k, shape, plan, few):  # type: ignore[no-untyped-def]
     each = (min(few, SAMPLE) + m - 1) // m if gather else 1
     count = (few + each * m - 1) // (each * m)
     return count, each, m, max(1, (runs - each + 1) // count), (n - m) // count
+
+
+@part()
+def following(o, i, o0, o1, runs, step, further):  # type: ignore[no-untyped-def]
+    """Where the sample after that at (o, i) starts: runs again from o0 on, once they have come to o1."""
+    return o + step if o + step + runs <= o1 else o0, i + further
 
 
 @part()
@@ -106,10 +106,10 @@ def rows_count(k, shape, plan, few):  # type: ignore[no-untyped-def]
 @part()
 def rows_first(x, k, c0, pivot, plan, order):  # type: ignore[no-untyped-def]
     """pivot (G,) <- the first values of the channels from c0 on in block k."""
-    o0, _, i0, _ = _borders(k, x.shape, plan)
+    o0, _, i0, _ = block(k, x.shape, plan)
     o, like = index(order, o0), spread(pivot[0])
     for c in range(pivot.size):
-        pivot[c] = first(load_part(_at(x, o, c0 + c, i0), 0, 1, like))
+        pivot[c] = first(load_part(at(x, o, c0 + c, i0), 0, 1, like))
 
 
 @part()
@@ -119,7 +119,7 @@ def index(order, o):  # type: ignore[no-untyped-def]
 
 
 @unless_none()
-def _at(a, o, c, i):  # type: ignore[no-untyped-def]
+def at(a, o, c, i):  # type: ignore[no-untyped-def]
     return pointer(a, o * a.strides[0] + c * a.strides[1] + i * a.strides[2])
 
 
@@ -145,9 +145,9 @@ def scatter(scratch, a, c, o0, o1, i0, n, order):  # type: ignore[no-untyped-def
 
 
 @unless_none()
-def _repeated(w, o, i0, n, scratch):  # type: ignore[no-untyped-def]
+def repeated(w, o, i0, n, scratch):  # type: ignore[no-untyped-def]
     """The weights of a run, and behind them those of its start, as the run of the next channel has the same."""
-    source, target, zero = _at(w, o, 0, i0), pointer(scratch, 0), nothing(spread(scratch[0]))
+    source, target, zero = at(w, o, 0, i0), pointer(scratch, 0), nothing(spread(scratch[0]))
     for i in range(0, n, LANES):
         save(target, i, load_part(source, i, min(LANES, n - i), zero))
     save(target, n, load(source, 0, zero))
@@ -161,7 +161,7 @@ def _room(a, scratch):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _lanes(sums, i, c):  # type: ignore[no-untyped-def]
+def lanes_of(sums, i, c):  # type: ignore[no-untyped-def]
     return pointer(sums, i * sums.strides[0] + 8 * LANES * c)
 
 
@@ -171,7 +171,7 @@ def add_up(sums, s):  # type: ignore[no-untyped-def]
     like = spread(0.0)
     for i in range(s.shape[0]):
         for c in range(s.shape[1]):
-            lanes = _lanes(sums, i, c)
+            lanes = lanes_of(sums, i, c)
             s[i, c] = total(load(lanes, 0, like))
             save(lanes, 0, nothing(like))
 
@@ -183,7 +183,7 @@ def rows_deviations(x, k, c0, pivot, sums, plan, scratch, few, w, order):  # typ
     For all of block k, or for samples of `few` values. With weights w sums has a third row, for them.
     """
     keep_whole()
-    o0, o1, i0, _ = _borders(k, x.shape, plan)
+    o0, o1, i0, _ = block(k, x.shape, plan)
     samples, runs, n, step, further = _samples(k, x.shape, plan, few)
     gather, o, i = plan[7] & GATHER, o0, i0
     for _ in range(samples):
@@ -193,11 +193,10 @@ def rows_deviations(x, k, c0, pivot, sums, plan, scratch, few, w, order):  # typ
                 run = gathered(x, c0 + c, o, o + runs, i, n, order, scratch[0][0])
                 run_w = gathered(w, 0, o, o + runs, i, n, order, scratch[2][0])
             else:
-                run, run_w = _at(x, p, c0 + c, i), _at(w, p, 0, i)
+                run, run_w = at(x, p, c0 + c, i), at(w, p, 0, i)
             then = _then(x, run, o, n, order)
-            run_deviations(run, run_w, runs * n, pivot[c], _lanes(sums, 0, c), sums.strides[0], then)
-        o, i = o + step, i + further
-        o = o if o + runs <= o1 else o0
+            run_deviations(run, run_w, runs * n, pivot[c], lanes_of(sums, 0, c), sums.strides[0], then)
+        o, i = following(o, i, o0, o1, runs, step, further)
 
 
 @part()
@@ -218,7 +217,7 @@ def lens(numbers, c):  # type: ignore[no-untyped-def]
 def rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch, few, how, r, w, order, lenses):  # type: ignore[no-untyped-def]
     """Lanes of sums (5, 16 G) += g = dy - pivot, d = x - hi, g d, g^2 and d^4; lenses (3, G) as in `lens`."""
     keep_whole()
-    o0, o1, i0, _ = _borders(k, x.shape, plan)
+    o0, o1, i0, _ = block(k, x.shape, plan)
     samples, runs, n, step, further = _samples(k, x.shape, plan, few)
     gather, o, i = plan[7] & GATHER, o0, i0
     for _ in range(samples):
@@ -230,14 +229,13 @@ def rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch, few, how, r, w, 
                 run_r = gathered(r, c0 + c, o, o + runs, i, n, order, scratch[1][2])
                 run_w = gathered(w, 0, o, o + runs, i, n, order, scratch[2][0])
             else:
-                run_dy, run_x = _at(dy, p, c0 + c, i), _at(x, p, c0 + c, i)
-                run_r, run_w = _at(r, p, c0 + c, i), _at(w, p, 0, i)
+                run_dy, run_x = at(dy, p, c0 + c, i), at(x, p, c0 + c, i)
+                run_r, run_w = at(r, p, c0 + c, i), at(w, p, 0, i)
             run_products(
-                run_dy, run_x, runs * n, pivot[c], hi[c], _lanes(sums, 0, c), sums.strides[0], how, run_r, run_w,
+                run_dy, run_x, runs * n, pivot[c], hi[c], lanes_of(sums, 0, c), sums.strides[0], how, run_r, run_w,
                 lens(lenses, c), _then(dy, run_dy, o, n, order), _then(x, run_x, o, n, order),
             )  # fmt: skip
-        o, i = o + step, i + further
-        o = o if o + runs <= o1 else o0
+        o, i = following(o, i, o0, o1, runs, step, further)
 
 
 @part()
@@ -253,7 +251,7 @@ def _five(numbers, c):  # type: ignore[no-untyped-def]
 
 
 @by_type
-def _joined(n, p, q):  # type: ignore[no-untyped-def]
+def joined_numbers(n, p, q):  # type: ignore[no-untyped-def]
     return {3: _joined_three, 5: _joined_five, 7: _joined_seven}[len(p)]
 
 
@@ -262,11 +260,11 @@ def _joined_three(n, p, q):  # type: ignore[no-untyped-def]
 
 
 def _joined_five(n, p, q):  # type: ignore[no-untyped-def]
-    return (*_joined(n, p[:3], q[:3]), joined(n, p[3], q[3]), joined(n, p[4], q[4]))
+    return (*joined_numbers(n, p[:3], q[:3]), joined(n, p[3], q[3]), joined(n, p[4], q[4]))
 
 
 def _joined_seven(n, p, q):  # type: ignore[no-untyped-def]
-    return (*_joined(n, p[:5], q[:5]), joined(n, p[5], q[5]), joined(n, p[6], q[6]))
+    return (*joined_numbers(n, p[:5], q[:5]), joined(n, p[5], q[5]), joined(n, p[6], q[6]))
 
 
 # A map computes in the elements' type where it may (`fast_numbers`), by `through`. Else in float64, by its lens.
@@ -274,7 +272,7 @@ def _joined_seven(n, p, q):  # type: ignore[no-untyped-def]
 
 
 @unless_none(0, lambda *args: lens(args[1], args[2]))
-def _numbers(fast, doubles, c):  # type: ignore[no-untyped-def]
+def numbers_of(fast, doubles, c):  # type: ignore[no-untyped-def]
     return _five(fast, c)
 
 
@@ -298,38 +296,38 @@ def _normalize_runs(x, y, n, c, count, fast, past, ahead, how, r, w, doubles, li
     Vectors go over the borders of runs, so that lines are stored whole; `ahead` is what will be read next.
     """
     m, i, end = count * n, 0, n
-    p = _numbers(fast, doubles, c)
+    p = numbers_of(fast, doubles, c)
     if past:
         i = min(m, before_line(y))
     if i > 0:  # a masked store of nothing still held up the stores behind it: 0.22 against 0.09 ns an element
-        _put_part(x, y, r, w, np.int64(0), np.int64(0), i, how, like, p)
+        normalize_part(x, y, r, w, np.int64(0), np.int64(0), i, how, like, p)
     while i + LANES <= m:
         while i + LANES <= end:
             fetch(ahead, i)
-            _put_one(x, y, r, w, i, i - end + n, past, how, like, p)
+            normalize_one(x, y, r, w, i, i - end + n, past, how, like, p)
             i += LANES
         if i + LANES <= m:
             c += 1
-            q = _numbers(fast, doubles, c)
+            q = numbers_of(fast, doubles, c)
             if i < end:
                 fetch(ahead, i)
-                _put_one(x, y, r, w, i, i - end + n, past, how, like, _joined(end - i, p, q))
+                normalize_one(x, y, r, w, i, i - end + n, past, how, like, joined_numbers(end - i, p, q))
                 i += LANES
             p = q
             end += n
     if i < m:
         fetch(ahead, i)
-        _put_part(x, y, r, w, i, i - end + n, m - i, how, like, p)
+        normalize_part(x, y, r, w, i, i - end + n, m - i, how, like, p)
 
 
 @part()
-def _put_one(x, y, r, w, i, i_w, past, how, like, p):  # type: ignore[no-untyped-def]
+def normalize_one(x, y, r, w, i, i_w, past, how, like, p):  # type: ignore[no-untyped-def]
     """A vector of y at i, by weights at i_w."""
     write(y, i, _normalized(how, load(x, i, like), p, loaded(r, i, like), loaded(w, i_w, like)), past)
 
 
 @part()
-def _put_part(x, y, r, w, i, i_w, k, how, like, p):  # type: ignore[no-untyped-def]
+def normalize_part(x, y, r, w, i, i_w, k, how, like, p):  # type: ignore[no-untyped-def]
     """The first k elements of one."""
     v, e = load_part(x, i, k, like), loaded_part(r, i, k, like)
     save_part(y, i, k, _normalized(how, v, p, e, loaded_part(w, i_w, k, like)))
@@ -344,8 +342,8 @@ def _adjacent(a, n):  # type: ignore[no-untyped-def]
 def rows_normalize(x, y, k, c0, ca, doubles, singles, rare, plan, scratch, how, r, w, order):  # type: ignore[no-untyped-def]
     """y of block k of the channels from c0 on, backwards; those from ca on are fetched, if >= 0, or what comes next."""
     keep_whole()
-    o0, o1, i0, n = _borders(k, x.shape, plan)
-    oa, _, ia, _ = _borders(plan[2] - 1 - k, x.shape, plan)
+    o0, o1, i0, n = block(k, x.shape, plan)
+    oa, _, ia, _ = block(plan[2] - 1 - k, x.shape, plan)
     past, g = plan[7] & PAST != 0, singles.shape[1]
     fast, like = fast_numbers(how, r, w, singles), spread(singles[0, 0])
     whole = n >= LANES and (not rare or absent(fast)) and (absent(w) or g > 1)
@@ -361,109 +359,18 @@ def rows_normalize(x, y, k, c0, ca, doubles, singles, rare, plan, scratch, how, 
         return
     for o in range(o1 - 1, o0 - 1, -1):  # what was read last is in cache
         p = index(order, o)
-        run_w = _repeated(w, p, i0, n, scratch[2][0]) if whole else _at(w, p, 0, i0)
+        run_w = repeated(w, p, i0, n, scratch[2][0]) if whole else at(w, p, 0, i0)
         for c in range(0, g, g if whole else 1):
-            run = _at(x, p, c0 + c, i0)
+            run = at(x, p, c0 + c, i0)
             ahead = shifted(run, AHEAD * x.itemsize)
             if ca >= 0:
                 there = index(order, min(oa + o1 - 1 - o, x.shape[0] - 1))
-                ahead = _at(x, there, min(ca + c, x.shape[1] - 1), ia)
-            target, run_r = _at(y, p, c0 + c, i0), _at(r, p, c0 + c, i0)
+                ahead = at(x, there, min(ca + c, x.shape[1] - 1), ia)
+            target, run_r = at(y, p, c0 + c, i0), at(r, p, c0 + c, i0)
             if whole:
                 _normalize_runs(run, target, n, np.int64(0), g, fast, past, ahead, how, run_r, run_w, doubles, like)
             else:
                 _normalize_run(fast, run, target, n, c, doubles, singles, past, ahead, how, run_r, run_w)
-
-
-@unless_none(0, lambda *args: None)
-def _weights_of(w, o, i0, n, channels, scratch):  # type: ignore[no-untyped-def]
-    """Of a run; as by `_repeated` where another one follows it."""
-    return _repeated(w, o, i0, n, scratch) if channels > 1 else _at(w, o, 0, i0)
-
-
-@part()
-def _row_two(
-    x, y, r, w, m, n, past, how, fast, doubles, like, row, row_w, runs, count, then, pivot, sums
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    """y of m elements, runs of n, as `_normalize_runs`, and sums of `runs` runs of other channels as `run_deviations`.
-
-    To the same bits. Memory reads and writes at once, and nothing is read twice into L2: 1.1 copies where one after the
-    other takes 1.3 with what comes next fetched meanwhile, and 1.5 without.
-    """
-    p, c, i, end, near = _numbers(fast, doubles, np.int64(0)), np.int64(0), 0, min(m, n), spread(pivot[0])
-    size, line, zero = runs * count, sums.strides[0], nothing(near)
-    reach = min(AHEAD, size // (2 * LANES) * 2 * LANES)
-    if past:
-        i = min(m, before_line(y))
-    if i > 0:
-        _put_part(x, y, r, w, np.int64(0), np.int64(0), i, how, like, p)
-    for k in range(max(runs, (m + n - 1) // n)):
-        if k < runs:
-            near, lanes, start = spread(pivot[k]), _lanes(sums, 0, k), k * count
-            s = t = q = u = g = h = zero
-            j, to = start, start + count
-            while j < to:
-                stop = min(to, j + 2 * CHAIN)
-                while j + 2 * LANES <= stop:
-                    after = row if j + reach < size else then
-                    fetch(after, j + reach)
-                    fetch(after, j + reach + LANES)
-                    f, b = loaded(row_w, j - start, near), loaded(row_w, j - start + LANES, near)
-                    d, a = weighed(load(row, j, near) - near, f)
-                    s, q, g = s + a, fma(a, d, q), heavier(g, f)
-                    d, a = weighed(load(row, j + LANES, near) - near, b)
-                    t, u, h = t + a, fma(a, d, u), heavier(h, b)
-                    j += 2 * LANES
-                    if i + 2 * LANES <= end:
-                        for _ in range(2):
-                            _put_one(x, y, r, w, i, i - end + n, past, how, like, p)
-                            i += LANES
-                while j < stop:
-                    f = loaded_part(row_w, j - start, stop - j, near)
-                    d, a = weighed(load_part(row, j, stop - j, near) - near, f)
-                    s, q, g = s + a, fma(a, d, q), heavier(g, f)
-                    j += LANES
-                if j < to:
-                    add_deviations(row_w, lanes, line, s + t, q + u, g + h)
-                    s = t = q = u = g = h = zero
-            add_deviations(row_w, lanes, line, s + t, q + u, g + h)
-        while i + LANES <= end:
-            _put_one(x, y, r, w, i, i - end + n, past, how, like, p)
-            i += LANES
-        if i + LANES <= m:
-            c += 1
-            after_p = _numbers(fast, doubles, c)
-            if i < end:
-                _put_one(x, y, r, w, i, i - end + n, past, how, like, _joined(end - i, p, after_p))
-                i += LANES
-            p = after_p
-            end += n
-    if i < m:
-        _put_part(x, y, r, w, i, i - end + n, m - i, how, like, p)
-
-
-@by_type
-def rows_two(x, y, k, c0, pivot, sums, plan, cm, doubles, singles, how, r, w, seen, scratch):  # type: ignore[no-untyped-def]
-    """Sums of block k of the channels from c0 on, and y of those from cm on, of the block as far from the last one.
-
-    As by `rows_deviations` with weights w and by `rows_normalize` with `seen`, backwards; in x's type.
-    """
-    return _rows_two if (pivot.dtype == types.float64) == (x.dtype == types.float64) else nothing_of
-
-
-def _rows_two(x, y, k, c0, pivot, sums, plan, cm, doubles, singles, how, r, w, seen, scratch):  # type: ignore[no-untyped-def]
-    o0, o1, i0, n = _borders(k, x.shape, plan)
-    a0, a1, j0, m = _borders(plan[2] - 1 - k, x.shape, plan)
-    fast, like, past = fast_numbers(how, r, seen, singles), spread(singles[0, 0]), plan[7] & PAST != 0
-    g, channels = pivot.size, min(plan[1], x.shape[1] - cm)
-    for i in range(max(o1 - o0, a1 - a0)):
-        o, a, then = min(o0 + i, o1 - 1), max(a1 - 1 - i, a0), min(o0 + i + 1, x.shape[0] - 1)
-        _row_two(
-            _at(x, a, cm, j0), _at(y, a, cm, j0), _at(r, a, cm, j0), _weights_of(seen, a, j0, m, channels, scratch),
-            channels * m if i < a1 - a0 else 0, m, past, how, fast, doubles, like, _at(x, o, c0, i0),
-            _at(w, o, 0, i0), g if i < o1 - o0 else 0, n, shifted(_at(x, then, c0, i0), -g * n * x.itemsize), pivot,
-            sums,
-        )  # fmt: skip
 
 
 @unless_none(0, lambda *args: _normalize_exactly(*args[1:]))
@@ -496,7 +403,7 @@ def _slope(how, g, v, p, z, r, w):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _map_one(dy, x, dx, r, w, dr, i, i_w, past, how, like, p, z):  # type: ignore[no-untyped-def]
+def gradient_one(dy, x, dx, r, w, dr, i, i_w, past, how, like, p, z):  # type: ignore[no-untyped-def]
     """A vector of dx at i, by weights at i_w."""
     g, v, e = load(dy, i, like), load(x, i, like), loaded(r, i, like)
     s, b = _slope(how, g, v, p, z, e, loaded(w, i_w, like))
@@ -505,7 +412,7 @@ def _map_one(dy, x, dx, r, w, dr, i, i_w, past, how, like, p, z):  # type: ignor
 
 
 @part()
-def _map_part(dy, x, dx, r, w, dr, i, i_w, k, how, like, p, z):  # type: ignore[no-untyped-def]
+def gradient_part(dy, x, dx, r, w, dr, i, i_w, k, how, like, p, z):  # type: ignore[no-untyped-def]
     """The first k elements of one."""
     g, v, e = load_part(dy, i, k, like), load_part(x, i, k, like), loaded_part(r, i, k, like)
     s, b = _slope(how, g, v, p, z, e, loaded_part(w, i_w, k, like))
@@ -514,7 +421,7 @@ def _map_part(dy, x, dx, r, w, dr, i, i_w, k, how, like, p, z):  # type: ignore[
 
 
 @by_type
-def _coefficients(how, r, w, numbers, c):  # type: ignore[no-untyped-def]
+def coefficients_of(how, r, w, numbers, c):  # type: ignore[no-untyped-def]
     return _seven if in_singles(how, r, w, numbers) else lambda how, r, w, numbers, c: _five(numbers, c)
 
 
@@ -526,124 +433,33 @@ def _seven(how, r, w, numbers, c):  # type: ignore[no-untyped-def]
 def _gradient_runs(dy, x, dx, n, c, count, used, past, ahead_dy, ahead_x, how, r, w, dr, lenses, narrow):  # type: ignore[no-untyped-def]
     """As `_normalize_runs`, for gradients; dr is where dy f'(z) goes, or None."""
     m, i, end = count * n, 0, n
-    p, z = _coefficients(how, r, w, used, c), lens(lenses, c)
+    p, z = coefficients_of(how, r, w, used, c), lens(lenses, c)
     like = read_as(how, r, narrow, p[0])
     if past:
         i = min(m, before_line(dx))
     if i > 0:
-        _map_part(dy, x, dx, r, w, dr, np.int64(0), np.int64(0), i, how, like, p, z)
+        gradient_part(dy, x, dx, r, w, dr, np.int64(0), np.int64(0), i, how, like, p, z)
     while i + LANES <= m:
         while i + LANES <= end:
             fetch(ahead_dy, i)
             fetch(ahead_x, i)
-            _map_one(dy, x, dx, r, w, dr, i, i - end + n, past, how, like, p, z)
+            gradient_one(dy, x, dx, r, w, dr, i, i - end + n, past, how, like, p, z)
             i += LANES
         if i + LANES <= m:
             c += 1
-            q, zq = _coefficients(how, r, w, used, c), lens(lenses, c)
+            q, zq = coefficients_of(how, r, w, used, c), lens(lenses, c)
             if i < end:
                 fetch(ahead_dy, i)
                 fetch(ahead_x, i)
-                both, seen = _joined(end - i, p, q), _joined(end - i, z, zq)
-                _map_one(dy, x, dx, r, w, dr, i, i - end + n, past, how, like, both, seen)
+                both, seen = joined_numbers(end - i, p, q), joined_numbers(end - i, z, zq)
+                gradient_one(dy, x, dx, r, w, dr, i, i - end + n, past, how, like, both, seen)
                 i += LANES
             p, z = q, zq
             end += n
     if i < m:
         fetch(ahead_dy, i)
         fetch(ahead_x, i)
-        _map_part(dy, x, dx, r, w, dr, i, i - end + n, m - i, how, like, p, z)
-
-
-@part()
-def _gradient_two(
-    dy, x, dx, r, w, dr, m, n, past, how, used, lenses, like, row_dy, row_x, row_r, row_w, runs, count, then_dy, then_x,
-    pivot, hi, sums, own,
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    """dx of m elements, runs of n, as `_gradient_runs`, and sums of `runs` others, by the lenses `own`: see `_row_two`.
-
-    2.0 copies where one after the other takes 2.3; with what comes next fetched meanwhile 2.7.
-    """
-    c, i, end, near_dy = np.int64(0), 0, min(m, n), spread(pivot[0])
-    p, z, zero = _coefficients(how, r, w, used, c), lens(lenses, c), nothing(near_dy)
-    size = runs * count
-    reach = min(AHEAD, size // LANES * LANES)
-    if past:
-        i = min(m, before_line(dx))
-    if i > 0:
-        _map_part(dy, x, dx, r, w, dr, np.int64(0), np.int64(0), i, how, like, p, z)
-    for at in range(max(runs, (m + n - 1) // n)):
-        if at < runs:
-            near_dy, near_x, bend_of = spread(pivot[at]), spread(hi[at]), lens(own, at)
-            s = t = u = q = f = zero
-            j, start, to = at * count, at * count, (at + 1) * count
-            while j < to:
-                stop = min(to, j + CHAIN)
-                while j < stop:
-                    k = min(LANES, stop - j)
-                    after_dy, after_x = (row_dy, row_x) if j + reach < size else (then_dy, then_x)
-                    fetch(after_dy, j + reach)
-                    fetch(after_x, j + reach)
-                    if k == LANES:
-                        g, d, e = load(row_dy, j, near_dy), load(row_x, j, near_x), loaded(row_r, j, near_x)
-                        o = loaded(row_w, j - start, near_x)
-                    else:
-                        g, d = load_part(row_dy, j, k, near_dy), load_part(row_x, j, k, near_x)
-                        e, o = loaded_part(row_r, j, k, near_x), loaded_part(row_w, j - start, k, near_x)
-                    g, d = bent(how, g, d, bend_of[0], bend_of[1], bend_of[2], e)
-                    g, d = counted(how, g, o) - near_dy, counted(how, d - near_x, o)
-                    if k < LANES:
-                        g, d = joined(k, g, zero), joined(k, d, zero)
-                    s, t, u, q, f = s + g, t + d, fma(g, d, u), fma(g, g, q), fourth(d, f)
-                    j += LANES
-                    if i + LANES <= end:
-                        _map_one(dy, x, dx, r, w, dr, i, i - end + n, past, how, like, p, z)
-                        i += LANES
-                if j < to:
-                    pass_on(_lanes(sums, 0, at), sums.strides[0], s, t, u, q, f)
-                    s = t = u = q = f = zero
-            pass_on(_lanes(sums, 0, at), sums.strides[0], s, t, u, q, f)
-        while i + LANES <= end:
-            _map_one(dy, x, dx, r, w, dr, i, i - end + n, past, how, like, p, z)
-            i += LANES
-        if i + LANES <= m:
-            c += 1
-            p_next, z_next = _coefficients(how, r, w, used, c), lens(lenses, c)
-            if i < end:
-                both, seen = _joined(end - i, p, p_next), _joined(end - i, z, z_next)
-                _map_one(dy, x, dx, r, w, dr, i, i - end + n, past, how, like, both, seen)
-                i += LANES
-            p, z = p_next, z_next
-            end += n
-    if i < m:
-        _map_part(dy, x, dx, r, w, dr, i, i - end + n, m - i, how, like, p, z)
-
-
-@by_type
-def rows_products_two(
-    dy, x, dx, k, c0, pivot, hi, sums, plan, cm, used, how, r, w, dr, lenses, waiting, scratch
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    """As `rows_two`: sums of block k of channels c0 and on, by `lenses`, and dx of channels cm and on, by `waiting`."""
-    return _rows_products_two if (pivot.dtype == types.float64) == (x.dtype == types.float64) else nothing_of
-
-
-def _rows_products_two(
-    dy, x, dx, k, c0, pivot, hi, sums, plan, cm, used, how, r, w, dr, lenses, waiting, scratch
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    o0, o1, i0, n = _borders(k, x.shape, plan)
-    a0, a1, j0, m = _borders(plan[2] - 1 - k, x.shape, plan)
-    past, g, channels = plan[7] & PAST != 0, pivot.size, min(plan[1], x.shape[1] - cm)
-    like = read_as(how, r, spread(narrowest(x)), _coefficients(how, r, w, used, np.int64(0))[0])
-    for i in range(max(o1 - o0, a1 - a0)):
-        o, a, then = min(o0 + i, o1 - 1), max(a1 - 1 - i, a0), min(o0 + i + 1, x.shape[0] - 1)
-        back = -g * n * x.itemsize
-        _gradient_two(
-            _at(dy, a, cm, j0), _at(x, a, cm, j0), _at(dx, a, cm, j0), _at(r, a, cm, j0),
-            _weights_of(w, a, j0, m, channels, scratch), _at(dr, a, cm, j0), channels * m if i < a1 - a0 else 0, m,
-            past, how, used, waiting, like, _at(dy, o, c0, i0), _at(x, o, c0, i0), _at(r, o, c0, i0),
-            _at(w, o, 0, i0), g if i < o1 - o0 else 0, n, shifted(_at(dy, then, c0, i0), back),
-            shifted(_at(x, then, c0, i0), back), pivot, hi, sums, lenses,
-        )  # fmt: skip
+        gradient_part(dy, x, dx, r, w, dr, i, i - end + n, m - i, how, like, p, z)
 
 
 @part()
@@ -665,7 +481,7 @@ def rows_gradient(
     The next tile isn't fetched meanwhile, as forward does: with two arrays of 103 MB it took 12.0 ms in place of 11.6.
     """
     keep_whole()
-    o0, o1, i0, n = _borders(k, x.shape, plan)
+    o0, o1, i0, n = block(k, x.shape, plan)
     past, g, narrow = plan[7] & PAST != 0, used.shape[1], spread(narrowest(x))
     exact = rare == g
     whole = n >= LANES and (exact or rare == 0) and (absent(w) or g > 1)
@@ -687,11 +503,11 @@ def rows_gradient(
         return
     for o in range(o1 - 1, o0 - 1, -1):
         p = index(order, o)
-        run_w = _repeated(w, p, i0, n, scratch[2][0]) if whole else _at(w, p, 0, i0)
+        run_w = repeated(w, p, i0, n, scratch[2][0]) if whole else at(w, p, 0, i0)
         for c in range(0, g, g if whole else 1):
-            run_dy, run_x = _at(dy, p, c0 + c, i0), _at(x, p, c0 + c, i0)
+            run_dy, run_x = at(dy, p, c0 + c, i0), at(x, p, c0 + c, i0)
             ahead_dy, ahead_x = shifted(run_dy, AHEAD * dy.itemsize), shifted(run_x, AHEAD * x.itemsize)
-            target, run_r, run_dr = _at(dx, p, c0 + c, i0), _at(r, p, c0 + c, i0), _at(dr, p, c0 + c, i0)
+            target, run_r, run_dr = at(dx, p, c0 + c, i0), at(r, p, c0 + c, i0), at(dr, p, c0 + c, i0)
             if whole and exact:
                 _gradient_runs(
                     run_dy, run_x, target, n, np.int64(0), g, doubles, past, ahead_dy, ahead_x, how, run_r, run_w,

@@ -22,23 +22,11 @@ import numpy as np
 
 from .activations import absent
 from .columns import columns_count, columns_deviations, columns_products, gather_columns, spread_column
-from .lanes import (
-    LANES,
-    before_line,
-    borrowed,
-    claim,
-    give,
-    in_step,
-    outer,
-    pointer,
-    spread,
-    take,
-    where_at_most,
-    where_less,
-    where_nonzero,
-)
+from .items import claim
+from .lanes import LANES, before_line, give, pointer, spread, take, where_at_most, where_less, where_nonzero
 from .parts import part, unless_none
 from .rows import GATHER, PAST, add_up, rows_count, rows_deviations, rows_first, rows_products
+from .views import borrowed, in_step, outer
 
 SUM, FINISH, MAP = 1, 2, 4
 
@@ -161,7 +149,7 @@ def mean_of(x, k, c0, pivot, totals, sums, near, scratch, plan, few, w, order): 
 
     0 where nothing has weight.
     """
-    if few == 1 and not plan[0]:
+    if few == NARROW[0] and not plan[0]:
         rows_first(x, k, c0, pivot, plan, order)
         return
     pivot[:] = 0

@@ -15,11 +15,9 @@ import multiprocessing
 import os
 import threading
 import warnings
-from typing import Any
+from typing import Any, Protocol
 
 import numba
-
-from .compile import Kernel
 
 _compiling: Any = threading.RLock()
 with contextlib.suppress(ImportError):  # Numba's own name for it may change
@@ -37,10 +35,18 @@ _one_at_a_time = True  # until the layer is known to take several threads
 _inside: dict[str, object] = {}
 
 
+class Kernel(Protocol):
+    """What is done for all work items, to the same bits by one thread and by all."""
+
+    def serial(self, items: int, *args: Any) -> None: ...
+
+    def parallel(self, items: int, *args: Any) -> None: ...
+
+
 def run(kernel: Kernel, items: int, *args: Any, parallel: bool) -> None:
     """Call `kernel` over `items` work items: by all threads if `parallel` is wanted and safe here and now.
 
-    Costs 0.2 µs over the dispatcher when serial, 1.1 µs when parallel.
+    Costs 0.2 µs over the kernel itself when serial, 1.1 µs when parallel.
     """
     if not parallel or _serial_only:
         kernel.serial(items, *args)

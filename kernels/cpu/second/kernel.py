@@ -7,9 +7,11 @@ from numba import types
 from numba.extending import intrinsic
 
 from ..compile import compiled
-from ..lanes import borrowed, by_all, claim, fence, hold, keep_whole
+from ..items import by_all, claim, fence
+from ..lanes import keep_whole
 from ..parts import part
 from ..schedule import FINISH, MAP, SUM
+from ..views import borrowed, hold
 from .columns import ROWS, SUMS, columns_map, columns_sums, group_rows, tile_width, to_channels, to_columns
 from .runs import FROZEN, GATHER, PIVOTED, rows_borders, rows_map, rows_sums
 
