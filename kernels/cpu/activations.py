@@ -12,9 +12,9 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic, models, register_model, unbox
+from numba.extending import models, register_model, unbox
 
+from .formulas import formula, full, intrinsic
 from .lanes import (
     DOUBLE,
     LANES,
@@ -31,7 +31,6 @@ from .lanes import (
     where_nonzero,
     wide,
 )
-from .parts import by_type, part, unless_none
 
 
 class How(types.Type):  # type: ignore[misc]
@@ -65,7 +64,7 @@ def _unbox(_how: Any, value: Any, c: Any) -> Any:
 def always(how: How) -> Any:
     """A function of no arguments for compiled code: this one, without parameters and masks."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def constant(_typing: Any) -> Any:
         kind = ir.ArrayType(ir.DoubleType(), 4)
         return how(), lambda _context, _builder, _signature, _args: ir.Constant(kind, [0.0, 1.0, 0.0, 0.0])
@@ -77,7 +76,7 @@ plain = always(PLAIN)
 
 
 def _number(i: int) -> Any:
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def number(_typing: Any, how: Any) -> Any:
         return types.float64(how), lambda _context, builder, _signature, args: builder.extract_value(args[0], i)
 
@@ -88,22 +87,7 @@ def _number(i: int) -> Any:
 parameter, all_normalized, kept, is_frozen = _number(0), _number(1), _number(2), _number(3)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def constant(_typing: Any, like: Any, value: Any) -> Any:
-    """A number in all lanes of the kind of `like`."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = signature.return_type.dtype
-        number = context.cast(builder, args[1], signature.args[1], kind)
-        vector = ir.VectorType(number.type, LANES)
-        first = builder.insert_element(ir.Constant(vector, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-        return builder.shuffle_vector(first, first, zeros)
-
-    return like(like, types.float64), codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def alike(_typing: Any, lanes: Any, like: Any) -> Any:
     """The same numbers in the lanes' type of `like`."""
 
@@ -124,7 +108,7 @@ def _format(lanes: Any) -> tuple[Any, Any, int, int]:
     return ir.VectorType(ir.DoubleType(), LANES), ir.VectorType(ir.IntType(64), LANES), 52, 1023
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def scaled(_typing: Any, lanes: Any, power: Any) -> Any:
     """lanes 2^power, for whole powers within the exponent's range."""
 
@@ -139,7 +123,7 @@ def scaled(_typing: Any, lanes: Any, power: Any) -> Any:
     return lanes(lanes, lanes), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def truncated(_typing: Any, lanes: Any) -> Any:
     """Without what is behind the point, for numbers below 2^31."""
 
@@ -149,7 +133,7 @@ def truncated(_typing: Any, lanes: Any) -> Any:
     return lanes(lanes), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def exponent(_typing: Any, lanes: Any) -> Any:
     """The whole number e with 2^e <= lanes < 2^(e + 1), for normal numbers above 0."""
 
@@ -168,25 +152,13 @@ _WHOLE = ir.VectorType(ir.IntType(32), LANES)
 # Polynomials: highest power first.
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _polynomial(_typing: Any, x: Any, name: Any) -> Any:
+def _polynomial(x, name):  # type: ignore[no-untyped-def]
     """By Horner's rule, with the coefficients for the type of x."""
-    if not isinstance(name, types.StringLiteral):
-        return None
-    coefficients = _COEFFICIENTS[name.literal_value, x == SINGLE]
-
-    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        kind, _, _, _ = _format(x)
-        width = 32 if x == SINGLE else 64
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(kind, [kind] * 3), f"llvm.fmuladd.v{LANES}f{width}"
-        )
-        value = ir.Constant(kind, [coefficients[0]] * LANES)
-        for c in coefficients[1:]:
-            value = builder.call(function, [value, args[0], ir.Constant(kind, [c] * LANES)])
-        return value
-
-    return x(x, name), codegen
+    first, *others = _COEFFICIENTS[name, x.kind == SINGLE]
+    value = full(x, first)
+    for c in others:
+        value = fma(value, x, full(x, c))
+    return value
 
 
 # exp(r) for |r| <= ln 2 / 2; log m = s P(s^2), s = (m - 1) / (m + 1), m from 1 / sqrt 2 to sqrt 2;
@@ -274,254 +246,190 @@ _COEFFICIENTS: dict[tuple[str, bool], tuple[float, ...]] = {
 }
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _limits(_typing: Any, lanes: Any) -> Any:
-    """Of exp: the smallest and the largest argument; ln 2 as a float of few bits, and the rest; of erfc the largest."""
-    numbers = (-87.0, 88.5, 0.693359375, -2.12194440e-4, 10.0) if lanes == SINGLE else (
-        -708.0, 709.5, 0.6931471803691238, 1.9082149292705877e-10, 28.0
-    )  # fmt: skip
-
-    def codegen(context: Any, builder: Any, signature: Any, _args: Any) -> Any:
-        return context.make_tuple(builder, signature.return_type, [ir.Constant(ir.DoubleType(), n) for n in numbers])
-
-    return types.UniTuple(types.float64, 5)(lanes), codegen
-
-
-@part()
-def lanes_exp(x):  # type: ignore[no-untyped-def]
-    low, high, ln2, rest, _ = _limits(x)
-    low, high, zero = constant(x, low), constant(x, high), nothing(x)
-    bounded = where_at_most(x, high, where_less(x, low, low, x), high)  # NaN to `high`: it can't be made whole
-    half = constant(x, 0.5)
-    n = truncated(fma(bounded, constant(x, 1.4426950408889634), where_less(x, zero, zero - half, half)))
-    r = fma(zero - n, constant(x, rest), fma(zero - n, constant(x, ln2), x))
-    value = scaled(_polynomial(r, "exp"), n - constant(x, 1.0)) * constant(x, 2.0)  # 2^1024 is infinite
-    return where_less(high, x, constant(x, math.inf), where_less(x, low, zero, value))
-
-
-@part()
-def lanes_log(x):  # type: ignore[no-untyped-def]
-    """For normal numbers above 0."""
-    one, zero = constant(x, 1.0), nothing(x)
-    e = exponent(x)
-    m = scaled(x, zero - e)
-    big = where_less(constant(x, 1.4142135623730951), m, one, zero)
-    m, e = where_nonzero(big, m * constant(x, 0.5), m), e + big
-    s = (m - one) / (m + one)
-    return fma(s, _polynomial(s * s, "log"), e * constant(x, 0.6931471805599453))
-
-
-@part()
-def _tail(z):  # type: ignore[no-untyped-def]
-    """Half of erfc(|z| / sqrt 2): the normal distribution beyond |z|."""
-    zero, root = nothing(z), constant(z, 0.7071067811865476)
-    _, _, _, _, top = _limits(z)
-    x = where_less(z, zero, zero - z, z) * root
-    x = where_less(constant(z, top), x, constant(z, top), x)
-    three = constant(z, 3.0)
-    p = _polynomial((x - three) / (x + three), "erfc")
-    return constant(z, 0.5) * lanes_exp(zero - x * x) * p / fma(x, constant(z, 2.0), constant(z, 1.0))
-
-
-@part()
-def _normal(z):  # type: ignore[no-untyped-def]
-    tail = _tail(z)
-    return where_less(z, nothing(z), tail, constant(z, 1.0) - tail)
-
-
-@part()
-def _sigmoid(z):  # type: ignore[no-untyped-def]
-    one = constant(z, 1.0)
-    return one / (one + lanes_exp(nothing(z) - z))
-
-
-@part()
-def _tanh(z):  # type: ignore[no-untyped-def]
-    one = constant(z, 1.0)
-    return one - constant(z, 2.0) / (one + lanes_exp(z + z))
-
-
-@part()
-def _clip(z):  # type: ignore[no-untyped-def]
-    """To 0 to 6; NaN stays."""
-    zero, six = nothing(z), constant(z, 6.0)
-    return where_less(six, z, six, where_less(z, zero, zero, z))
-
-
-# f(z), f'(z) and f^-1(y): one function for each activation, chosen by `How`.
-
-
-def _as_is(how, z):  # type: ignore[no-untyped-def]
-    return z
-
-
-def _relu(how, z):  # type: ignore[no-untyped-def]
-    return where_at_most(z, nothing(z), nothing(z), z)
-
-
-def _relu_slope(how, z):  # type: ignore[no-untyped-def]
-    return where_at_most(z, nothing(z), nothing(z), constant(z, 1.0))
-
-
-def _leaky(how, z):  # type: ignore[no-untyped-def]
-    return where_at_most(z, nothing(z), z * constant(z, parameter(how)), z)
-
-
-def _leaky_slope(how, z):  # type: ignore[no-untyped-def]
-    return where_at_most(z, nothing(z), constant(z, parameter(how)), constant(z, 1.0))
-
-
-def _leaky_inverse(how, z):  # type: ignore[no-untyped-def]
-    return where_at_most(z, nothing(z), z * constant(z, 1.0 / parameter(how)), z)  # a division took 3 times as long
-
-
-def _relu6(how, z):  # type: ignore[no-untyped-def]
-    return _clip(z)
-
-
-def _relu6_slope(how, z):  # type: ignore[no-untyped-def]
-    zero = nothing(z)
-    return where_at_most(constant(z, 6.0), z, zero, where_at_most(z, zero, zero, constant(z, 1.0)))
-
-
-def _elu(how, z):  # type: ignore[no-untyped-def]
-    below = constant(z, parameter(how)) * (lanes_exp(z) - constant(z, 1.0))
-    return where_at_most(z, nothing(z), below, z)
-
-
-def _elu_slope(how, z):  # type: ignore[no-untyped-def]
-    return where_at_most(z, nothing(z), constant(z, parameter(how)) * lanes_exp(z), constant(z, 1.0))
-
-
-def _elu_inverse(how, z):  # type: ignore[no-untyped-def]
-    one, zero = constant(z, 1.0), nothing(z)
-    u = where_at_most(z, zero, z / constant(z, parameter(how)), zero)
-    w, least = one + u, constant(z, 1e-30)
-    left = where_less(w, least, least, w)  # y was rounded to its limit: z is low enough by this
-    lost = w - one  # log(1 + u) is log(w) u / (w - 1), where 1 + u was rounded to w
-    return where_at_most(z, zero, where_nonzero(lost, lanes_log(left) * (u / lost), u), z)
-
-
-def _silu(how, z):  # type: ignore[no-untyped-def]
-    return z * _sigmoid(z)
-
-
-def _silu_slope(how, z):  # type: ignore[no-untyped-def]
-    s = _sigmoid(z)
-    return fma(z * s, _sigmoid(nothing(z) - z), s)  # 1 - s would lose digits that z brings forward
-
-
-def _gelu(how, z):  # type: ignore[no-untyped-def]
-    return z * _normal(z)
-
-
-def _gelu_slope(how, z):  # type: ignore[no-untyped-def]
-    density = constant(z, 0.3989422804014327) * lanes_exp(constant(z, -0.5) * z * z)
-    return fma(z, density, _normal(z))
-
-
-def _sigmoid_itself(how, z):  # type: ignore[no-untyped-def]
-    return _sigmoid(z)
-
-
-def _sigmoid_slope(how, z):  # type: ignore[no-untyped-def]
-    s = _sigmoid(z)
-    return s * (constant(z, 1.0) - s)
-
-
-def _tanh_itself(how, z):  # type: ignore[no-untyped-def]
-    return _tanh(z)
-
-
-def _tanh_slope(how, z):  # type: ignore[no-untyped-def]
-    t = _tanh(z)
-    return constant(z, 1.0) - t * t
-
-
-def _hardswish(how, z):  # type: ignore[no-untyped-def]
-    return z * _clip(z + constant(z, 3.0)) * constant(z, 1.0 / 6.0)
-
-
-def _hardswish_slope(how, z):  # type: ignore[no-untyped-def]
-    three, one = constant(z, 3.0), constant(z, 1.0)
-    between = fma(z, constant(z, 1.0 / 3.0), constant(z, 0.5))
-    return where_at_most(z, nothing(z) - three, nothing(z), where_less(z, three, between, one))
-
-
-_FUNCTIONS = {
-    "": (_as_is, _as_is, _as_is),
-    "relu": (_relu, _relu_slope, None),
-    "leaky_relu": (_leaky, _leaky_slope, _leaky_inverse),
-    "relu6": (_relu6, _relu6_slope, None),
-    "elu": (_elu, _elu_slope, _elu_inverse),
-    "silu": (_silu, _silu_slope, None),
-    "gelu": (_gelu, _gelu_slope, None),
-    "sigmoid": (_sigmoid_itself, _sigmoid_slope, None),
-    "tanh": (_tanh_itself, _tanh_slope, None),
-    "hardswish": (_hardswish, _hardswish_slope, None),
+# Of exp: the smallest and the largest argument; ln 2 as a float of few bits, and the rest; of erfc the largest.
+_LIMITS = {
+    True: (-87.0, 88.5, 0.693359375, -2.12194440e-4, 10.0),
+    False: (-708.0, 709.5, 0.6931471803691238, 1.9082149292705877e-10, 28.0),
 }
 
 
-@by_type
+def lanes_exp(x):  # type: ignore[no-untyped-def]
+    low, high, ln2, rest, _ = _LIMITS[x.kind == SINGLE]
+    least, most, zero, half = full(x, low), full(x, high), full(x, 0.0), full(x, 0.5)
+    bounded = where_at_most(x, most, where_less(x, least, least, x), most)  # NaN to `most`: it can't be made whole
+    n = truncated(fma(bounded, full(x, 1.4426950408889634), where_less(x, zero, zero - half, half)))
+    r = fma(zero - n, full(x, rest), fma(zero - n, full(x, ln2), x))
+    value = scaled(_polynomial(r, "exp"), n - 1.0) * 2.0  # 2^1024 is infinite
+    return where_less(most, x, full(x, math.inf), where_less(x, least, zero, value))
+
+
+def lanes_log(x):  # type: ignore[no-untyped-def]
+    """For normal numbers above 0."""
+    one, zero = full(x, 1.0), full(x, 0.0)
+    e = exponent(x)
+    m = scaled(x, zero - e)
+    big = where_less(full(x, 1.4142135623730951), m, one, zero)
+    m, e = where_nonzero(big, m * 0.5, m), e + big
+    s = (m - 1.0) / (m + 1.0)
+    return fma(s, _polynomial(s * s, "log"), e * 0.6931471805599453)
+
+
+def _tail(z):  # type: ignore[no-untyped-def]
+    """Half of erfc(|z| / sqrt 2): the normal distribution beyond |z|."""
+    zero, top = full(z, 0.0), full(z, _LIMITS[z.kind == SINGLE][4])
+    x = where_less(z, zero, zero - z, z) * 0.7071067811865476
+    x = where_less(top, x, top, x)
+    p = _polynomial((x - 3.0) / (x + 3.0), "erfc")
+    return 0.5 * lanes_exp(zero - x * x) * p / fma(x, full(z, 2.0), full(z, 1.0))
+
+
+def _normal(z):  # type: ignore[no-untyped-def]
+    tail = _tail(z)
+    return where_less(z, full(z, 0.0), tail, 1.0 - tail)
+
+
+def _sigmoid(z):  # type: ignore[no-untyped-def]
+    return 1.0 / (1.0 + lanes_exp(0.0 - z))
+
+
+def _tanh(z):  # type: ignore[no-untyped-def]
+    return 1.0 - 2.0 / (1.0 + lanes_exp(z + z))
+
+
+def _clip(z):  # type: ignore[no-untyped-def]
+    """To 0 to 6; NaN stays."""
+    zero, six = full(z, 0.0), full(z, 6.0)
+    return where_less(six, z, six, where_less(z, zero, zero, z))
+
+
+def _beyond(z, above, below):  # type: ignore[no-untyped-def]
+    """One or the other, as z is above 0 or not."""
+    return where_at_most(z, full(z, 0.0), full(z, below), full(z, above))
+
+
+# f(z), f'(z) and f^-1(y), with the activation's parameter a.
+
+
+def _silu_slope(z, a):  # type: ignore[no-untyped-def]
+    s = _sigmoid(z)
+    return fma(z * s, _sigmoid(0.0 - z), s)  # 1 - s would lose digits that z brings forward
+
+
+def _gelu_slope(z, a):  # type: ignore[no-untyped-def]
+    return fma(z, 0.3989422804014327 * lanes_exp(-0.5 * z * z), _normal(z))
+
+
+def _sigmoid_slope(z, a):  # type: ignore[no-untyped-def]
+    s = _sigmoid(z)
+    return s * (1.0 - s)
+
+
+def _tanh_slope(z, a):  # type: ignore[no-untyped-def]
+    t = _tanh(z)
+    return 1.0 - t * t
+
+
+def _hardswish_slope(z, a):  # type: ignore[no-untyped-def]
+    between = fma(z, full(z, 1.0 / 3.0), full(z, 0.5))
+    return where_at_most(z, full(z, -3.0), full(z, 0.0), where_less(z, full(z, 3.0), between, full(z, 1.0)))
+
+
+def _relu6_slope(z, a):  # type: ignore[no-untyped-def]
+    return where_at_most(full(z, 6.0), z, full(z, 0.0), _beyond(z, 1.0, 0.0))
+
+
+def _elu_inverse(z, a):  # type: ignore[no-untyped-def]
+    zero = full(z, 0.0)
+    u = where_at_most(z, zero, z / a, zero)
+    w, least = 1.0 + u, full(z, 1e-30)
+    left = where_less(w, least, least, w)  # y was rounded to its limit: z is low enough by this
+    lost = w - 1.0  # log(1 + u) is log(w) u / (w - 1), where 1 + u was rounded to w
+    return where_at_most(z, zero, where_nonzero(lost, lanes_log(left) * (u / lost), u), z)
+
+
+_FUNCTIONS = {
+    "": (lambda z, a: z, lambda z, a: z, lambda z, a: z),
+    "relu": (
+        lambda z, a: _beyond(z, z, 0.0),
+        lambda z, a: _beyond(z, 1.0, 0.0),
+        None,
+    ),
+    "leaky_relu": (
+        lambda z, a: _beyond(z, z, z * a),
+        lambda z, a: _beyond(z, 1.0, a),
+        lambda z, a: _beyond(z, z, z * (1.0 / a)),
+    ),
+    "relu6": (lambda z, a: _clip(z), _relu6_slope, None),
+    "elu": (
+        lambda z, a: _beyond(z, z, a * (lanes_exp(z) - 1.0)),
+        lambda z, a: _beyond(z, 1.0, a * lanes_exp(z)),
+        _elu_inverse,
+    ),
+    "silu": (lambda z, a: z * _sigmoid(z), _silu_slope, None),
+    "gelu": (lambda z, a: z * _normal(z), _gelu_slope, None),
+    "sigmoid": (lambda z, a: _sigmoid(z), _sigmoid_slope, None),
+    "tanh": (lambda z, a: _tanh(z), _tanh_slope, None),
+    "hardswish": (lambda z, a: z * _clip(z + 3.0) * (1.0 / 6.0), _hardswish_slope, None),
+}
+
+
+@formula
 def bend(how, z):  # type: ignore[no-untyped-def]
     """f(z)."""
-    return _FUNCTIONS[how.activation][0]
+    return _FUNCTIONS[how.activation][0](z, parameter(how))
 
 
-@by_type
-def _slope(how, z):  # type: ignore[no-untyped-def]
+@formula
+def slope(how, z):  # type: ignore[no-untyped-def]
     """f'(z)."""
-    return _FUNCTIONS[how.activation][1]
+    return _FUNCTIONS[how.activation][1](z, parameter(how))
 
 
-@by_type
-def _straighten(how, z):  # type: ignore[no-untyped-def]
+@formula
+def straighten(how, z):  # type: ignore[no-untyped-def]
     """f^-1(z)."""
-    return _FUNCTIONS[how.activation][2]
+    return _FUNCTIONS[how.activation][2](z, parameter(how))
 
 
-# What the schedules call.
+# What the schedules call. What isn't there is None: residuals, weights, a place for their gradients.
 
 
-@unless_none()
+@formula
 def loaded(p, i, like):  # type: ignore[no-untyped-def]
-    """As `load`; None of nothing."""
-    return load(p, i, like)
+    """As `load`."""
+    return None if p is None else load(p, i, like)
 
 
-@unless_none()
+@formula
 def loaded_part(p, i, n, like):  # type: ignore[no-untyped-def]
-    return load_part(p, i, n, nothing(like))
+    return None if p is None else load_part(p, i, n, nothing(like))
 
 
-@unless_none()
+@formula
 def put(p, i, lanes):  # type: ignore[no-untyped-def]
-    """As `save`, nowhere if there is no place."""
-    save(p, i, lanes)
+    """As `save`."""
+    if p is not None:
+        save(p, i, lanes)
 
 
-@unless_none()
+@formula
 def put_part(p, i, n, lanes):  # type: ignore[no-untyped-def]
-    save_part(p, i, n, lanes)
+    if p is not None:
+        save_part(p, i, n, lanes)
 
 
-@unless_none(1, lambda *args: args[0])
-def _added(z, r):  # type: ignore[no-untyped-def]
-    return z + wide(r)
-
-
-@unless_none(3, lambda *args: args[1])
-def _settle(how, y, v, w):  # type: ignore[no-untyped-def]
-    """y, but what is wanted at masked positions."""
-    zero = nothing(y)
-    instead = where_nonzero(constant(y, kept(how)), v, zero)
-    return where_nonzero(where_nonzero(constant(y, all_normalized(how)), constant(y, 1.0), w), y, instead)
-
-
-@part()
+@formula
 def finished(how, z, v, r, w):  # type: ignore[no-untyped-def]
-    """Lanes of y, for lanes z of gamma xhat + beta (float64), v of x, r of the residual and w of weights, or None."""
-    return _settle(how, bend(how, alike(_added(z, r), v)), v, w)
+    """Lanes of y, for lanes z of gamma xhat + beta (float64), v of x, r of the residual and w of weights."""
+    y = bend(how, alike(z if r is None else z + wide(r), v))
+    return y if w is None else _unless_masked(how, v, y, w)
+
+
+@formula
+def _unless_masked(how, instead, result, w):  # type: ignore[no-untyped-def]
+    """y or dx, but what is wanted at masked positions: 0, or where they are kept, x or dy."""
+    instead = where_nonzero(full(result, kept(how)), instead, nothing(result))
+    return where_nonzero(full(result, all_normalized(how)), result, where_nonzero(w, result, instead))
 
 
 # Activations of two straight lines. Without a residual, which of them x is on is one comparison: z grows or falls with
@@ -529,18 +437,21 @@ def finished(how, z, v, r, w):  # type: ignore[no-untyped-def]
 _LINES = "relu", "leaky_relu"
 
 
-def _is_none(value: Any) -> bool:
-    return isinstance(value, types.NoneType)
-
-
-@by_type
+@formula
 def fast_numbers(how, r, w, singles):  # type: ignore[no-untyped-def]
     """Coefficients by which a map may compute in the elements' type; None where z must be float64.
 
     It must where an activation's kink is sought by backward in another way, and where z isn't the end of the sum.
     """
-    edge = has_edge(how, r) and _is_none(w) and singles.dtype == types.float32
-    return (lambda how, r, w, singles: singles) if how.simple or edge else (lambda how, r, w, singles: None)
+    edge = has_edge(how, r) and w is None and singles.dtype == types.float32
+    return singles if how.simple or edge else None
+
+
+# Of a `Value` how or the type itself, and of r what it is or its type.
+
+
+def _is_none(value: Any) -> bool:
+    return value is None or isinstance(value, types.NoneType)
 
 
 def looks(how: Any) -> bool:
@@ -558,77 +469,49 @@ def needs_z(how: Any, r: Any) -> bool:
     return looks(how) and not has_edge(how, r)
 
 
-@by_type
+@formula
 def bent(how, g, v, h, a, b, r):  # type: ignore[no-untyped-def]
     """dy f'(z) and x, for lanes g of dy, v of x (or of y) and r of the residual; z = a (x - h) + b + r in float64."""
-    if has_edge(how, r):
-        return _bent_at_edge
+    if not how.activation:
+        return g, v
     if how.inverse:
-        if not how.activation:
-            return lambda how, g, v, h, a, b, r: (g, v)
-        return _bent_from_y
-    return _bent_from_x if how.activation else lambda how, g, v, h, a, b, r: (g, v)
+        z = straighten(how, v)
+        return g * alike(slope(how, z), g), z
+    if has_edge(how, r):
+        # Above its kink the slope is 1. A product there too, with one of two slopes, was an instruction more.
+        return where_at_most(v * alike(h, v), alike(a, v), g * slope(how, nothing(g)), g), v
+    z = fma(wide(v) - h, a, b)
+    return g * alike(slope(how, alike(z if r is None else z + wide(r), v)), g), v
 
 
-def _bent_at_edge(how, g, v, h, a, b, r):  # type: ignore[no-untyped-def]
-    # Above its kink the slope is 1. A product there too, with one of two slopes, was an instruction more.
-    return where_at_most(v * alike(h, v), alike(a, v), g * _slope(how, nothing(g)), g), v
-
-
-def _bent_from_y(how, g, v, h, a, b, r):  # type: ignore[no-untyped-def]
-    z = _straighten(how, v)
-    return g * alike(_slope(how, z), g), z
-
-
-def _bent_from_x(how, g, v, h, a, b, r):  # type: ignore[no-untyped-def]
-    z = alike(_added(fma(wide(v) - h, a, b), r), v)
-    return g * alike(_slope(how, z), g), v
-
-
-@unless_none(2, lambda *args: args[1])
+@formula
 def counted(how, lanes, w):  # type: ignore[no-untyped-def]
     """0 at masked positions, unless they are normalized like all others."""
-    zero = nothing(lanes)
-    return where_nonzero(constant(lanes, all_normalized(how)), lanes, where_nonzero(w, lanes, zero))
+    if w is None:
+        return lanes
+    return where_nonzero(full(lanes, all_normalized(how)), lanes, where_nonzero(w, lanes, nothing(lanes)))
 
 
-@by_type
+@formula
 def trained(how, v, hi):  # type: ignore[no-untyped-def]
     """x, or its mean where statistics are constants: it may be NaN, and dx has nothing of it."""
-    return (lambda how, v, hi: v) if how.simple else _trained
+    return v if how.simple else where_nonzero(full(v, is_frozen(how)), hi, v)
 
 
-def _trained(how, v, hi):  # type: ignore[no-untyped-def]
-    return where_nonzero(constant(v, is_frozen(how)), hi, v)
-
-
-@by_type
+@formula
 def line(how, raw, bowed, v, p, w):  # type: ignore[no-untyped-def]
     """dx = a g + (b d + c), its second term by weight, for lanes of dy, of dy f'(z) and of x; p: the numbers."""
     if len(p) == 7:
-        return _line_in_singles
-    return _line_itself if _is_none(w) else _line_by_weight
-
-
-@part()
-def _centred(how, bowed, v, p, w):  # type: ignore[no-untyped-def]
-    """g and d."""
+        return _line_in_singles(how, bowed, v, p)
     d = trained(how, alike(v, p[1]), p[1]) - p[1]
-    return alike(bowed, p[0]) - p[0], counted(how, d, w)
-
-
-def _line_itself(how, raw, bowed, v, p, w):  # type: ignore[no-untyped-def]
-    g, d = _centred(how, bowed, v, p, w)
-    return fma(g, p[2], fma(d, p[3], p[4]))
-
-
-def _line_by_weight(how, raw, bowed, v, p, w):  # type: ignore[no-untyped-def]
-    g, d = _centred(how, bowed, v, p, w)
+    g, d = alike(bowed, p[0]) - p[0], counted(how, d, w)
+    if w is None:
+        return fma(g, p[2], fma(d, p[3], p[4]))
     second = where_nonzero(w, alike(w, g) * fma(d, p[3], p[4]), nothing(g))
     return _unless_masked(how, alike(raw, g), fma(g, p[2], second), w)
 
 
-def _line_in_singles(how, raw, bowed, v, p, w):  # type: ignore[no-untyped-def]
+def _line_in_singles(how, bowed, v, p):  # type: ignore[no-untyped-def]
     # Where the terms cancel, the rounding of g, d and b d is all that is left: 7 eps if dy follows x. It is added.
     ghi, hi, a, b, c, al, bl = p
     v = trained(how, v, hi)
@@ -639,44 +522,33 @@ def _line_in_singles(how, raw, bowed, v, p, w):  # type: ignore[no-untyped-def]
     return fma(g, a, second) + lost
 
 
-@part()
-def _unless_masked(how, raw, dx, w):  # type: ignore[no-untyped-def]
-    """dx, but what is wanted at masked positions: dy itself where they keep x."""
-    instead = where_nonzero(constant(dx, kept(how)), raw, nothing(dx))
-    return where_nonzero(constant(dx, all_normalized(how)), dx, where_nonzero(w, dx, instead))
-
-
 def in_singles(how: Any, r: Any, w: Any, singles: Any) -> bool:
     """Whether backward's map of float32 data is computed in float32, by seven numbers: where f' needs no z."""
     return not how.short and not needs_z(how, r) and _is_none(w) and bool(singles.dtype == types.float32)
 
 
-@by_type
+@formula
 def used_of(how, r, w, x, doubles, singles):  # type: ignore[no-untyped-def]
     """The coefficients of backward's map: float32 ones (8, G) where it may be computed by them, else float64 ones.
 
     Half types always take float32, by the first five of them.
     """
-    if isinstance(x.dtype, types.Integer) or in_singles(how, r, w, singles):
-        return lambda how, r, w, x, doubles, singles: singles
-    return lambda how, r, w, x, doubles, singles: doubles
+    return singles if isinstance(x.dtype, types.Integer) or in_singles(how, r, w, singles) else doubles
 
 
-@by_type
+@formula
 def read_as(how, r, narrow, used):  # type: ignore[no-untyped-def]
     """Lanes as which backward's map reads: its own (`used`) where f' is computed, else those that x comes in."""
-    if needs_z(how, r):
-        return lambda how, r, narrow, used: used
-    return lambda how, r, narrow, used: narrow
+    return used if needs_z(how, r) else narrow
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def is_plain(_typing: Any, how: Any) -> Any:
     """Whether nothing beyond batch norm is done, as a constant."""
     return types.boolean(how), lambda _context, _builder, _signature, _args: ir.Constant(ir.IntType(1), int(how.simple))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def absent(_typing: Any, value: Any) -> Any:
     """Whether it is None, as a constant."""
     none = int(isinstance(value, types.NoneType))

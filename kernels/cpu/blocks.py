@@ -13,6 +13,7 @@ import numpy as np
 from numba import njit, types
 
 from .activations import bent, counted, loaded, loaded_part, plain
+from .formulas import either, formula
 from .lanes import (
     LANES,
     before_line,
@@ -35,7 +36,7 @@ from .lanes import (
     where_nonzero,
     wide,
 )
-from .parts import by_type, nothing_of, part, unless_none
+from .parts import part
 
 # Squares of numbers on a grid leave remainders of 0, 1 and 4 eighths, which a float32 sum of a hundred drops more often
 # than it rounds them up: the variance of data at 1e4 was 5e-7 too small. So lanes pass sums on after 16 additions.
@@ -45,36 +46,39 @@ AHEAD = 64 * LANES  # elements: reading 103 MB took 3.0 ms without fetching, 2.5
 SOON = 16 * LANES  # elements ahead of a store: infer of 26 MB that no cache had took 2.1 ms without reserving, 1.5 with
 
 
-@part()
+@formula
 def add_lanes(sums, lanes):  # type: ignore[no-untyped-def]
     """sums[:16] += lanes, as float64. Adding lanes up is left for the end: it would hold up the loads behind it."""
     more = wide(lanes)
     save(sums, 0, load(sums, 0, more) + more)
 
 
-@unless_none()
+@formula
 def later(a, offset):  # type: ignore[no-untyped-def]
     """A pointer, `offset` bytes on; None of None."""
-    return shifted(a, offset)
+    return None if a is None else shifted(a, offset)
 
 
-@unless_none(1, lambda *args: (args[0], args[0]))
+@formula
 def weighed(d, f):  # type: ignore[no-untyped-def]
     """d, and d by its weight f; 0 where that is 0: what has no weight isn't looked at."""
+    if f is None:
+        return d, d
     d = where_nonzero(f, d, nothing(d))
     return d, d * f
 
 
-@unless_none(1, lambda *args: args[0])
+@formula
 def heavier(m, f):  # type: ignore[no-untyped-def]
     """m and a weight."""
-    return m + f
+    return m if f is None else m + f
 
 
-@unless_none()
+@formula
 def add_mass(w, masses, m):  # type: ignore[no-untyped-def]
     """As `add_lanes`, where there are weights."""
-    add_lanes(masses, m)
+    if w is not None:
+        add_lanes(masses, m)
 
 
 @part()
@@ -84,7 +88,7 @@ def run_deviations(x, w, n, pivot, sums, line, then):  # type: ignore[no-untyped
     Without weights (None) w is 1 and has no sum. Behind the n elements, those from then[n] on are fetched.
     """
     near = spread(pivot)
-    s = t = q = r = m = o = zero = nothing(near)
+    even = odd = no_deviations(near)
     i = 0
     while i < n:
         stop = min(n, i + 2 * CHAIN)
@@ -92,24 +96,41 @@ def run_deviations(x, w, n, pivot, sums, line, then):  # type: ignore[no-untyped
         while i + 2 * LANES <= stop:
             fetch(after, i + AHEAD)
             fetch(after, i + AHEAD + LANES)
-            f, h = loaded(w, i, near), loaded(w, i + LANES, near)
-            d, a = weighed(load(x, i, near) - near, f)
-            e, b = weighed(load(x, i + LANES, near) - near, h)
-            s, t, q, r, m, o = s + a, t + b, fma(a, d, q), fma(b, e, r), heavier(m, f), heavier(o, h)
+            even, odd = with_pair(even, odd, x, i, w, i, near)
             i += 2 * LANES
         while i < stop:  # twice at most; lanes behind the end hold the pivot, whose deviation is 0
-            f = loaded_part(w, i, stop - i, near)
-            d, a = weighed(load_part(x, i, stop - i, near) - near, f)
-            s, q, m = s + a, fma(a, d, q), heavier(m, f)
+            even = with_deviation(even, load_part(x, i, stop - i, near) - near, loaded_part(w, i, stop - i, near))
             i += LANES
         if i < n:
-            add_deviations(w, sums, line, s + t, q + r, m + o)
-            s = t = q = r = m = o = zero
-    add_deviations(w, sums, line, s + t, q + r, m + o)
+            add_deviations(w, sums, line, even, odd)
+            even = odd = no_deviations(near)
+    add_deviations(w, sums, line, even, odd)
 
 
-@part()
-def add_deviations(w, sums, line, s, q, m):  # type: ignore[no-untyped-def]
+@formula
+def no_deviations(like):  # type: ignore[no-untyped-def]
+    """Sums of w d, w d^2 and w, before there are any."""
+    return (nothing(like),) * 3
+
+
+@formula
+def with_deviation(held, d, w):  # type: ignore[no-untyped-def]
+    """The sums with lanes of d and of weights. Without weights (None) w is 1 and has no sum."""
+    s, q, m = held
+    d, a = weighed(d, w)
+    return s + a, fma(a, d, q), heavier(m, w)
+
+
+@formula
+def with_pair(even, odd, x, i, w, i_w, near):  # type: ignore[no-untyped-def]
+    """The same, of two vectors from i on, by weights from i_w on."""
+    even = with_deviation(even, load(x, i, near) - near, loaded(w, i_w, near))
+    return even, with_deviation(odd, load(x, i + LANES, near) - near, loaded(w, i_w + LANES, near))
+
+
+@formula
+def add_deviations(w, sums, line, even, odd):  # type: ignore[no-untyped-def]
+    s, q, m = (a + b for a, b in zip(even, odd, strict=True))
     add_lanes(sums, s)
     add_lanes(shifted(sums, line), q)
     add_mass(w, shifted(sums, 2 * line), m)
@@ -124,8 +145,7 @@ def run_products(dy, x, n, pivot, hi, sums, line, how, r, w, lens, then_dy, then
     With an activation dy is dy f'(z), by `activations.bent`, whose lens is h, a, b in float64.
     """
     near_dy, near_x = spread(pivot), spread(hi)
-    zero = nothing(near_dy)
-    s = t = p = q = f = zero
+    held = no_products(near_dy)
     i = 0
     while i < n:
         stop = min(n, i + CHAIN)
@@ -133,70 +153,100 @@ def run_products(dy, x, n, pivot, hi, sums, line, how, r, w, lens, then_dy, then
         while i + LANES <= stop:
             fetch(after_dy, i + AHEAD)
             fetch(after_x, i + AHEAD)
-            m = loaded(w, i, near_x)
-            g, d = load(dy, i, near_dy), load(x, i, near_x)
-            g, d = bent(how, g, d, lens[0], lens[1], lens[2], loaded(r, i, near_x))
-            g, d = counted(how, g, m) - near_dy, counted(how, d - near_x, m)
-            s, t, p, q, f = s + g, t + d, fma(g, d, p), fma(g, g, q), fourth(d, f)
+            seen = pairs(dy, x, r, i, w, i, near_dy, near_x)
+            held = with_products(held, how, seen, near_dy, near_x, lens)
             i += LANES
         if i < stop:
             k = stop - i
-            m = loaded_part(w, i, k, near_x)
-            g, d = load_part(dy, i, k, near_dy), load_part(x, i, k, near_x)
-            g, d = bent(how, g, d, lens[0], lens[1], lens[2], loaded_part(r, i, k, near_x))
-            g, d = counted(how, g, m) - near_dy, counted(how, d - near_x, m)
-            g, d = joined(k, g, zero), joined(k, d, zero)
-            s, t, p, q, f = s + g, t + d, fma(g, d, p), fma(g, g, q), fourth(d, f)
+            seen = pairs_part(dy, x, r, i, w, i, k, near_dy, near_x)
+            held = with_part(held, k, how, seen, near_dy, near_x, lens)
             i += LANES
         if i < n:
-            pass_on(sums, line, s, t, p, q, f)
-            s = t = p = q = f = zero
-    pass_on(sums, line, s, t, p, q, f)
+            pass_on(sums, line, held)
+            held = no_products(near_dy)
+    pass_on(sums, line, held)
 
 
-@part()
-def pass_on(sums, line, s, t, p, q, f):  # type: ignore[no-untyped-def]
-    add_lanes(sums, s)
-    add_lanes(shifted(sums, line), t)
-    add_lanes(shifted(sums, 2 * line), p)
-    add_lanes(shifted(sums, 3 * line), q)
+@formula
+def pairs(dy, x, r, i, w, i_w, like_dy, like_x):  # type: ignore[no-untyped-def]
+    """Sixteen of dy, x and the residual, from i on, and of the weights from i_w on."""
+    return load(dy, i, like_dy), load(x, i, like_x), loaded(r, i, like_x), loaded(w, i_w, like_x)
+
+
+@formula
+def pairs_part(dy, x, r, i, w, i_w, k, like_dy, like_x):  # type: ignore[no-untyped-def]
+    """The first k of them."""
+    seen = load_part(dy, i, k, like_dy), load_part(x, i, k, like_x), loaded_part(r, i, k, like_x)
+    return (*seen, loaded_part(w, i_w, k, like_x))
+
+
+@formula
+def no_products(like):  # type: ignore[no-untyped-def]
+    """Sums of g, d, g d, g^2 and d^4, before there are any."""
+    return (nothing(like),) * 5
+
+
+@formula
+def with_products(held, how, seen, near_dy, near_x, lens):  # type: ignore[no-untyped-def]
+    """The sums with lanes of dy, x, the residual and the weights."""
+    return _with(held, *_deviations(how, seen, near_dy, near_x, lens))
+
+
+@formula
+def with_part(held, k, how, seen, near_dy, near_x, lens):  # type: ignore[no-untyped-def]
+    """The same, of the first k lanes."""
+    g, d = _deviations(how, seen, near_dy, near_x, lens)
+    return _with(held, joined(k, g, nothing(g)), joined(k, d, nothing(d)))
+
+
+def _deviations(how, seen, near_dy, near_x, lens):  # type: ignore[no-untyped-def]
+    dy, x, r, w = seen
+    g, d = bent(how, dy, x, *lens, r)
+    return counted(how, g, w) - near_dy, counted(how, d - near_x, w)
+
+
+def _with(held, g, d):  # type: ignore[no-untyped-def]
+    s, t, p, q, f = held
+    return s + g, t + d, fma(g, d, p), fma(g, g, q), fourth(d, f)
+
+
+@formula
+def pass_on(sums, line, held):  # type: ignore[no-untyped-def]
+    """Lanes of the sums, `line` bytes apart, += those."""
+    *four, f = held
+    for i, lanes in enumerate(four):
+        add_lanes(shifted(sums, i * line), lanes)
     add_fourth(shifted(sums, 4 * line), f)
 
 
 # Sums of d^4 tell where float32 won't do (`gradient._first`): in float64 there are none.
 
 
-@by_type
+@formula
 def fourth(d, f):  # type: ignore[no-untyped-def]
     """f + d^4, of float32 lanes; of others f."""
-    return _fourth if d.dtype == types.float32 else lambda d, f: f
-
-
-def _fourth(d, f):  # type: ignore[no-untyped-def]
     e = d * d
-    return fma(e, e, f)
+    return fma(e, e, f) if d.dtype == types.float32 else f
 
 
-@by_type
+@formula
 def add_fourth(sums, f):  # type: ignore[no-untyped-def]
-    return _add_fourth if f.dtype == types.float32 else nothing_of
+    if f.dtype == types.float32:
+        add_lanes(sums, f)
 
 
-def _add_fourth(sums, f):  # type: ignore[no-untyped-def]
-    add_lanes(sums, f)
-
-
-@part()
+@formula
 def write(y, i, lanes, past):  # type: ignore[no-untyped-def]
     """As `save`, or past the caches."""
-    if past:
-        stream(y, i, lanes)
-    else:
+
+    def plainly() -> None:
         reserve(y, i + SOON)
         save(y, i, lanes)
 
+    either(past, lambda: stream(y, i, lanes), plainly)
 
-@part()
+
+@formula
 def paired(x, h, a, al, b, bl):  # type: ignore[no-untyped-def]
     """(a d + b) + (al d + bl), d = x - h, of lanes or of numbers: a and b as pairs, off by 1 eps at most.
 
@@ -206,12 +256,10 @@ def paired(x, h, a, al, b, bl):  # type: ignore[no-untyped-def]
     return fma(d, a, b) + fma(d, al, bl)
 
 
-@by_type
+@formula
 def through(how, x, h, a, al, b, bl):  # type: ignore[no-untyped-def]
     """`paired`; without the second halves where results are of 16 bits."""
-    if how.short:
-        return lambda how, x, h, a, al, b, bl: fma(x - h, a, b)
-    return lambda how, x, h, a, al, b, bl: paired(x, h, a, al, b, bl)
+    return fma(x - h, a, b) if how.short else paired(x, h, a, al, b, bl)
 
 
 @part()
@@ -259,14 +307,14 @@ def run_gradient(dy, x, dx, n, ghi, hi, a, b, c, past, ahead_dy, ahead_x):  # ty
         save_part(dx, i, n - i, fma(g, a, fma(d, b, c)))
 
 
-@part()
+@formula
 def not_negative(m2):  # type: ignore[no-untyped-def]
     """M2 without the rounding that can take it below 0; NaN stays. Of lanes or of a number, as all that follow."""
     zero = nothing(m2)
     return where_less(m2, zero, zero, m2)
 
 
-@part()
+@formula
 def settle(hi, lo):  # type: ignore[no-untyped-def]
     """The pair hi + lo with |lo| at most half an ulp of hi. An infinite or NaN hi keeps lo = 0."""
     total = hi + lo
@@ -278,6 +326,11 @@ def joined_moments(n, hi, lo, m2, nb, hib, lob, m2b):  # type: ignore[no-untyped
     """Chan's formula, for lanes or numbers: (count, mean_hi, mean_lo, M2) of two sets -> those of their union."""
     if count_nonzero(n, LANES) == 0:
         return nb, hib, lob, m2b
+    return _joined_moments(n, hi, lo, m2, nb, hib, lob, m2b)
+
+
+@formula
+def _joined_moments(n, hi, lo, m2, nb, hib, lob, m2b):  # type: ignore[no-untyped-def]
     total = n + nb
     share = nb / total
     delta = (hib - hi) + (lob - lo)
@@ -296,8 +349,13 @@ def joined_comoments(n, hi, lo, t, p, nb, hib, lob, tb, pb):  # type: ignore[no-
     """The same for (count, mean of dy as hi and lo, mean of x, co-moment) of two sets of pairs."""
     if count_nonzero(n, LANES) == 0:
         return nb, hib, lob, tb, pb
+    return _joined_comoments(n, hi, lo, t, p, nb, hib, lob, tb, pb)
+
+
+@formula
+def _joined_comoments(n, hi, lo, t, p, nb, hib, lob, tb, pb):  # type: ignore[no-untyped-def]
     zero = nothing(n)
-    total, moved, rest, _ = joined_moments(n, hi, lo, zero, nb, hib, lob, zero)
+    total, moved, rest, _ = _joined_moments(n, hi, lo, zero, nb, hib, lob, zero)
     share = nb / total
     delta, step = (hib - hi) + (lob - lo), tb - t
     t, tb = where_nonzero(n, t, tb), where_nonzero(n, t + step * share, tb)

@@ -4,14 +4,20 @@ import math
 
 from .activations import has_edge, looks
 from .blocks import through
+from .formulas import (
+    formula,
+    full,
+)
 from .lanes import (
     LANES,
     count_nonzero,
     fma,
-    give,
+    give_rows,
     magnitude,
     negative,
+    nothing,
     rounded,
+    some_of,
     spread,
     take,
     where_at_most,
@@ -19,6 +25,7 @@ from .lanes import (
     where_nonzero,
 )
 from .parts import by_type, nothing_of, part
+from .views import corner, row
 
 
 @part()
@@ -30,62 +37,56 @@ def forward_coefficients(how, s0, stats, affine, numbers, singles, exact, double
     A mean within 1000 standard deviations goes to b: d = x is exact then, and so is x - h with h near x otherwise.
     Within 16 where al and bl are left out (`through`): the rounding of a and b stays.
     """
-    rare, one, zero = 0, spread(1.0), spread(0.0)
+    rare, misses = 0, spread(0.0) if double else spread(1.0)
     for c in range(0, numbers.shape[1], LANES):
         g = min(LANES, numbers.shape[1] - c)
-        hi, a, b = _lens(s0 + c, g, stats, affine)
-        _give_three(numbers, c, g, hi, a, b)
-        fits = zero
         if exact:
-            _give_three(singles, c, g, hi, a, a * spread(2.0**-60))
-            give(singles, 3, c, g, b)
-            give(singles, 4, c, g, zero)
-            fits = one if double else zero
+            _exact_numbers(s0 + c, c, g, stats, affine, numbers, singles, misses)
         else:
-            invstd, lo = take(stats, 3, s0 + c, g, zero), take(stats, 1, s0 + c, g, zero)
-            near = where_at_most(magnitude(hi * invstd), spread(_near(how)), zero, rounded(hi, singles))
-            first, second = _split(a, singles)
-            _give_three(singles, c, g, near, first, second)
-            b = take(affine, 1, s0 + c, g, zero) - a * ((hi - near) + lo)
-            head = rounded(b, singles)
-            give(singles, 3, c, g, head)
-            give(singles, 4, c, g, b - head)
-            fits = where_less(magnitude(b), spread(1e30), _fits(a), zero)
-        give(singles, 5, c, g, one - fits)
-        rare += count_nonzero(one - fits, g)
+            misses = _numbers(how, s0 + c, c, g, stats, affine, numbers, singles)
+        rare += count_nonzero(misses, g)
     return rare > 0
 
 
-@by_type
-def _near(how):  # type: ignore[no-untyped-def]
-    return (lambda how: 16.0) if how.short else (lambda how: 1024.0)
+@formula
+def _exact_numbers(s, c, g, stats, affine, numbers, singles, misses):  # type: ignore[no-untyped-def]
+    hi, a, b = _lens(s, g, stats, affine)
+    give_rows(numbers, 0, c, g, (hi, a, b))
+    give_rows(singles, 0, c, g, (hi, a, a * 2.0**-60, b, nothing(b), misses))
 
 
-@part()
-def _give_three(rows, c, g, first, second, third):  # type: ignore[no-untyped-def]
-    give(rows, 0, c, g, first)
-    give(rows, 1, c, g, second)
-    give(rows, 2, c, g, third)
+@formula
+def _numbers(how, s, c, g, stats, affine, numbers, singles):  # type: ignore[no-untyped-def]
+    zero, (hi, a, b) = spread(0.0), _lens(s, g, stats, affine)
+    give_rows(numbers, 0, c, g, (hi, a, b))
+    invstd, lo = take(stats, 3, s, g, zero), take(stats, 1, s, g, zero)
+    most = full(hi, 16.0 if how.short else 1024.0)
+    near = where_at_most(magnitude(hi * invstd), most, zero, rounded(hi, singles))
+    b = take(affine, 1, s, g, zero) - a * ((hi - near) + lo)
+    head = rounded(b, singles)
+    misses = 1.0 - where_less(magnitude(b), full(b, 1e30), _fits(a), zero)
+    give_rows(singles, 0, c, g, (near, *_split(a, singles), head, b - head, misses))
+    return misses
 
 
-@part()
+@formula
 def _fits(a):  # type: ignore[no-untyped-def]
     """1 where a is 0 or of 1e-30 to 1e30, else 0, as of NaN."""
-    one, zero, size = spread(1.0), spread(0.0), magnitude(a)
-    return where_less(spread(1e-30), size, where_less(size, spread(1e30), one, zero), where_nonzero(a, zero, one))
+    one, zero, size = full(a, 1.0), full(a, 0.0), magnitude(a)
+    return where_less(full(a, 1e-30), size, where_less(size, full(a, 1e30), one, zero), where_nonzero(a, zero, one))
 
 
-@part()
+@formula
 def _split(value, singles):  # type: ignore[no-untyped-def]
     """value as float32 and what that leaves, of one sign: an infinite factor then makes two infinities of one sign."""
     first = rounded(value, singles)
-    less = rounded(first * spread(1.0 - 2.0**-24), singles)
+    less = rounded(first * (1.0 - 2.0**-24), singles)
     first = where_less(magnitude(value), magnitude(first), less, first)
     rest = rounded(value - first, singles)
-    return first, where_nonzero(rest, rest, value * spread(2.0**-44))
+    return first, where_nonzero(rest, rest, value * 2.0**-44)
 
 
-@part()
+@formula
 def _lens(s, g, stats, affine):  # type: ignore[no-untyped-def]
     """Of g channels, hi, a, b of gamma xhat + beta = a (x - hi) + b."""
     zero = spread(0.0)
@@ -103,46 +104,55 @@ def backward_coefficients(s0, stats, affine, grads, numbers, singles, n, mass, f
     With weights, whose sum is `mass` (of n values; 0 without), their factor of the second term has the mean of dy too:
     dx = a dy + w (b (x - hi) + c). Of frozen statistics a alone is left.
     """
-    rare, one, zero = 0, spread(1.0), spread(0.0)
+    rare = 0
     for c in range(0, numbers.shape[1], LANES):
         g, s = min(LANES, numbers.shape[1] - c), s0 + c
-        ghi, glo, hi, lo = (
-            take(grads, 0, s, g, zero), take(grads, 1, s, g, zero), take(stats, 0, s, g, zero),
-            take(stats, 1, s, g, zero),
-        )  # fmt: skip
-        invstd, covariance = take(stats, 3, s, g, zero), take(grads, 2, s, g, zero)
-        a = take(affine, 0, s, g, zero) * invstd
+        dy, x = _means(s, g, stats, grads)
+        a, covariance = _scales(s, g, stats, affine, grads)
         if mass > 0.0:
-            shift = take(grads, 4, s, g, zero) * take(grads, 3, s, g, zero)
-            covariance = (spread(n) * covariance + shift) / spread(mass)
-            glo = (glo + ghi) * spread(n / mass)
-            ghi = zero
+            dy, covariance = _by_mass(s, g, grads, dy, covariance, n, mass)
         if frozen:
-            ghi = glo = hi = lo = covariance = zero
-        b = negative(a) * (covariance * invstd) * invstd
-        rest = negative(a * glo + b * lo)
-        _give_three(numbers, c, g, ghi, hi, a)
-        give(numbers, 3, c, g, b)
-        give(numbers, 4, c, g, rest)
-        first, second = rounded(ghi, singles), rounded(hi, singles)
-        (a_first, a_rest), (b_first, b_rest) = _split(a, singles), _split(b, singles)
-        rest = rest + a * (first - ghi) + b * (second - hi)
-        _give_three(singles, c, g, first, second, a_first)
-        _give_three_more(singles, c, g, b_first, rest, a_rest, b_rest)
-        fits = zero
-        if not exact:
-            fits = where_less(magnitude(rest), spread(1e30), _fits(a) * _fits(b), zero)
-        give(singles, 5, c, g, one - fits)
-        rare += count_nonzero(one - fits, g)
+            dy = x = (spread(0.0), spread(0.0))
+            covariance = spread(0.0)
+        fit = spread(0.0) if exact else spread(1.0)
+        rare += count_nonzero(_gradient_numbers(s, c, g, stats, numbers, singles, dy, x, a, covariance, fit), g)
     return rare
 
 
-@part()
-def _give_three_more(rows, c, g, b, rest, a_rest, b_rest):  # type: ignore[no-untyped-def]
-    give(rows, 3, c, g, b)
-    give(rows, 4, c, g, rest)
-    give(rows, 6, c, g, a_rest)
-    give(rows, 7, c, g, b_rest)
+@formula
+def _means(s, g, stats, grads):  # type: ignore[no-untyped-def]
+    """Means of dy and of x, as pairs."""
+    return some_of(grads, range(2), s, g), some_of(stats, range(2), s, g)
+
+
+@formula
+def _scales(s, g, stats, affine, grads):  # type: ignore[no-untyped-def]
+    """gamma invstd, and the covariance."""
+    zero = spread(0.0)
+    return take(affine, 0, s, g, zero) * take(stats, 3, s, g, zero), take(grads, 2, s, g, zero)
+
+
+@formula
+def _by_mass(s, g, grads, dy, covariance, n, mass):  # type: ignore[no-untyped-def]
+    ghi, glo = dy
+    mean, total = some_of(grads, (3, 4), s, g)
+    return (nothing(ghi), (glo + ghi) * (n / mass)), (n * covariance + total * mean) / mass
+
+
+@formula
+def _gradient_numbers(s, c, g, stats, numbers, singles, dy, x, a, covariance, fit):  # type: ignore[no-untyped-def]
+    """numbers and singles of g channels from c on; gives 1 where these won't do, as where they can't `fit`."""
+    zero, (ghi, glo), (hi, lo) = spread(0.0), dy, x
+    invstd = take(stats, 3, s, g, zero)
+    b = negative(a) * (covariance * invstd) * invstd
+    rest = negative(a * glo + b * lo)
+    give_rows(numbers, 0, c, g, (ghi, hi, a, b, rest))
+    first, second = rounded(ghi, singles), rounded(hi, singles)
+    (a_first, a_rest), (b_first, b_rest) = _split(a, singles), _split(b, singles)
+    rest = rest + a * (first - ghi) + b * (second - hi)
+    misses = 1.0 - where_less(magnitude(rest), full(rest, 1e30), _fits(a) * _fits(b) * fit, zero)
+    give_rows(singles, 0, c, g, (first, second, a_first, b_first, rest, misses, a_rest, b_rest))
+    return misses
 
 
 @by_type
@@ -153,22 +163,21 @@ def lenses_of(how, r, s0, stats, affine, numbers, singles, exact):  # type: igno
     return _plain_lenses if looks(how) else nothing_of
 
 
-@by_type
+@formula
 def columns_of(how, r, wide, narrow):  # type: ignore[no-untyped-def]
     """Where lenses are by column: an edge is in x's type, and as wide columns would be pushed out of L1."""
-    return (lambda how, r, wide, narrow: narrow) if has_edge(how, r) else (lambda how, r, wide, narrow: wide)
+    return narrow if has_edge(how, r) else wide
 
 
 def _plain_lenses(how, r, s0, stats, affine, numbers, singles, exact):  # type: ignore[no-untyped-def]
     for c in range(0, numbers.shape[1], LANES):
         g = min(LANES, numbers.shape[1] - c)
-        hi, a, b = _lens(s0 + c, g, stats, affine)
-        _give_three(numbers, c, g, hi, a, b)
+        give_rows(numbers, 0, c, g, _lens(s0 + c, g, stats, affine))
 
 
 def _edges(how, r, s0, stats, affine, numbers, singles, exact):  # type: ignore[no-untyped-def]
     """singles (10, G): two rows to work in, and six as the forward map's."""
-    slot, own = singles[0, :1], singles[2:8, : numbers.shape[1]]
+    slot, own = row(singles, 0, 1), corner(singles, 2, 6, numbers.shape[1])
     forward_coefficients(how, s0, stats, affine, numbers, own, exact, slot.itemsize == 8)
     for c in range(numbers.shape[1]):
         lens = numbers[0, c], numbers[1, c], numbers[2, c]

@@ -25,7 +25,19 @@ from .activations import (
     put_part,
     read_as,
 )
-from .blocks import add_fourth, add_lanes, add_mass, fourth, heavier, later, through, weighed, write
+from .blocks import (
+    add_deviations,
+    later,
+    no_deviations,
+    no_products,
+    pass_on,
+    through,
+    with_deviation,
+    with_part,
+    with_products,
+    write,
+)
+from .formulas import formula
 from .lanes import (
     LANES,
     before_line,
@@ -48,7 +60,7 @@ from .lanes import (
     where_nonzero,
     wide,
 )
-from .parts import by_type, part, unless_none
+from .parts import part, unless_none
 from .rows import EXACT, PAST, index
 
 FULL = 1024  # columns of a row from which it is stored past the caches alone: its ends are parts of lines
@@ -110,10 +122,10 @@ def _weight(w, r, plan, order):  # type: ignore[no-untyped-def]
     return place, step
 
 
-@unless_none()
+@formula
 def _weight_at(w, step, r, like):  # type: ignore[no-untyped-def]
     """The weight of row r from there on, in all lanes."""
-    return spread_at(shifted(w, r * step), 0, like)
+    return None if w is None else spread_at(shifted(w, r * step), 0, like)
 
 
 @unless_none(0, lambda *args: (None, 0, 0))
@@ -164,7 +176,9 @@ def gather_columns(sums, totals, plan):  # type: ignore[no-untyped-def]
                 give(totals, i, c, min(LANES, n - c), load(pointer(sums, i * sums.strides[0]), c, zero))
                 save(pointer(sums, i * sums.strides[0]), c, zero)
         return
-    totals[:] = 0.0
+    for i in range(totals.shape[0]):
+        for c in range(0, n, LANES):
+            give(totals, i, c, min(LANES, n - c), zero)
     for i in range(totals.shape[0]):
         j = 0
         for _ in range(plan[6]):
@@ -192,10 +206,10 @@ def _ahead(a, here, step, r, c0, plan, order):  # type: ignore[no-untyped-def]
     return place, step
 
 
-@unless_none()
+@formula
 def _within_tile(f, k):  # type: ignore[no-untyped-def]
     """Weights of the first k lanes; those behind belong to no column of this tile, but to some of the next one."""
-    return joined(k, f, nothing(f))
+    return None if f is None else joined(k, f, nothing(f))
 
 
 @part()
@@ -204,30 +218,23 @@ def _add_deviations(x, step, rows, n, near, sums, w, step_w, ahead, step_ahead):
 
     By weights, if there are some: sums has a third row then, for them.
     """
-    like, line = spread(near[0]), sums.strides[0]
-    near, zero = pointer(near, 0), nothing(like)
-    s, q, m = pointer(sums, 0), pointer(sums, line), pointer(sums, 2 * line)
+    like, none = spread(near[0]), no_deviations(spread(near[0]))
     i = 0  # what is fetched is so in the order of memory
     for j in range(0, n, LANES):
-        h = load(near, j, like)
-        a = b = c = zero
+        h, held = load(pointer(near, 0), j, like), none
         if j + LANES <= n:
             for r in range(rows):
                 fetch(ahead, i)
                 i += LANES
                 if i >= n:
                     ahead, i = shifted(ahead, step_ahead), 0
-                f = _weight_at(w, step_w, r, like)
-                d, e = weighed(load(shifted(x, r * step), j, like) - h, f)
-                a, b, c = a + e, fma(e, d, b), heavier(c, f)
+                d = load(shifted(x, r * step), j, like) - h
+                held = with_deviation(held, d, _weight_at(w, step_w, r, like))
         else:
             for r in range(rows):
-                f = _within_tile(_weight_at(w, step_w, r, like), n - j)
-                d, e = weighed(load_part(shifted(x, r * step), j, n - j, h) - h, f)
-                a, b, c = a + e, fma(e, d, b), heavier(c, f)
-        add_lanes(shifted(s, 8 * j), a)
-        add_lanes(shifted(q, 8 * j), b)
-        add_mass(w, shifted(m, 8 * j), c)
+                d = load_part(shifted(x, r * step), j, n - j, h) - h
+                held = with_deviation(held, d, _within_tile(_weight_at(w, step_w, r, like), n - j))
+        add_deviations(w, pointer(sums, 8 * j), sums.strides[0], held, none)
 
 
 @part()
@@ -255,15 +262,11 @@ def columns_deviations(x, k, c0, channels, near, sums, plan, few, w, order):  # 
 def _add_products(
     dy, x, step_dy, step_x, rows, n, near_dy, near_x, sums, how, r0, step_r, w, step_w, lenses, ahead_dy, ahead_x, steps
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    like, line = spread(near_dy[0]), sums.strides[0]
-    near_dy, near_x, zero = pointer(near_dy, 0), pointer(near_x, 0), nothing(like)
-    s, t, p = pointer(sums, 0), pointer(sums, line), pointer(sums, 2 * line)
-    q, f = pointer(sums, 3 * line), pointer(sums, 4 * line)
+    like = spread(near_dy[0])
     i = 0
     for j in range(0, n, LANES):
-        gh, dh = load(near_dy, j, like), load(near_x, j, like)
-        z = _lens(lenses, j)
-        a = b = c = u = v = zero
+        gh, dh, z = load(pointer(near_dy, 0), j, like), load(pointer(near_x, 0), j, like), _lens(lenses, j)
+        held, k = no_products(like), n - j
         if j + LANES <= n:
             for r in range(rows):
                 fetch(ahead_dy, i)
@@ -272,36 +275,30 @@ def _add_products(
                 if i >= n:
                     ahead_dy, ahead_x, i = shifted(ahead_dy, steps[0]), shifted(ahead_x, steps[1]), 0
                 m, e = _weight_at(w, step_w, r, like), loaded(later(r0, r * step_r), j, like)
-                g, d = load(shifted(dy, r * step_dy), j, like), load(shifted(x, r * step_x), j, like)
-                g, d = bent(how, g, d, z[0], z[1], z[2], e)
-                g, d = counted(how, g, m) - gh, counted(how, d - dh, m)
-                a, b, c, u, v = a + g, b + d, fma(g, d, c), fma(g, g, u), fourth(d, v)
+                seen = load(shifted(dy, r * step_dy), j, like), load(shifted(x, r * step_x), j, like), e, m
+                held = with_products(held, how, seen, gh, dh, z)
         else:
-            k = n - j
             for r in range(rows):
                 m, e = _weight_at(w, step_w, r, like), loaded_part(later(r0, r * step_r), j, k, like)
-                g, d = load_part(shifted(dy, r * step_dy), j, k, gh), load_part(shifted(x, r * step_x), j, k, dh)
-                g, d = bent(how, g, d, z[0], z[1], z[2], e)
-                g, d = joined(k, counted(how, g, m) - gh, zero), joined(k, counted(how, d - dh, m), zero)
-                a, b, c, u, v = a + g, b + d, fma(g, d, c), fma(g, g, u), fourth(d, v)
-        add_lanes(shifted(s, 8 * j), a)
-        add_lanes(shifted(t, 8 * j), b)
-        add_lanes(shifted(p, 8 * j), c)
-        add_lanes(shifted(q, 8 * j), u)
-        add_fourth(shifted(f, 8 * j), v)
+                dys, xs = load_part(shifted(dy, r * step_dy), j, k, gh), load_part(shifted(x, r * step_x), j, k, dh)
+                held = with_part(held, k, how, (dys, xs, e, m), gh, dh, z)
+        pass_on(pointer(sums, 8 * j), sums.strides[0], held)
 
 
-@part()
+@formula
 def _lens(lenses, j):  # type: ignore[no-untyped-def]
     """h, a, b of z = a (x - h) + b, from column j on."""
-    h, a, b = _three(lenses)
-    return load_own(h, j), load_own(a, j), load_own(b, j)
+    return tuple(load_own(p, j) for p in _pointers(lenses, 3))
 
 
-@part()
-def _three(lenses):  # type: ignore[no-untyped-def]
-    first, step = pointer(lenses, 0), lenses.strides[0]
-    return first, shifted(first, step), shifted(first, 2 * step)
+@formula
+def _three(numbers):  # type: ignore[no-untyped-def]
+    return _pointers(numbers, 3)
+
+
+def _pointers(numbers, n):  # type: ignore[no-untyped-def]
+    """To the first n rows."""
+    return tuple(pointer(numbers, i * numbers.strides[0]) for i in range(n))
 
 
 @part()
@@ -332,11 +329,11 @@ def columns_products(dy, x, k, c0, channels, near, sums, plan, few, how, res, w,
         r += rows
 
 
-@part()
+@formula
 def _double(v, j, doubles):  # type: ignore[no-untyped-def]
     """Lanes of a (x - h) + b in float64."""
-    like = spread(0.0)
-    return fma(wide(v) - load(doubles[0], j, like), load(doubles[1], j, like), load(doubles[2], j, like))
+    h, a, b = (load_own(p, j) for p in doubles)
+    return fma(wide(v) - h, a, b)
 
 
 @unless_none(4, lambda *args: _normalized_with(*args))
@@ -344,23 +341,32 @@ def _normalized(how, v, j, doubles, fast, mode, r, w):  # type: ignore[no-untype
     """Lanes of y for lanes v of x from column j on."""
     if mode == EXACT:
         return _normalized_with(how, v, j, doubles, fast, mode, r, w)
-    h, a, al, b, bl = _from(fast, j)
-    z = through(how, v, h, a, al, b, bl)
+    z = _through(how, v, j, fast)
     if mode == 0:
         return wide(bend(how, z))
-    z = where_nonzero(wide(load(fast[5], j, v)), _double(v, j, doubles), wide(z))
-    return wide(finished(how, z, v, r, w))
+    return _one_or_other(how, v, j, doubles, fast, z, r, w)
 
 
-@part()
+@formula
+def _through(how, v, j, fast):  # type: ignore[no-untyped-def]
+    return through(how, v, *(load_own(p, j) for p in fast[:5]))
+
+
+@formula
+def _one_or_other(how, v, j, doubles, fast, z, r, w):  # type: ignore[no-untyped-def]
+    """z, or in float64 where the fast numbers won't do."""
+    return wide(finished(how, where_nonzero(wide(load(fast[5], j, v)), _double(v, j, doubles), wide(z)), v, r, w))
+
+
+@formula
 def _normalized_with(how, v, j, doubles, fast, mode, r, w):  # type: ignore[no-untyped-def]
     return wide(finished(how, _double(v, j, doubles), v, r, w))
 
 
-@unless_none()
-def _weights_from(w, step, row, last, left, like):  # type: ignore[no-untyped-def]
-    """The weight of a row in the first `left` lanes, that of the next row, if there is one, in those behind them."""
-    return joined(left, _weight_at(w, step, row, like), _weight_at(w, step, min(row + 1, last), like))
+@formula
+def _weights_from(w, step, row, then, left, like):  # type: ignore[no-untyped-def]
+    """The weight of a row in the first `left` lanes, that of row `then` in those behind them."""
+    return None if w is None else joined(left, _weight_at(w, step, row, like), _weight_at(w, step, then, like))
 
 
 @part()
@@ -385,14 +391,18 @@ def _normalize_run(x, y, n, width, last, like, doubles, fast, mode, past, ahead,
     while i + LANES <= n:
         for _ in range(min((width - j + LANES - 1) // LANES, (n - i) // LANES)):
             fetch(ahead, i)
-            f = _weights_from(w, step_w, row, last, width - j, like)
+            f = _weights_from(w, step_w, row, min(row + 1, last), width - j, like)
             v = _normalized(how, load(x, i, like), j, doubles, fast, mode, loaded(r, i, like), f)
             write(y, i, v, past)
             i, j = i + LANES, j + LANES
         if j >= width:
             j, row = _within(j, width), row + 1
     if i < n:
-        v, k, f = load_part(x, i, n - i, like), n - i, _weights_from(w, step_w, row, last, width - j, like)
+        v, k, f = (
+            load_part(x, i, n - i, like),
+            n - i,
+            _weights_from(w, step_w, row, min(row + 1, last), width - j, like),
+        )
         save_part(y, i, k, _normalized(how, v, j, doubles, fast, mode, loaded_part(r, i, k, like), f))
 
 
@@ -427,51 +437,48 @@ def columns_normalize(x, y, k, c0, channels, doubles, singles, rare, plan, how, 
         r0 += rows
 
 
-@part()
+@formula
 def _five(numbers):  # type: ignore[no-untyped-def]
-    """Pointers to the first five rows."""
-    s = numbers.strides[0]
-    first = pointer(numbers, 0)
-    return first, shifted(first, s), shifted(first, 2 * s), shifted(first, 3 * s), shifted(first, 4 * s)
+    return _pointers(numbers, 5)
 
 
-@unless_none()
+@formula
 def _six(numbers):  # type: ignore[no-untyped-def]
-    return (*_five(numbers), pointer(numbers, 5 * numbers.strides[0]))
+    return None if numbers is None else _pointers(numbers, 6)
 
 
-@part()
+@formula
 def _eight(numbers):  # type: ignore[no-untyped-def]
-    return (*_six(numbers), pointer(numbers, 6 * numbers.strides[0]), pointer(numbers, 7 * numbers.strides[0]))
+    return _pointers(numbers, 8)
 
 
 @part()
 def _slope(how, g, v, j, doubles, used, mode, lenses, r, w):  # type: ignore[no-untyped-def]
     """Lanes of dx for lanes g of dy and v of x from column j on, and of dy f'(z)."""
-    bowed, d = bent(how, g, v, load_own(lenses[0], j), load_own(lenses[1], j), load_own(lenses[2], j), r)
-    bowed = counted(how, bowed, w)
+    bowed, d = _bowed(how, g, v, j, lenses, r, w)
     if mode == EXACT:
-        return wide(line(how, g, bowed, d, _from(doubles, j), w)), bowed
-    s = wide(line(how, g, bowed, d, _coefficients(how, r, w, used, j), w))
+        return _exactly(how, g, bowed, d, j, doubles, w), bowed
+    s = _quickly(how, g, bowed, d, j, used, r, w)
     if mode != 0:
-        s = where_nonzero(wide(load_own(used[5], j)), wide(line(how, g, bowed, d, _from(doubles, j), w)), s)
+        s = where_nonzero(wide(load_own(used[5], j)), _exactly(how, g, bowed, d, j, doubles, w), s)
     return s, bowed
 
 
-@part()
-def _from(numbers, j):  # type: ignore[no-untyped-def]
-    """The first five coefficients of the columns from j on."""
-    first, second, third = load_own(numbers[0], j), load_own(numbers[1], j), load_own(numbers[2], j)
-    return first, second, third, load_own(numbers[3], j), load_own(numbers[4], j)
+@formula
+def _bowed(how, g, v, j, lenses, r, w):  # type: ignore[no-untyped-def]
+    bowed, d = bent(how, g, v, *(load_own(p, j) for p in lenses), r)
+    return counted(how, bowed, w), d
 
 
-@by_type
-def _coefficients(how, r, w, numbers, j):  # type: ignore[no-untyped-def]
-    return _seven if in_singles(how, r, w, numbers[0]) else lambda how, r, w, numbers, j: _from(numbers, j)
+@formula
+def _exactly(how, g, bowed, d, j, doubles, w):  # type: ignore[no-untyped-def]
+    return wide(line(how, g, bowed, d, tuple(load_own(p, j) for p in doubles), w))
 
 
-def _seven(how, r, w, numbers, j):  # type: ignore[no-untyped-def]
-    return (*_from(numbers, j), load_own(numbers[6], j), load_own(numbers[7], j))
+@formula
+def _quickly(how, g, bowed, d, j, used, r, w):  # type: ignore[no-untyped-def]
+    rows = (0, 1, 2, 3, 4, 6, 7) if in_singles(how, r, w, used[0]) else range(5)
+    return wide(line(how, g, bowed, d, tuple(load_own(used[i], j) for i in rows), w))
 
 
 @part()
@@ -493,7 +500,11 @@ def _gradient_run(
         for _ in range(min((width - j + LANES - 1) // LANES, (n - i) // LANES)):
             fetch(ahead_dy, i)
             fetch(ahead_x, i)
-            g, v, f = load(dy, i, like), load(x, i, like), _weights_from(w, step_w, row, last, width - j, like)
+            g, v, f = (
+                load(dy, i, like),
+                load(x, i, like),
+                _weights_from(w, step_w, row, min(row + 1, last), width - j, like),
+            )
             s, b = _slope(how, g, v, j, doubles, used, mode, lenses, loaded(r, i, like), f)
             write(dx, i, s, past)
             put(dr, i, b)
@@ -501,7 +512,7 @@ def _gradient_run(
         if j >= width:
             j, row = _within(j, width), row + 1
     if i < n:
-        k, f = n - i, _weights_from(w, step_w, row, last, width - j, like)
+        k, f = n - i, _weights_from(w, step_w, row, min(row + 1, last), width - j, like)
         g, v = load_part(dy, i, k, like), load_part(x, i, k, like)
         s, b = _slope(how, g, v, j, doubles, used, mode, lenses, loaded_part(r, i, k, like), f)
         save_part(dx, i, k, s)

@@ -7,21 +7,32 @@ from .blocks import joined_comoments, settle
 from .coefficients import backward_coefficients, columns_of, lenses_of
 from .columns import columns_gradient, spread_column, spread_columns
 from .compile import compiled
+from .formulas import (
+    formula,
+    full,
+)
 from .in_turn import rows_products_two
 from .items import by_all, fence
 from .lanes import (
     LANES,
+    choose_rows,
     count_nonzero,
+    first,
+    four_of,
     give,
+    give_rows,
     keep_whole,
     narrowest,
+    nothing,
+    some_of,
     spread,
+    spread_of,
     take,
     where_at_most,
     where_less,
     where_nonzero,
 )
-from .parts import by_type, part, unless_none
+from .parts import by_type, part
 from .rows import EXACT, TWO, rows_gradient
 from .schedule import (
     ALL,
@@ -31,9 +42,11 @@ from .schedule import (
     SINGLE,
     SUM,
     adopt,
+    blank,
     borders,
     by_channel,
     claimed,
+    clear,
     count_of,
     divide,
     few_in_double,
@@ -50,7 +63,7 @@ from .schedule import (
     start_of,
     tile_width,
 )
-from .views import borrowed, hold, outer, place
+from .views import borrowed, corner, hold, outer, place, rest, row
 
 IN_DOUBLE = 4  # sums of products, in float64: d^4 is for what float32 can't do
 
@@ -62,9 +75,10 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order,
     k0, k1 = p * plan[3], min((p + 1) * plan[3], plan[2])
     g = min(plan[1], x.shape[1] - c0)
     numbers, all_sums, near64, singles, near, scratch = memory
-    totals, sums, pivot, hi = numbers[5:10, :g], all_sums[:, : tile_width(g, plan)], singles[0, :g], singles[1, :g]
-    lenses, spread_lenses = numbers[10:13, :g], columns_of(how, r, near64[5:], near[8:])
-    used = used_of(how, r, w, x, numbers[:5], singles[2:10])
+    totals, sums = corner(numbers, 5, 5, g), corner(all_sums, 0, 5, tile_width(g, plan))
+    pivot, hi = row(singles, 0, g), row(singles, 1, g)
+    lenses, spread_lenses = corner(numbers, 10, 3, g), columns_of(how, r, rest(near64, 5), rest(near, 8))
+    used = used_of(how, r, w, x, numbers, rest(singles, 2))
     mine = place(part, p)
     if k0 >= k1:
         part[p] = 0.0
@@ -84,7 +98,7 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order,
         for k in range(k0, k1):
             if cm >= 0:
                 rows_products_two(
-                    dy, x, dx, k, c0, pivot, hi, sums, plan, cm, used, how, r, w, dr, lenses, numbers[20:],
+                    dy, x, dx, k, c0, pivot, hi, sums, plan, cm, used, how, r, w, dr, lenses, rest(numbers, 20),
                     scratch[2][0],
                 )  # fmt: skip
             else:
@@ -95,9 +109,9 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order,
         by_channel(sums, totals, plan)
         again = _first(s0, pivot, hi, totals, stats, mine, n, float(x.shape[0] * x.shape[2]))
     if again:
-        mean, merged, hi64 = numbers[15, :g], numbers[16:20, :g], stats[0, s0 : s0 + g]
-        own, far = numbers[13, :g], numbers[14, :g]
-        merged[:] = 0.0
+        mean, merged, hi64 = row(numbers, 15, g), corner(numbers, 16, 4, g), stats[0, s0 : s0 + g]
+        own, far = row(numbers, 13, g), row(numbers, 14, g)
+        blank(merged)
         if plan[0]:
             spread_column(hi64, near64[1], plan)
         _mean_of_dy(
@@ -108,14 +122,14 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order,
         for k in range(k0, k1):
             if cm >= 0 and plan[7] & EXACT:
                 rows_products_two(
-                    dy, x, dx, k, c0, mean, hi64, sums, plan, cm, used, how, r, w, dr, lenses, numbers[20:],
+                    dy, x, dx, k, c0, mean, hi64, sums, plan, cm, used, how, r, w, dr, lenses, rest(numbers, 20),
                     scratch[2][0],
                 )  # fmt: skip
             else:
                 products(
                     dy, x, k, c0, mean, hi64, sums, near64, scratch, plan, ALL, how, r, w, order, lenses, spread_lenses
                 )
-            by_channel(sums[:IN_DOUBLE], totals[:IN_DOUBLE], plan)
+            by_channel(outer(sums, 0, IN_DOUBLE), outer(totals, 0, IN_DOUBLE), plan)
             m = count_of(k, x.shape, plan, ALL)
             if _join(mean, totals, merged, far, n, m, share):
                 _mean_of_dy(
@@ -125,7 +139,7 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order,
                 products(
                     dy, x, k, c0, own, hi64, sums, near64, scratch, plan, ALL, how, r, w, order, lenses, spread_lenses
                 )
-                by_channel(sums[:IN_DOUBLE], totals[:IN_DOUBLE], plan)
+                by_channel(outer(sums, 0, IN_DOUBLE), outer(totals, 0, IN_DOUBLE), plan)
                 for c in range(0, g, LANES):
                     some = min(LANES, g - c)
                     _merge(c, some, take(far, 0, c, some, spread(0.0)), own, totals, merged, n, m)
@@ -141,70 +155,70 @@ def _first(s0, pivot, hi, totals, stats, part, n, values):  # type: ignore[no-un
     They won't where a pivot is too far off, nor where one value has much of the variance: its gradient is near 0, the
     difference of two terms, and must be exact.
     """
-    zero, some = spread(0.0), 0
-    count, over = spread(n), spread(1.0 / n)
+    some = 0
     for c in range(0, pivot.size, LANES):
         g = min(LANES, pivot.size - c)
-        mean, off = take(totals, 0, c, g, zero) * over, take(totals, 1, c, g, zero) * over
-        var = take(stats, 2, s0 + c, g, zero)
-        all_of_it = spread(values) * var
-        near = near_enough(mean, take(totals, 3, c, g, zero), count, 0.1, SINGLE)
-        near = where_at_most(spread(64.0) * take(totals, 4, c, g, zero), all_of_it * all_of_it, near, zero)
-        near = where_less(spread(1e-15), var, where_less(var, spread(1e15), near, zero), zero)
-        kept = where_at_most(off * off, var, near, zero) * count
-        give(part, 0, c, g, kept)
-        give(part, 1, c, g, take(pivot, 0, c, g, zero))
-        give(part, 2, c, g, mean)
-        give(part, 3, c, g, off - (take(stats, 0, s0 + c, g, zero) - take(hi, 0, c, g, zero)))
-        give(part, 4, c, g, take(totals, 2, c, g, zero) - take(totals, 0, c, g, zero) * off)
-        some += g - count_nonzero(kept, g)
+        some += g - count_nonzero(_first_of(s0, c, g, pivot, hi, totals, stats, part, n, values), g)
     return some > 0
+
+
+@formula
+def _first_of(s0, c, g, pivot, hi, totals, stats, part, n, values):  # type: ignore[no-untyped-def]
+    zero, one, over = spread(0.0), spread(1.0), 1.0 / n
+    s, t, p, q, f = some_of(totals, range(5), c, g)
+    mean, off, var = s * over, t * over, take(stats, 2, s0 + c, g, zero)
+    all_of_it = values * var
+    near = near_enough(mean, q, spread(n), 0.1, SINGLE)
+    near = where_at_most(64.0 * f, all_of_it * all_of_it, near, zero)
+    near = where_less(full(one, 1e-15), var, where_less(var, full(one, 1e15), near, zero), zero)
+    kept = where_at_most(off * off, var, near, zero) * n
+    moved = off - (take(stats, 0, s0 + c, g, zero) - take(hi, 0, c, g, zero))
+    give_rows(part, 0, c, g, (kept, take(pivot, 0, c, g, zero), mean, moved, p - s * off))
+    return kept
 
 
 @part()
 def _join(pivot, totals, merged, far, n, m, share):  # type: ignore[no-untyped-def]
     """As forward's: merged (4, G) of n values, and a block of m; dy may be 1.7 standard deviations from the pivot."""
-    one, zero, some, count = spread(1.0), spread(0.0), 0, spread(float(m))
+    some = 0
     for c in range(0, pivot.size, LANES):
         g = min(LANES, pivot.size - c)
-        mean = take(totals, 0, c, g, zero) * spread(1.0 / m)
-        near = near_enough(mean, take(totals, 3, c, g, zero), count, share, DOUBLE)
-        give(far, 0, c, g, one - near)
-        some += count_nonzero(one - near, g)
+        near = _near(totals, c, g, m, share)
+        off = spread(1.0) - near
+        give(far, 0, c, g, off)
+        some += count_nonzero(off, g)
         _merge(c, g, near, pivot, totals, merged, n, m)
     return some > 0
+
+
+@formula
+def _near(totals, c, g, m, share):  # type: ignore[no-untyped-def]
+    zero = spread(0.0)
+    return near_enough(take(totals, 0, c, g, zero) * (1.0 / m), take(totals, 3, c, g, zero), spread(m), share, DOUBLE)
 
 
 @part()
 def _merge(c, g, taken, pivot, totals, merged, n, m):  # type: ignore[no-untyped-def]
     """merged (4, G) of n values and what is taken of g channels from c on; what isn't stays as it is."""
-    zero, count, over = spread(0.0), spread(float(m)), spread(1.0 / m)
-    s, d = take(totals, 0, c, g, zero) * over, take(totals, 1, c, g, zero) * over
-    hi, lo, t, p = (
-        take(merged, 0, c, g, zero), take(merged, 1, c, g, zero), take(merged, 2, c, g, zero),
-        take(merged, 3, c, g, zero),
-    )  # fmt: skip
-    _, new_hi, new_lo, new_t, new_p = joined_comoments(
-        spread(n), hi, lo, t, p, count, take(pivot, 0, c, g, zero), s, d,
-        take(totals, 2, c, g, zero) - take(totals, 0, c, g, zero) * d,
-    )  # fmt: skip
-    give(merged, 0, c, g, where_nonzero(taken, new_hi, hi))
-    give(merged, 1, c, g, where_nonzero(taken, new_lo, lo))
-    give(merged, 2, c, g, where_nonzero(taken, new_t, t))
-    give(merged, 3, c, g, where_nonzero(taken, new_p, p))
+    both = joined_comoments(spread(n), *four_of(merged, 0, c, g), *_block_of(c, g, pivot, totals, m))
+    choose_rows(merged, 0, c, g, spread(1.0) - taken, both[1:])
+
+
+@formula
+def _block_of(c, g, pivot, totals, m):  # type: ignore[no-untyped-def]
+    s, t, p = some_of(totals, range(3), c, g)
+    d = t * (1.0 / m)
+    return spread(m), take(pivot, 0, c, g, spread(0.0)), s * (1.0 / m), d, p - s * d
 
 
 @part()
 def _replace(merged, part, n, all_of_it):  # type: ignore[no-untyped-def]
     """part (5, G) <- n and merged (4, G), or where its count is 0."""
-    zero = spread(0.0)
     for c in range(0, merged.shape[1], LANES):
         g = min(LANES, merged.shape[1] - c)
-        kept = zero if all_of_it else take(part, 0, c, g, zero)
+        kept = spread(0.0) if all_of_it else take(part, 0, c, g, spread(0.0))
         give(part, 0, c, g, spread(n))
-        for i in range(4):
-            old, new = take(part, i + 1, c, g, zero), take(merged, i, c, g, zero)
-            give(part, i + 1, c, g, where_nonzero(kept, old, new))
+        choose_rows(part, 1, c, g, kept, four_of(merged, 0, c, g))
 
 
 @by_type
@@ -217,14 +231,13 @@ def _mean_of_dy_itself(
     dy, x, k, c0, pivot, hi, totals, sums, near, scratch, plan, few, how, r, w, order, lenses, spread_lenses
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     own = scratch[1], scratch[1], scratch[2]  # dy's type, not x's
-    mean_of(dy, k, c0, pivot, totals[:2], sums[:2], near, own, plan, few, None, order)
+    mean_of(dy, k, c0, pivot, outer(totals, 0, 2), outer(sums, 0, 2), near, own, plan, few, None, order)
 
 
 def _mean_of_dy_bent(
     dy, x, k, c0, pivot, hi, totals, sums, near, scratch, plan, few, how, r, w, order, lenses, spread_lenses
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    pivot[:] = 0
-    near[0] = 0
+    clear(pivot, near)
     products(dy, x, k, c0, pivot, hi, sums, near, scratch, plan, few, how, r, w, order, lenses, spread_lenses)
     by_channel(sums, totals, plan)
     n = count_of(k, x.shape, plan, few)
@@ -244,35 +257,33 @@ def _mean_of_dy_bent(
 def _backward_finish(s0, g, stats, grads, dgamma, dbeta, part, values):  # type: ignore[no-untyped-def]
     """grads (5, G C): mean of dy as hi and lo, covariance, mean of x - mean, and sum of dy; dgamma of training, and
     dbeta, where they aren't empty."""
-    zero, over = spread(0.0), spread(1.0 / values)
     for c in range(0, g, LANES):
         s, k = s0 + c, min(LANES, g - c)
-        n = hi = lo = t = m = zero
+        sums = (spread(0.0), spread(0.0), spread(0.0), spread(0.0), spread(0.0))
         for p in range(part.shape[0]):
             of = place(part, p)
-            n, hi, lo, t, m = joined_comoments(
-                n, hi, lo, t, m, take(of, 0, c, k, zero), take(of, 1, c, k, zero), take(of, 2, c, k, zero),
-                take(of, 3, c, k, zero), take(of, 4, c, k, zero),
-            )  # fmt: skip
-        hi, lo = settle(hi, lo)
-        covariance = where_nonzero(n, m * over, zero)
-        give(grads, 0, s, k, hi)
-        give(grads, 1, s, k, lo)
-        give(grads, 2, s, k, covariance)
-        give(grads, 3, s, k, t - take(stats, 1, s, k, zero))
-        total = n * hi + n * lo
-        give(grads, 4, s, k, total)
+            sums = joined_comoments(*sums, take(of, 0, c, k, spread(0.0)), *four_of(of, 1, c, k))
+        total, product = _give_sums(s, k, stats, grads, sums, float(values))
         if dgamma.size > 0:
-            give(dgamma, 0, s, k, n * covariance * take(stats, 3, s, k, zero))
+            give(dgamma, 0, s, k, product)
         if dbeta.size > 0:
             give(dbeta, 0, s, k, total)
+
+
+@formula
+def _give_sums(s, k, stats, grads, sums, values):  # type: ignore[no-untyped-def]
+    n, hi, lo, t, m = sums
+    zero, (hi, lo) = nothing(n), settle(hi, lo)
+    covariance, total = where_nonzero(n, m * (1.0 / values), zero), n * hi + n * lo
+    give_rows(grads, 0, s, k, (hi, lo, covariance, t - take(stats, 1, s, k, zero), total))
+    return total, n * covariance * take(stats, 3, s, k, zero)
 
 
 @part(inline="always")
 def _backward_numbers(s0, c0, x, stats, affine, grads, plan, memory, how, r, w, mass):  # type: ignore[no-untyped-def]
     """What the map of a tile takes of its channels, in `memory`; and for how many of them float32 won't do."""
     g, exact, n = min(plan[1], x.shape[1] - c0), plan[7] & EXACT != 0, float(x.shape[0] * x.shape[2])
-    numbers, singles = memory[0][:5, :g], memory[3][2:10, :g]
+    numbers, singles = corner(memory[0], 0, 5, g), corner(memory[3], 2, 8, g)
     rare = backward_coefficients(s0, stats, affine, grads, numbers, singles, n, mass, is_frozen(how) != 0.0, exact)
     used = used_of(how, r, w, x, numbers, singles)
     if used.itemsize == 8:
@@ -289,9 +300,9 @@ def _backward_map(p0, p1, c0, dy, x, dx, rare, plan, memory, how, r, w, dr, orde
     """Pieces p0 to p1 of a tile, backwards."""
     g = min(plan[1], x.shape[1] - c0)
     all_numbers, _, spread_numbers, all_singles, spread_singles, scratch = memory
-    numbers = all_numbers[:5, :g]
-    spread_lenses = columns_of(how, r, spread_numbers[5:], spread_singles[8:])
-    used = used_of(how, r, w, x, numbers, all_singles[2:10, :g])
+    numbers = corner(all_numbers, 0, 5, g)
+    spread_lenses = columns_of(how, r, rest(spread_numbers, 5), rest(spread_singles, 8))
+    used = used_of(how, r, w, x, numbers, corner(all_singles, 2, 8, g))
     spread_used = used_of(how, r, w, x, spread_numbers, spread_singles)
     k0, k1 = p0 * plan[3], min(p1 * plan[3], plan[2])
     for k in range(k1 - 1, k0 - 1, -1):
@@ -311,27 +322,18 @@ def _hand_on(lenses, waiting):  # type: ignore[no-untyped-def]
             waiting[i, c] = lenses[i, c]
 
 
-@compiled
-def backward_item(
-    k, items, dy, x, dx, stats, affine, grads, dgamma, dbeta, part, claims, plan, stage, starts, order, how, r, w,
-    dr, mass, every
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    """dy, x, dx (O, C, I), stats (4, G C), affine (2, G C), grads (5, G C), dgamma and dbeta (G C,) or (0,), part
-    (cells or items, P, 5, channels).
+@formula
+def _mass_of(mass, g):  # type: ignore[no-untyped-def]
+    return 0.0 if mass is None else first(spread_of(mass, 0, g))
 
-    starts (G + 1,), order (O,) or (0,), r and dr (O, C, I) or None, w (O, 1, I) or None, mass (G,) or None.
-    """
+
+@part()
+def _backward_units(
+    k, items, dy, x, dx, stats, affine, grads, dgamma, dbeta, part, claims, plan, stage, starts, order, how, r, w,
+    dr, mass, memory
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """As forward's."""
     keep_whole()
-    if k < 0:
-        by_all(every, items, (dy, x, dx, stats, affine, grads, dgamma, dbeta, part, claims, plan, stage, starts, order,
-                              how, r, w, dr, mass, every))  # fmt: skip
-        return
-    dy, x, dx, part, claims = borrowed(dy), borrowed(x), borrowed(dx), borrowed(part), borrowed(claims)
-    stats, affine, grads, starts = borrowed(stats), borrowed(affine), borrowed(grads), borrowed(starts)
-    dgamma, dbeta = borrowed(dgamma), borrowed(dbeta)
-    order, r, w, dr, mass = borrowed(order), borrowed(r), borrowed(w), borrowed(dr), borrowed(mass)
-    owned = memory_of(x, dx, plan, stage, narrowest(x), np.int64(5), np.int64(8), np.int64(11), not absent(w))
-    memory = lent(owned, dx, plan)
     pieces, tiles = part_sizes(x.shape, plan)
     u, seen, ready, rare, waiting = claimed(k, items, claims, np.int64(-1)), -1, -1, np.int64(0), np.int64(-1)
     in_turn = plan[7] & TWO != 0 and stage == SUM | FINISH | MAP and starts.size == 2
@@ -348,10 +350,10 @@ def backward_item(
             p0, p1 = max(0, first - cell * pieces), min(pieces, last - cell * pieces)
             sums = place(part, k if stage & SUM and stage & FINISH else cell)
             if not is_plain(how) and cell != seen:
-                seen, lenses = cell, memory[0][10:13, :channels]
-                lenses_of(how, r, s0, stats, affine, lenses, memory[3][10:], not absent(w) or plan[7] & EXACT != 0)
+                seen, lenses = cell, corner(memory[0], 10, 3, channels)
+                lenses_of(how, r, s0, stats, affine, lenses, rest(memory[3], 10), not absent(w) or plan[7] & EXACT != 0)
                 if plan[0]:
-                    spread_columns(lenses, columns_of(how, r, memory[2][5:], memory[4][8:]), plan)
+                    spread_columns(lenses, columns_of(how, r, rest(memory[2], 5), rest(memory[4], 8)), plan)
             if stage & SUM:
                 for p in range(p0, p1):
                     _backward_sum(
@@ -368,21 +370,41 @@ def backward_item(
                     ready = cell
                 if in_turn and rare == 0:
                     waiting = c0
-                    _hand_on(memory[0][10:13], memory[0][20:])
+                    _hand_on(rest(memory[0], 10), rest(memory[0], 20))
                     continue
-                _backward_map(p0, p1, c0, dys, xs, dxs, rare, own, memory, how, rs, ws, drs, order_of, memory[0][10:])
+                _backward_map(
+                    p0, p1, c0, dys, xs, dxs, rare, own, memory, how, rs, ws, drs, order_of, rest(memory[0], 10)
+                )
         u = claimed(k, items, claims, u)
     if waiting >= 0:
         n0, outers = start_of(order, starts[0]), starts[1] - starts[0]
         _backward_map(
             np.int64(0), pieces, waiting, outer(dy, n0, outers), outer(x, n0, outers), outer(dx, n0, outers), rare,
             planned(x.shape, plan), memory, how, outer(r, n0, outers), outer(w, n0, outers), outer(dr, n0, outers),
-            order, memory[0][20:],
+            order, rest(memory[0], 20),
         )  # fmt: skip
+
+
+@compiled
+def backward_item(
+    k, items, dy, x, dx, stats, affine, grads, dgamma, dbeta, part, claims, plan, stage, starts, order, how, r, w,
+    dr, mass, every
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """dy, x, dx (O, C, I), stats (4, G C), affine (2, G C), grads (5, G C), dgamma and dbeta (G C,) or (0,), part
+    (cells or items, P, 5, channels).
+
+    starts (G + 1,), order (O,) or (0,), r and dr (O, C, I) or None, w (O, 1, I) or None, mass (G,) or None.
+    """
+    keep_whole()
+    if k < 0:
+        by_all(every, items, (dy, x, dx, stats, affine, grads, dgamma, dbeta, part, claims, plan, stage, starts, order,
+                              how, r, w, dr, mass, every))  # fmt: skip
+        return
+    owned = memory_of(x, dx, plan, stage, narrowest(x), np.int64(5), np.int64(8), np.int64(11), not absent(w))
+    _backward_units(
+        k, items, borrowed(dy), borrowed(x), borrowed(dx), borrowed(stats), borrowed(affine), borrowed(grads),
+        borrowed(dgamma), borrowed(dbeta), borrowed(part), borrowed(claims), plan, stage, borrowed(starts),
+        borrowed(order), how, borrowed(r), borrowed(w), borrowed(dr), borrowed(mass), lent(owned, dx, plan),
+    )  # fmt: skip
     fence()
     hold(owned)
-
-
-@unless_none(0, lambda *args: 0.0)
-def _mass_of(mass, g):  # type: ignore[no-untyped-def]
-    return mass[g]

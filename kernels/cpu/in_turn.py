@@ -3,9 +3,22 @@
 import numpy as np
 from numba import types
 
-from .activations import bent, counted, fast_numbers, loaded, loaded_part, read_as
-from .blocks import AHEAD, CHAIN, add_deviations, fourth, heavier, pass_on, weighed
-from .lanes import LANES, before_line, fetch, fma, joined, load, load_part, narrowest, nothing, shifted, spread
+from .activations import fast_numbers, loaded_part, read_as
+from .blocks import (
+    AHEAD,
+    CHAIN,
+    add_deviations,
+    no_deviations,
+    no_products,
+    pairs,
+    pairs_part,
+    pass_on,
+    with_deviation,
+    with_pair,
+    with_part,
+    with_products,
+)
+from .lanes import LANES, before_line, fetch, load_part, narrowest, shifted, spread
 from .parts import by_type, nothing_of, part, unless_none
 from .rows import (
     PAST,
@@ -40,7 +53,7 @@ def _row_two(
     other takes 1.3 with what comes next fetched meanwhile, and 1.5 without.
     """
     p, c, i, end, near = numbers_of(fast, doubles, np.int64(0)), np.int64(0), 0, min(m, n), spread(pivot[0])
-    size, line, zero = runs * count, sums.strides[0], nothing(near)
+    size, line = runs * count, sums.strides[0]
     reach = min(AHEAD, size // (2 * LANES) * 2 * LANES)
     if past:
         i = min(m, before_line(y))
@@ -49,7 +62,7 @@ def _row_two(
     for k in range(max(runs, (m + n - 1) // n)):
         if k < runs:
             near, lanes, start = spread(pivot[k]), lanes_of(sums, 0, k), k * count
-            s = t = q = u = g = h = zero
+            even = odd = no_deviations(near)
             j, to = start, start + count
             while j < to:
                 stop = min(to, j + 2 * CHAIN)
@@ -57,25 +70,20 @@ def _row_two(
                     after = row if j + reach < size else then
                     fetch(after, j + reach)
                     fetch(after, j + reach + LANES)
-                    f, b = loaded(row_w, j - start, near), loaded(row_w, j - start + LANES, near)
-                    d, a = weighed(load(row, j, near) - near, f)
-                    s, q, g = s + a, fma(a, d, q), heavier(g, f)
-                    d, a = weighed(load(row, j + LANES, near) - near, b)
-                    t, u, h = t + a, fma(a, d, u), heavier(h, b)
+                    even, odd = with_pair(even, odd, row, j, row_w, j - start, near)
                     j += 2 * LANES
                     if i + 2 * LANES <= end:
                         for _ in range(2):
                             normalize_one(x, y, r, w, i, i - end + n, past, how, like, p)
                             i += LANES
                 while j < stop:
-                    f = loaded_part(row_w, j - start, stop - j, near)
-                    d, a = weighed(load_part(row, j, stop - j, near) - near, f)
-                    s, q, g = s + a, fma(a, d, q), heavier(g, f)
+                    weights = loaded_part(row_w, j - start, stop - j, near)
+                    even = with_deviation(even, load_part(row, j, stop - j, near) - near, weights)
                     j += LANES
                 if j < to:
-                    add_deviations(row_w, lanes, line, s + t, q + u, g + h)
-                    s = t = q = u = g = h = zero
-            add_deviations(row_w, lanes, line, s + t, q + u, g + h)
+                    add_deviations(row_w, lanes, line, even, odd)
+                    even = odd = no_deviations(near)
+            add_deviations(row_w, lanes, line, even, odd)
         while i + LANES <= end:
             normalize_one(x, y, r, w, i, i - end + n, past, how, like, p)
             i += LANES
@@ -125,7 +133,7 @@ def _gradient_two(
     2.0 copies where one after the other takes 2.3; with what comes next fetched meanwhile 2.7.
     """
     c, i, end, near_dy = np.int64(0), 0, min(m, n), spread(pivot[0])
-    p, z, zero = coefficients_of(how, r, w, used, c), lens(lenses, c), nothing(near_dy)
+    p, z = coefficients_of(how, r, w, used, c), lens(lenses, c)
     size = runs * count
     reach = min(AHEAD, size // LANES * LANES)
     if past:
@@ -135,7 +143,7 @@ def _gradient_two(
     for run in range(max(runs, (m + n - 1) // n)):
         if run < runs:
             near_dy, near_x, bend_of = spread(pivot[run]), spread(hi[run]), lens(own, run)
-            s = t = u = q = f = zero
+            held = no_products(near_dy)
             j, start, to = run * count, run * count, (run + 1) * count
             while j < to:
                 stop = min(to, j + CHAIN)
@@ -145,24 +153,19 @@ def _gradient_two(
                     fetch(after_dy, j + reach)
                     fetch(after_x, j + reach)
                     if k == LANES:
-                        g, d, e = load(row_dy, j, near_dy), load(row_x, j, near_x), loaded(row_r, j, near_x)
-                        o = loaded(row_w, j - start, near_x)
+                        seen = pairs(row_dy, row_x, row_r, j, row_w, j - start, near_dy, near_x)
+                        held = with_products(held, how, seen, near_dy, near_x, bend_of)
                     else:
-                        g, d = load_part(row_dy, j, k, near_dy), load_part(row_x, j, k, near_x)
-                        e, o = loaded_part(row_r, j, k, near_x), loaded_part(row_w, j - start, k, near_x)
-                    g, d = bent(how, g, d, bend_of[0], bend_of[1], bend_of[2], e)
-                    g, d = counted(how, g, o) - near_dy, counted(how, d - near_x, o)
-                    if k < LANES:
-                        g, d = joined(k, g, zero), joined(k, d, zero)
-                    s, t, u, q, f = s + g, t + d, fma(g, d, u), fma(g, g, q), fourth(d, f)
+                        seen = pairs_part(row_dy, row_x, row_r, j, row_w, j - start, k, near_dy, near_x)
+                        held = with_part(held, k, how, seen, near_dy, near_x, bend_of)
                     j += LANES
                     if i + LANES <= end:
                         gradient_one(dy, x, dx, r, w, dr, i, i - end + n, past, how, like, p, z)
                         i += LANES
                 if j < to:
-                    pass_on(lanes_of(sums, 0, run), sums.strides[0], s, t, u, q, f)
-                    s = t = u = q = f = zero
-            pass_on(lanes_of(sums, 0, run), sums.strides[0], s, t, u, q, f)
+                    pass_on(lanes_of(sums, 0, run), sums.strides[0], held)
+                    held = no_products(near_dy)
+            pass_on(lanes_of(sums, 0, run), sums.strides[0], held)
         while i + LANES <= end:
             gradient_one(dy, x, dx, r, w, dr, i, i - end + n, past, how, like, p, z)
             i += LANES

@@ -10,12 +10,12 @@ import numpy as np
 from llvmlite import ir
 from numba import prange, types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from .compile import compiled
+from .formulas import field, intrinsic
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def fence(_typing: Any) -> Any:
     """What was stored past the caches is seen by other threads after a fence only."""
 
@@ -26,18 +26,18 @@ def fence(_typing: Any) -> Any:
     return types.void(), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def claim(_typing: Any, counts: Any, i: Any) -> Any:
     """`counts[i]`, which goes up by one: no two threads get the same."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        data = field(context, builder, counts, args[0], "data")
         return builder.atomic_rmw("add", builder.gep(data, [args[1]]), ir.Constant(ir.IntType(64), 1), "monotonic")
 
     return types.int64(counts, types.intp), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def call(_typing: Any, address: Any, arguments: Any) -> Any:
     """Calls a compiled function that returns nothing, by address; the types of the arguments must be its own."""
 
@@ -56,7 +56,7 @@ def _call(context: Any, builder: Any, function: Any, kinds: list[Any], values: l
         context.call_conv.return_status_propagate(builder, status)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def by_all(_typing: Any, every: Any, items: Any, arguments: Any) -> Any:
     """In a function (k, items, *arguments): has `every`, an address, call it for all k from 0 on.
 

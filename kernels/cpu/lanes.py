@@ -18,7 +18,9 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global
-from numba.extending import intrinsic, lower_builtin, models, register_model
+from numba.extending import lower_builtin, models, register_model
+
+from .formulas import field, formula, intrinsic
 
 LANES = 16
 
@@ -80,7 +82,7 @@ for _symbol, _name in (
     _operator(_symbol, _name)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def spread(_typing: Any, value: Any) -> Any:
     """A float32 or float64 in all lanes."""
 
@@ -96,7 +98,7 @@ def _splat(builder: Any, value: Any) -> Any:
     return builder.shuffle_vector(first, blank, _all(_I32, 0))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def nothing(_typing: Any, like: Any) -> Any:
     """0 in all lanes; of a number 0."""
     return like(like), lambda _context, _builder, _signature, args: _zero(args[0].type)
@@ -106,7 +108,7 @@ def _zero(kind: Any) -> Any:
     return ir.Constant(kind, None if isinstance(kind, ir.VectorType) else 0.0)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def wide(_typing: Any, lanes: Any) -> Any:
     """The same numbers as float64."""
 
@@ -116,7 +118,7 @@ def wide(_typing: Any, lanes: Any) -> Any:
     return DOUBLE(lanes), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def fma(_typing: Any, a: Any, b: Any, c: Any) -> Any:
     """a b + c, rounded once where the processor can; of numbers too."""
 
@@ -133,7 +135,7 @@ def fma(_typing: Any, a: Any, b: Any, c: Any) -> Any:
     return a(a, a, a), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def negative(_typing: Any, lanes: Any) -> Any:
     return lanes(lanes), lambda _context, builder, _signature, args: builder.fneg(args[0])
 
@@ -156,7 +158,7 @@ def _unary(name: str) -> Any:
 magnitude, root = _unary("fabs"), _unary("sqrt")
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def rounded(_typing: Any, lanes: Any, array: Any) -> Any:
     """Lanes of float64 as an array of float32 or float64 would have them."""
 
@@ -168,7 +170,7 @@ def rounded(_typing: Any, lanes: Any, array: Any) -> Any:
     return DOUBLE(DOUBLE, array), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def total(_typing: Any, lanes: Any) -> Any:
     """The sum of all lanes as float64, in pairs."""
 
@@ -184,7 +186,7 @@ def total(_typing: Any, lanes: Any) -> Any:
     return types.float64(lanes), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def first(_typing: Any, lanes: Any) -> Any:
     """The first lane."""
 
@@ -194,7 +196,7 @@ def first(_typing: Any, lanes: Any) -> Any:
     return lanes.dtype(lanes), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def where_nonzero(_typing: Any, flags: Any, a: Any, b: Any) -> Any:
     """Lane by lane a where the flag is not 0, else b; of numbers too."""
 
@@ -208,7 +210,7 @@ def _nonzero(builder: Any, flags: Any) -> Any:
     return builder.fcmp_unordered("!=", flags, _zero(flags.type))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def count_nonzero(_typing: Any, flags: Any, n: Any) -> Any:
     """How many of the first n lanes are not 0; of a number 0 or 1."""
 
@@ -227,19 +229,19 @@ def _chosen(builder: Any, symbol: str, args: Any) -> Any:
     return builder.select(builder.fcmp_ordered(symbol, args[0], args[1]), args[2], args[3])
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def where_less(_typing: Any, a: Any, b: Any, x: Any, y: Any) -> Any:
     """Lane by lane x where a < b, else y, for NaN too."""
     return x(a, b, x, y), lambda _context, builder, _signature, args: _chosen(builder, "<", args)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def where_at_most(_typing: Any, a: Any, b: Any, x: Any, y: Any) -> Any:
     """Lane by lane x where a <= b, else y, for NaN too."""
     return x(a, b, x, y), lambda _context, builder, _signature, args: _chosen(builder, "<=", args)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def joined(_typing: Any, n: Any, a: Any, b: Any) -> Any:
     """The first n lanes of a, and those of b behind them."""
 
@@ -363,7 +365,7 @@ def _bytes(element: Any) -> int:
     return int(element.bitwidth) // 8
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def load(_typing: Any, pointer: Any, i: Any, like: Any) -> Any:
     """Sixteen elements from `pointer[i]` on, as lanes of the kind of `like`."""
 
@@ -374,7 +376,7 @@ def load(_typing: Any, pointer: Any, i: Any, like: Any) -> Any:
     return like(pointer, types.intp, like), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def load_own(_typing: Any, pointer: Any, i: Any) -> Any:
     """Sixteen float32 or float64 from `pointer[i]` on, as they are."""
 
@@ -384,7 +386,7 @@ def load_own(_typing: Any, pointer: Any, i: Any) -> Any:
     return Lanes(pointer.dtype)(pointer, types.intp), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def spread_at(_typing: Any, pointer: Any, i: Any, like: Any) -> Any:
     """`pointer[i]` in all lanes, of the kind of `like`."""
 
@@ -397,7 +399,7 @@ def spread_at(_typing: Any, pointer: Any, i: Any, like: Any) -> Any:
     return like(pointer, types.intp, like), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def load_part(_typing: Any, pointer: Any, i: Any, n: Any, fill: Any) -> Any:
     """The first n <= 16 elements from `pointer[i]` on, and what `fill` has in the lanes behind them."""
 
@@ -415,7 +417,7 @@ def _load_part(context: Any, builder: Any, place: Any, element: Any, n: Any, wan
     return builder.select(mask, _decode(context, builder, bits, element, wanted), fill)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def save(_typing: Any, pointer: Any, i: Any, lanes: Any) -> Any:
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         bits = _encode(context, builder, args[2], lanes, pointer.dtype)
@@ -425,7 +427,7 @@ def save(_typing: Any, pointer: Any, i: Any, lanes: Any) -> Any:
     return types.void(pointer, types.intp, lanes), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def save_part(_typing: Any, pointer: Any, i: Any, n: Any, lanes: Any) -> Any:
     """The first n <= 16 lanes."""
 
@@ -443,7 +445,7 @@ def _save_part(context: Any, builder: Any, place: Any, element: Any, n: Any, giv
     _masked(builder, "store", place, kinds, ir.VoidType(), values)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def stream(_typing: Any, pointer: Any, i: Any, lanes: Any) -> Any:
     """Store past the caches, to a place that `before_line` gave. A plain store first reads what it overwrites."""
 
@@ -457,7 +459,7 @@ def stream(_typing: Any, pointer: Any, i: Any, lanes: Any) -> Any:
     return types.void(pointer, types.intp, lanes), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def before_line(_typing: Any, pointer: Any) -> Any:
     """How many elements come before the first place that `stream` can store to."""
     size = _bytes(pointer.dtype)
@@ -481,7 +483,7 @@ def _ask(builder: Any, pointer: Any, i: Any, size: int, to_write: int, near: int
         builder.call(function, [there, *(ir.Constant(_I32, k) for k in (to_write, near, data))])
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def fetch(_typing: Any, pointer: Any, i: Any) -> Any:
     """Ask for sixteen elements to be brought into L2: into L1 as well took 1.5 copies in all where L2 took 1.3."""
 
@@ -492,7 +494,7 @@ def fetch(_typing: Any, pointer: Any, i: Any) -> Any:
     return types.void(pointer, types.intp), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def reserve(_typing: Any, pointer: Any, i: Any) -> Any:
     """Ask for sixteen elements that will be overwritten: a store that misses the caches waits for its line."""
 
@@ -503,18 +505,18 @@ def reserve(_typing: Any, pointer: Any, i: Any) -> Any:
     return types.void(pointer, types.intp), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def pointer(_typing: Any, array: Any, offset: Any) -> Any:
     """To the element `offset` bytes into an array. Slices count references, which threads then contend for."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        data = field(context, builder, array, args[0], "data")
         return cgutils.pointer_add(builder, data, args[1])
 
     return types.CPointer(array.dtype)(array, types.intp), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def shifted(_typing: Any, pointer: Any, offset: Any) -> Any:
     """A pointer, `offset` bytes on."""
 
@@ -524,16 +526,20 @@ def shifted(_typing: Any, pointer: Any, offset: Any) -> Any:
     return pointer(pointer, types.intp), codegen
 
 
+def _element_of(array: Any) -> Any:
+    return _DOUBLE if array.dtype == types.float64 else _FLOAT
+
+
 def _in_row(context: Any, builder: Any, kind: Any, array: Any, i: Any, c: Any) -> Any:
     """Where element c of row i of a matrix is, whose rows are contiguous, or of a row by itself."""
-    whole = context.make_array(kind)(context, builder, array)
-    data = whole.data
+    data = field(context, builder, kind, array, "data")
     if kind.ndim > 1:
-        data = cgutils.pointer_add(builder, data, builder.mul(i, cgutils.unpack_tuple(builder, whole.strides)[0]))
+        step = builder.extract_value(field(context, builder, kind, array, "strides"), 0)
+        data = cgutils.pointer_add(builder, data, builder.mul(i, step))
     return _place(builder, data, c)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def take(_typing: Any, array: Any, i: Any, c: Any, n: Any, fill: Any) -> Any:
     """Numbers of channels: the n <= 16 from c on, of row i of an array (M, G) or of a row (G,), as `load_part`."""
 
@@ -545,7 +551,18 @@ def take(_typing: Any, array: Any, i: Any, c: Any, n: Any, fill: Any) -> Any:
     return fill(array, types.intp, types.intp, types.intp, fill), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
+def spread_of(_typing: Any, array: Any, i: Any, c: Any) -> Any:
+    """A number of a channel, c of row i, in all lanes."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = builder.bitcast(_in_row(context, builder, signature.args[0], *args), _element_of(array).as_pointer())
+        return _splat(builder, builder.load(place))
+
+    return (DOUBLE if array.dtype == types.float64 else SINGLE)(array, types.intp, types.intp), codegen
+
+
+@intrinsic
 def give(_typing: Any, array: Any, i: Any, c: Any, n: Any, lanes: Any) -> Any:
     """The opposite of `take`."""
 
@@ -557,14 +574,14 @@ def give(_typing: Any, array: Any, i: Any, c: Any, n: Any, lanes: Any) -> Any:
     return types.void(array, types.intp, types.intp, types.intp, lanes), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def narrowest(_typing: Any, array: Any) -> Any:
     """0 in the type that an array's elements can be computed in: float32 for the half types, else their own."""
     result = types.float64 if array.dtype == types.float64 else types.float32
     return result(array), lambda context, _builder, signature, _args: context.get_constant(signature.return_type, 0)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def keep_whole(_typing: Any) -> Any:
     """Forbids LLVM to inline the calling function into its callers, each of which it would then optimize once more."""
 
@@ -573,3 +590,27 @@ def keep_whole(_typing: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+def some_of(array, rows, c, n):  # type: ignore[no-untyped-def]
+    """In a formula: as `take` in float64, of some rows."""
+    return tuple(take(array, i, c, n, spread(0.0)) for i in rows)
+
+
+@formula
+def four_of(array, i, c, n):  # type: ignore[no-untyped-def]
+    return some_of(array, [i + k for k in range(4)], c, n)
+
+
+@formula
+def give_rows(array, i, c, n, rows):  # type: ignore[no-untyped-def]
+    """As `give`, from row i on."""
+    for k, lanes in enumerate(rows):
+        give(array, i + k, c, n, lanes)
+
+
+@formula
+def choose_rows(array, i, c, n, kept, rows):  # type: ignore[no-untyped-def]
+    """The same, but what is there stays where `kept` is not 0."""
+    for k, lanes in enumerate(rows):
+        give(array, i + k, c, n, where_nonzero(kept, take(array, i + k, c, n, nothing(lanes)), lanes))

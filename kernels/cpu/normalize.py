@@ -7,10 +7,25 @@ from .blocks import joined_moments, not_negative, settle
 from .coefficients import forward_coefficients
 from .columns import columns_normalize, spread_columns
 from .compile import compiled
+from .formulas import formula
 from .in_turn import rows_two
 from .items import by_all, fence
-from .lanes import LANES, count_nonzero, give, keep_whole, narrowest, root, spread, take, where_nonzero
-from .parts import by_type, part
+from .lanes import (
+    LANES,
+    choose_rows,
+    count_nonzero,
+    four_of,
+    give,
+    give_rows,
+    keep_whole,
+    narrowest,
+    nothing,
+    root,
+    spread,
+    take,
+    where_nonzero,
+)
+from .parts import part
 from .rows import EXACT, NEXT, TWO, rows_normalize
 from .schedule import (
     ALL,
@@ -20,6 +35,7 @@ from .schedule import (
     SINGLE,
     SUM,
     adopt,
+    blank,
     borders,
     by_channel,
     claimed,
@@ -40,7 +56,7 @@ from .schedule import (
     start_of,
     tile_width,
 )
-from .views import borrowed, hold, outer, place
+from .views import borrowed, corner, hold, outer, place, rest, row
 
 
 @part(inline="always")
@@ -50,7 +66,11 @@ def _forward_sum(p, c0, x, part, plan, memory, w, order, cm, y, how, r):  # type
     g = min(plan[1], x.shape[1] - c0)
     numbers, all_sums, near64, singles, near, scratch = memory
     depth = all_sums.shape[0]
-    totals, sums, pivot = numbers[6 : 6 + depth, :g], all_sums[:, : tile_width(g, plan)], singles[0, :g]
+    totals, sums, pivot = (
+        corner(numbers, 6, depth, g),
+        corner(all_sums, 0, depth, tile_width(g, plan)),
+        row(singles, 0, g),
+    )
     mine = place(part, p)
     if k0 >= k1:  # of a set smaller than the plan's; of an empty one, all that is merged
         part[p] = 0.0
@@ -62,7 +82,7 @@ def _forward_sum(p, c0, x, part, plan, memory, w, order, cm, y, how, r):  # type
         for k in range(k0, k1):
             if cm >= 0:
                 rows_two(
-                    x, y, k, c0, pivot, sums, plan, cm, numbers[:3], singles[2:8], how, r, w, _unless_unused(how, w),
+                    x, y, k, c0, pivot, sums, plan, cm, numbers, rest(singles, 2), how, r, w, _unless_unused(how, w),
                     scratch[2][0],
                 )  # fmt: skip
             else:
@@ -71,14 +91,15 @@ def _forward_sum(p, c0, x, part, plan, memory, w, order, cm, y, how, r):  # type
         by_channel(sums, totals, plan)
         again = _first(pivot, totals, mine, count, w)
     if again:
-        mean, merged, own, far = numbers[15, :g], numbers[16:20, :g], numbers[13, :g], numbers[14, :g]
-        merged[:] = 0.0
+        mean, merged = row(numbers, 15, g), corner(numbers, 16, 4, g)
+        own, far = row(numbers, 13, g), row(numbers, 14, g)
+        blank(merged)
         mean_of(x, k0, c0, mean, totals, sums, near64, scratch, plan, few_in_double(x, plan, w), w, order)
         share = share_of(x, 0.5)
         for k in range(k0, k1):
             if cm >= 0 and plan[7] & EXACT:
                 rows_two(
-                    x, y, k, c0, mean, sums, plan, cm, numbers[:3], singles[2:8], how, r, w, _unless_unused(how, w),
+                    x, y, k, c0, mean, sums, plan, cm, numbers, rest(singles, 2), how, r, w, _unless_unused(how, w),
                     scratch[2][0],
                 )  # fmt: skip
             else:
@@ -99,97 +120,108 @@ def _forward_sum(p, c0, x, part, plan, memory, w, order, cm, y, how, r):  # type
 @part()
 def _first(pivot, totals, part, count, w):  # type: ignore[no-untyped-def]
     """part (4, G) <- a piece's sums about the pivots; 0 of them where these were too far off; whether any were."""
-    zero, some = spread(0.0), 0
+    some = 0
     for c in range(0, pivot.size, LANES):
         g = min(LANES, pivot.size - c)
-        n, q = counted_in(totals, c, g, count, w), take(totals, 1, c, g, zero)
-        mean = mean_in(take(totals, 0, c, g, zero), n, count, w)
-        kept = where_nonzero(near_enough(mean, q, n, 0.5, SINGLE), n, zero)
-        give(part, 0, c, g, kept)
-        give(part, 1, c, g, take(pivot, 0, c, g, zero))
-        give(part, 2, c, g, mean)
-        give(part, 3, c, g, q - mean * (mean * n))
-        some += g - count_nonzero(kept, g)
+        some += g - count_nonzero(_first_of(pivot, totals, part, c, g, count, w), g)
     return some > 0
+
+
+@formula
+def _first_of(pivot, totals, part, c, g, count, w):  # type: ignore[no-untyped-def]
+    zero = spread(0.0)
+    n, q = counted_in(totals, c, g, count, w), take(totals, 1, c, g, zero)
+    mean = mean_in(take(totals, 0, c, g, zero), n, count, w)
+    kept = where_nonzero(near_enough(mean, q, n, 0.5, SINGLE), n, zero)
+    give_rows(part, 0, c, g, (kept, take(pivot, 0, c, g, zero), mean, q - mean * (mean * n)))
+    return kept
 
 
 @part()
 def _join(pivot, totals, merged, far, count, w, share):  # type: ignore[no-untyped-def]
     """merged (4, G) and a block's sums about the pivots; far (G,) <- 1 where these were too far off, which is returned
     for whether there are any: these are left out."""
-    one, zero, some = spread(1.0), spread(0.0), 0
+    some = 0
     for c in range(0, pivot.size, LANES):
         g = min(LANES, pivot.size - c)
-        n = counted_in(totals, c, g, count, w)
-        mean = mean_in(take(totals, 0, c, g, zero), n, count, w)
-        near = near_enough(mean, take(totals, 1, c, g, zero), n, share, DOUBLE)
-        off = where_nonzero(n, one - near, zero)
+        off, near = _far_off(totals, c, g, count, w, share)
         give(far, 0, c, g, off)
         some += count_nonzero(off, g)
         _merge(c, g, near, pivot, totals, merged, count, w)
     return some > 0
 
 
+@formula
+def _far_off(totals, c, g, count, w, share):  # type: ignore[no-untyped-def]
+    zero = spread(0.0)
+    n = counted_in(totals, c, g, count, w)
+    mean = mean_in(take(totals, 0, c, g, zero), n, count, w)
+    near = near_enough(mean, take(totals, 1, c, g, zero), n, share, DOUBLE)
+    return where_nonzero(n, 1.0 - near, zero), near
+
+
 @part()
 def _merge(c, g, taken, pivot, totals, merged, count, w):  # type: ignore[no-untyped-def]
     """merged (4, G) and what is taken of g channels from c on."""
+    both = joined_moments(*four_of(merged, 0, c, g), *_taken(c, g, taken, pivot, totals, count, w))
+    give_rows(merged, 0, c, g, both)
+
+
+@formula
+def _taken(c, g, taken, pivot, totals, count, w):  # type: ignore[no-untyped-def]
     zero = spread(0.0)
     n = counted_in(totals, c, g, count, w)
     mean, q = mean_in(take(totals, 0, c, g, zero), n, count, w), take(totals, 1, c, g, zero)
-    n0, hi, lo, m2 = joined_moments(
-        take(merged, 0, c, g, zero), take(merged, 1, c, g, zero), take(merged, 2, c, g, zero),
-        take(merged, 3, c, g, zero), where_nonzero(taken, n, zero), take(pivot, 0, c, g, zero), mean,
-        not_negative(q - mean * (mean * n)),
-    )  # fmt: skip
-    give(merged, 0, c, g, n0)
-    give(merged, 1, c, g, hi)
-    give(merged, 2, c, g, lo)
-    give(merged, 3, c, g, m2)
+    return where_nonzero(taken, n, zero), take(pivot, 0, c, g, zero), mean, not_negative(q - mean * (mean * n))
 
 
 @part()
 def _replace(merged, part, all_of_it):  # type: ignore[no-untyped-def]
     """part (4, G) <- merged (4, G), or where its count is 0."""
-    zero = spread(0.0)
     for c in range(0, merged.shape[1], LANES):
         g = min(LANES, merged.shape[1] - c)
-        kept = zero if all_of_it else take(part, 0, c, g, zero)
-        for i in range(4):
-            give(part, i, c, g, where_nonzero(kept, take(part, i, c, g, zero), take(merged, i, c, g, zero)))
+        kept = spread(0.0) if all_of_it else take(part, 0, c, g, spread(0.0))
+        choose_rows(part, 0, c, g, kept, four_of(merged, 0, c, g))
 
 
 @part()
 def _forward_finish(s0, g, stats, part, eps, summed, count, w):  # type: ignore[no-untyped-def]
     """For g channels of a tile, from s0 of the table on: mean and variance, unless the table has them. All 0 of no
     weight."""
-    one, zero = spread(1.0), spread(0.0)
     for c in range(0, g, LANES):
-        s, k, n = s0 + c, min(LANES, g - c), one
+        k = min(LANES, g - c)
+        moments = (spread(0.0), spread(0.0), spread(0.0), spread(0.0))
+        for p in range(part.shape[0] if summed else 0):
+            moments = joined_moments(*moments, *four_of(place(part, p), 0, c, k))
         if summed:
-            n = hi = lo = m2 = zero
-            for p in range(part.shape[0]):
-                of = place(part, p)
-                n, hi, lo, m2 = joined_moments(
-                    n, hi, lo, m2, take(of, 0, c, k, zero), take(of, 1, c, k, zero), take(of, 2, c, k, zero),
-                    take(of, 3, c, k, zero),
-                )  # fmt: skip
-            hi, lo = settle(hi, lo)
-            give(stats, 0, s, k, hi)
-            give(stats, 1, s, k, lo)
-            give(stats, 2, s, k, where_nonzero(n, mean_in(m2, n, count, w), zero))
-        give(stats, 3, s, k, where_nonzero(n, one / root(take(stats, 2, s, k, zero) + spread(eps)), zero))
+            _give_moments(stats, s0 + c, k, moments, count, w)
+            _give_invstd(stats, s0 + c, k, moments[0], eps)
+        else:
+            _give_invstd(stats, s0 + c, k, spread(1.0), eps)
 
 
-@by_type
+@formula
+def _give_moments(stats, s, k, moments, count, w):  # type: ignore[no-untyped-def]
+    n, hi, lo, m2 = moments
+    give_rows(stats, 0, s, k, (*settle(hi, lo), where_nonzero(n, mean_in(m2, n, count, w), nothing(n))))
+
+
+@formula
+def _give_invstd(stats, s, k, n, eps):  # type: ignore[no-untyped-def]
+    zero = nothing(n)
+    give(stats, 3, s, k, where_nonzero(n, 1.0 / root(take(stats, 2, s, k, zero) + eps), zero))
+
+
+@formula
 def _unless_unused(how, w):  # type: ignore[no-untyped-def]
     """Weights as a forward map takes them: None where they mean nothing but statistics."""
-    return (lambda how, w: None) if how.simple else (lambda how, w: w)
+    return None if how.simple else w
 
 
 @part(inline="always")
 def _forward_numbers(s0, g, stats, affine, plan, memory, double, how, r, w):  # type: ignore[no-untyped-def]
     """What the map of a tile takes of its channels, in `memory`; and whether float32 won't do for one of them."""
-    numbers, singles, exact = memory[0][:3, :g], memory[3][2:8, :g], plan[7] & EXACT != 0
+    numbers, singles, exact = corner(memory[0], 0, 3, g), corner(memory[3], 2, 6, g), plan[7] & EXACT != 0
     rare = forward_coefficients(how, s0, stats, affine, numbers, singles, exact, double)
     if plan[0]:
         if exact or rare or absent(fast_numbers(how, r, w, memory[4])):
@@ -207,7 +239,7 @@ def _forward_map(p0, p1, c0, ca, x, y, rare, summed, plan, memory, how, r, w, or
     """
     g = min(plan[1], x.shape[1] - c0)
     all_numbers, _, spread_numbers, all_singles, spread_singles, scratch = memory
-    numbers, singles = all_numbers[:3, :g], all_singles[2:8, :g]
+    numbers, singles = corner(all_numbers, 0, 3, g), corner(all_singles, 2, 6, g)
     k0, k1 = p0 * plan[3], min(p1 * plan[3], plan[2])
     for i in range(k1 - k0):
         k = k1 - 1 - i if summed else k0 + i
@@ -217,22 +249,10 @@ def _forward_map(p0, p1, c0, ca, x, y, rare, summed, plan, memory, how, r, w, or
             rows_normalize(x, y, k, c0, ca, numbers, singles, rare, plan, scratch, how, r, w, order)
 
 
-@compiled
-def forward_item(
-    k, items, x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w, every
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    """x, y (O, C, I), stats (4, G C), affine (2, G C), part (cells or items, P, 4, channels of a tile).
-
-    y is not touched without the MAP stage. starts (G + 1,), order (O,) or (0,), r (O, C, I) and w (O, 1, I) or None.
-    """
+@part()
+def _forward_units(k, items, x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w, memory):  # type: ignore[no-untyped-def]
+    """What there is for item k to do; in a part, as Numba writes a page of code for each array that may own memory."""
     keep_whole()
-    if k < 0:
-        by_all(every, items, (x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w, every))
-        return
-    x, y, stats, affine, part = borrowed(x), borrowed(y), borrowed(stats), borrowed(affine), borrowed(part)
-    claims, starts, order, r, w = borrowed(claims), borrowed(starts), borrowed(order), borrowed(r), borrowed(w)
-    owned = memory_of(x, y, plan, stage, narrowest(x), 2 if absent(w) else 3, np.int64(3), np.int64(6), not absent(w))
-    memory = lent(owned, y, plan)
     pieces, tiles = part_sizes(x.shape, plan)
     u, ready, rare, waiting = claimed(k, items, claims, np.int64(-1)), -1, np.bool_(False), np.int64(-1)
     in_turn = plan[7] & TWO != 0 and stage == SUM | FINISH | MAP and starts.size == 2
@@ -283,5 +303,24 @@ def forward_item(
             part.shape[0] > 0, planned(x.shape, plan), memory, how, outer(r, n0, outers),
             _unless_unused(how, outer(w, n0, outers)), order,
         )  # fmt: skip
+
+
+@compiled
+def forward_item(
+    k, items, x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w, every
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """x, y (O, C, I), stats (4, G C), affine (2, G C), part (cells or items, P, 4, channels of a tile).
+
+    y is not touched without the MAP stage. starts (G + 1,), order (O,) or (0,), r (O, C, I) and w (O, 1, I) or None.
+    """
+    keep_whole()
+    if k < 0:
+        by_all(every, items, (x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w, every))
+        return
+    owned = memory_of(x, y, plan, stage, narrowest(x), 2 if absent(w) else 3, np.int64(3), np.int64(6), not absent(w))
+    _forward_units(
+        k, items, borrowed(x), borrowed(y), borrowed(stats), borrowed(affine), eps, borrowed(part), borrowed(claims),
+        plan, stage, borrowed(starts), borrowed(order), how, borrowed(r), borrowed(w), lent(owned, y, plan),
+    )  # fmt: skip
     fence()
     hold(owned)

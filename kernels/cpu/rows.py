@@ -34,6 +34,7 @@ from .blocks import (
     through,
     write,
 )
+from .formulas import formula
 from .lanes import (
     LANES,
     before_line,
@@ -51,6 +52,7 @@ from .lanes import (
     save_part,
     shifted,
     spread,
+    spread_of,
     total,
     wide,
 )
@@ -118,9 +120,10 @@ def index(order, o):  # type: ignore[no-untyped-def]
     return order[o] if order.size > 0 else o
 
 
-@unless_none()
+@formula
 def at(a, o, c, i):  # type: ignore[no-untyped-def]
-    return pointer(a, o * a.strides[0] + c * a.strides[1] + i * a.strides[2])
+    """A pointer to an element; None of None."""
+    return None if a is None else pointer(a, o * a.strides[0] + c * a.strides[1] + i * a.strides[2])
 
 
 @unless_none()
@@ -154,13 +157,13 @@ def repeated(w, o, i0, n, scratch):  # type: ignore[no-untyped-def]
     return target
 
 
-@unless_none()
+@formula
 def _room(a, scratch):  # type: ignore[no-untyped-def]
     """Where the results of a block go until they are scattered to `a`."""
-    return pointer(scratch, 0)
+    return None if a is None else pointer(scratch, 0)
 
 
-@part()
+@formula
 def lanes_of(sums, i, c):  # type: ignore[no-untyped-def]
     return pointer(sums, i * sums.strides[0] + 8 * LANES * c)
 
@@ -207,10 +210,10 @@ def _then(a, run, o, n, order):  # type: ignore[no-untyped-def]
     return shifted(run, (index(order, o + 1) - index(order, o)) * a.strides[0] - n * a.itemsize)
 
 
-@part()
+@formula
 def lens(numbers, c):  # type: ignore[no-untyped-def]
     """h, a, b of z = a (x - h) + b, in all lanes."""
-    return spread(numbers[0, c]), spread(numbers[1, c]), spread(numbers[2, c])
+    return tuple(spread_of(numbers, i, c) for i in range(3))
 
 
 @part()
@@ -238,54 +241,25 @@ def rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch, few, how, r, w, 
         o, i = following(o, i, o0, o1, runs, step, further)
 
 
-@part()
-def _five(numbers, c):  # type: ignore[no-untyped-def]
-    """The first five of a channel's coefficients, each in all lanes."""
-    return (
-        spread(numbers[0, c]),
-        spread(numbers[1, c]),
-        spread(numbers[2, c]),
-        spread(numbers[3, c]),
-        spread(numbers[4, c]),
-    )
-
-
-@by_type
+@formula
 def joined_numbers(n, p, q):  # type: ignore[no-untyped-def]
-    return {3: _joined_three, 5: _joined_five, 7: _joined_seven}[len(p)]
-
-
-def _joined_three(n, p, q):  # type: ignore[no-untyped-def]
-    return joined(n, p[0], q[0]), joined(n, p[1], q[1]), joined(n, p[2], q[2])
-
-
-def _joined_five(n, p, q):  # type: ignore[no-untyped-def]
-    return (*joined_numbers(n, p[:3], q[:3]), joined(n, p[3], q[3]), joined(n, p[4], q[4]))
-
-
-def _joined_seven(n, p, q):  # type: ignore[no-untyped-def]
-    return (*joined_numbers(n, p[:5], q[:5]), joined(n, p[5], q[5]), joined(n, p[6], q[6]))
+    """Numbers of a channel in the first n lanes, those of the next one behind them."""
+    return tuple(joined(n, a, b) for a, b in zip(p, q, strict=True))
 
 
 # A map computes in the elements' type where it may (`fast_numbers`), by `through`. Else in float64, by its lens.
 # Backward looks at the same z: f may have a kink.
 
 
-@unless_none(0, lambda *args: lens(args[1], args[2]))
+@formula
 def numbers_of(fast, doubles, c):  # type: ignore[no-untyped-def]
-    return _five(fast, c)
+    return lens(doubles, c) if fast is None else tuple(spread_of(fast, i, c) for i in range(5))
 
 
-@by_type
+@formula
 def _normalized(how, v, p, r, w):  # type: ignore[no-untyped-def]
-    return _normalized_fast if len(p) == 5 else _normalized_with
-
-
-def _normalized_fast(how, v, p, r, w):  # type: ignore[no-untyped-def]
-    return bend(how, through(how, v, p[0], p[1], p[2], p[3], p[4]))
-
-
-def _normalized_with(how, v, p, r, w):  # type: ignore[no-untyped-def]
+    if len(p) == 5:
+        return bend(how, through(how, v, *p))
     return finished(how, fma(wide(v) - p[0], p[1], p[2]), v, r, w)
 
 
@@ -320,13 +294,13 @@ def _normalize_runs(x, y, n, c, count, fast, past, ahead, how, r, w, doubles, li
         normalize_part(x, y, r, w, i, i - end + n, m - i, how, like, p)
 
 
-@part()
+@formula
 def normalize_one(x, y, r, w, i, i_w, past, how, like, p):  # type: ignore[no-untyped-def]
     """A vector of y at i, by weights at i_w."""
     write(y, i, _normalized(how, load(x, i, like), p, loaded(r, i, like), loaded(w, i_w, like)), past)
 
 
-@part()
+@formula
 def normalize_part(x, y, r, w, i, i_w, k, how, like, p):  # type: ignore[no-untyped-def]
     """The first k elements of one."""
     v, e = load_part(x, i, k, like), loaded_part(r, i, k, like)
@@ -394,15 +368,15 @@ def _normalize_with(x, y, n, c, doubles, singles, past, ahead, how, r, w):  # ty
     _normalize_runs(x, y, n, c, np.int64(1), None, past, ahead, how, r, w, doubles, spread(singles[0, c]))
 
 
-@part()
+@formula
 def _slope(how, g, v, p, z, r, w):  # type: ignore[no-untyped-def]
     """dx by the numbers p, and dy f'(z), by the lens z."""
-    bowed, d = bent(how, g, v, z[0], z[1], z[2], r)
+    bowed, d = bent(how, g, v, *z, r)
     bowed = counted(how, bowed, w)
     return line(how, g, bowed, d, p, w), bowed
 
 
-@part()
+@formula
 def gradient_one(dy, x, dx, r, w, dr, i, i_w, past, how, like, p, z):  # type: ignore[no-untyped-def]
     """A vector of dx at i, by weights at i_w."""
     g, v, e = load(dy, i, like), load(x, i, like), loaded(r, i, like)
@@ -411,7 +385,7 @@ def gradient_one(dy, x, dx, r, w, dr, i, i_w, past, how, like, p, z):  # type: i
     put(dr, i, b)
 
 
-@part()
+@formula
 def gradient_part(dy, x, dx, r, w, dr, i, i_w, k, how, like, p, z):  # type: ignore[no-untyped-def]
     """The first k elements of one."""
     g, v, e = load_part(dy, i, k, like), load_part(x, i, k, like), loaded_part(r, i, k, like)
@@ -420,13 +394,10 @@ def gradient_part(dy, x, dx, r, w, dr, i, i_w, k, how, like, p, z):  # type: ign
     put_part(dr, i, k, b)
 
 
-@by_type
+@formula
 def coefficients_of(how, r, w, numbers, c):  # type: ignore[no-untyped-def]
-    return _seven if in_singles(how, r, w, numbers) else lambda how, r, w, numbers, c: _five(numbers, c)
-
-
-def _seven(how, r, w, numbers, c):  # type: ignore[no-untyped-def]
-    return (*_five(numbers, c), spread(numbers[6, c]), spread(numbers[7, c]))
+    rows = (0, 1, 2, 3, 4, 6, 7) if in_singles(how, r, w, numbers) else range(5)
+    return tuple(spread_of(numbers, i, c) for i in rows)
 
 
 @part()

@@ -22,9 +22,21 @@ import numpy as np
 
 from .activations import absent
 from .columns import columns_count, columns_deviations, columns_products, gather_columns, spread_column
+from .formulas import formula
 from .items import claim
-from .lanes import LANES, before_line, give, pointer, spread, take, where_at_most, where_less, where_nonzero
-from .parts import part, unless_none
+from .lanes import (
+    LANES,
+    before_line,
+    give,
+    nothing,
+    pointer,
+    spread,
+    take,
+    where_at_most,
+    where_less,
+    where_nonzero,
+)
+from .parts import part
 from .rows import GATHER, PAST, add_up, rows_count, rows_deviations, rows_first, rows_products
 from .views import borrowed, in_step, outer
 
@@ -152,13 +164,29 @@ def mean_of(x, k, c0, pivot, totals, sums, near, scratch, plan, few, w, order): 
     if few == NARROW[0] and not plan[0]:
         rows_first(x, k, c0, pivot, plan, order)
         return
-    pivot[:] = 0
-    near[0] = 0
+    clear(pivot, near)
     deviations(x, k, c0, pivot, sums, near, scratch, plan, few, w, order)
     by_channel(sums, totals, plan)
     divide(pivot, totals, count_of(k, x.shape, plan, few), w)
     if plan[0]:
         spread_column(pivot, near[0], plan)
+
+
+@part()
+def blank(rows):  # type: ignore[no-untyped-def]
+    """A matrix <- 0. By a slice it takes Numba five times as long to compile."""
+    for i in range(rows.shape[0]):
+        for c in range(0, rows.shape[1], LANES):
+            give(rows, i, c, min(LANES, rows.shape[1] - c), spread(0.0))
+
+
+@part()
+def clear(pivot, near):  # type: ignore[no-untyped-def]
+    """pivot (G,) and the first row of near <- 0."""
+    for c in range(0, pivot.size, LANES):
+        give(pivot, 0, c, min(LANES, pivot.size - c), spread(0.0))
+    for c in range(0, near.shape[1], LANES):
+        give(near, 0, c, min(LANES, near.shape[1] - c), spread(0.0))
 
 
 @part()
@@ -170,16 +198,16 @@ def divide(pivot, totals, count, w):  # type: ignore[no-untyped-def]
         give(pivot, 0, c, g, mean_in(take(totals, 0, c, g, spread(0.0)), n, count, w))
 
 
-@unless_none(4, lambda *args: spread(args[3]))
+@formula
 def counted_in(totals, c, g, count, w):  # type: ignore[no-untyped-def]
     """How many values the sums of g channels from c on have: `count`, or the sum of their weights."""
-    return take(totals, 2, c, g, spread(0.0))
+    return spread(count) if w is None else take(totals, 2, c, g, spread(0.0))
 
 
-@unless_none(3, lambda *args: args[0] * spread(1.0 / args[2]))
+@formula
 def mean_in(sums, n, count, w):  # type: ignore[no-untyped-def]
     """Sums over how many values they have: `count`, or those of lanes n, if not 0. Sixteen divisions take 32 cycles."""
-    return where_nonzero(n, sums / n, spread(0.0))
+    return sums * (1.0 / count) if w is None else where_nonzero(n, sums / n, nothing(n))
 
 
 @part()
@@ -202,7 +230,7 @@ def share_of(x, share):  # type: ignore[no-untyped-def]
     return share if x.itemsize == 8 else 2.0**-10
 
 
-@part()
+@formula
 def near_enough(mean, q, n, share, most):  # type: ignore[no-untyped-def]
     """1 where the variance is `share` of the squares around the pivot at least, and these are of 1 / most to most.
 
