@@ -112,7 +112,7 @@ def test_warmup_compiles_ahead(tmp_path):
     startup.seconds(startup.ALL, NUMBA_CACHE_DIR=str(tmp_path))
     assert set(tmp_path.rglob("*.kernel")) == compiled
     lines, again = warm_up(tmp_path, "import sys; sys.modules['rich'] = sys.modules['rich.progress'] = None\n")
-    assert lines[0] == "forward, float32, one thread"
+    assert sorted(lines[:-1]) == ["backward, float32", "forward, float32"]
     assert again == compiled
 
 
