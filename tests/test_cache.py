@@ -202,6 +202,24 @@ def test_edited_sources_are_compiled_again(folder: Path, name: str, before: str,
     check(imported().scale.serial, 1, factor=factor)
 
 
+def test_a_kernel_in_a_folder_below_has_helpers_in_the_one_above(folder: Path) -> None:
+    inner = folder / "inner"
+    inner.mkdir()
+    (inner / "__init__.py").write_text("")
+    (inner / "toy.py").write_text(TOY.replace("from .", "from .."))
+
+    def process(hits: int, factor: float) -> None:
+        forget()
+        importlib.invalidate_caches()
+        check(importlib.import_module("toys.inner.toy").scale.serial, hits, factor=factor)
+
+    process(0, 3.0)
+    process(1, 3.0)
+    (folder / "helper.py").write_text(HELPER.replace("3 *", "7.0 *"))
+    process(0, 7.0)
+    process(1, 7.0)
+
+
 def test_edit_between_import_and_first_call(folder: Path) -> None:
     # The old text runs, and must not be stored as the code of the new one.
     toy = imported()

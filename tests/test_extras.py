@@ -165,7 +165,7 @@ def test_activation_functions(activation, dtype, rng, backend):
     from fastbn.kernels.reference import activate, deactivate, slope
 
     invertible = activation in ("leaky_relu", "elu")
-    straighten = a._straighten if invertible else a._slope
+    straighten = a.straighten if invertible else a.slope
 
     def run(how, z, out):
         like = spread(z[0])
@@ -176,7 +176,7 @@ def test_activation_functions(activation, dtype, rng, backend):
             save(pointer(out, out.strides[0]), i, a_slope(how, v))
             save(pointer(out, 2 * out.strides[0]), i, a_straighten(how, f))
 
-    a_bend, a_slope, a_straighten = a.bend, a._slope, straighten
+    a_bend, a_slope, a_straighten = a.bend, a.slope, straighten
     real = numba.from_dtype(np.dtype(dtype))
     signature = (a.How(activation, False, False), numba.types.Array(real, 1, "C"), numba.types.Array(real, 2, "C"))
     dispatcher = numba.njit(error_model="numpy")(run)

@@ -1,5 +1,6 @@
 """The CPU backend: NumPy arrays, by Numba. The contract is in `fastbn.kernels`.
 
+formulas  what is without loops, written by Python while Numba compiles
 lanes     sixteen numbers at a time, and the element formats
 activations  residuals, activations and masks, sixteen numbers at a time
 blocks    sums and maps over one contiguous run; the building blocks for your own @njit code
@@ -12,6 +13,7 @@ normalize, gradient  the two kernels: sums, what they make of a channel, maps
 second    second order and forward mode
 plan      how a shape is cut
 compile   njit with a disk cache that cannot fail a call
+parts     what kernels are made of, for compiled code alone
 items     all items of a kernel, by one thread or by all
 views     arrays as an item has them
 threads   when a parallel region may be entered

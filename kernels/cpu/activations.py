@@ -542,14 +542,13 @@ def read_as(how, r, narrow, used):  # type: ignore[no-untyped-def]
     return used if needs_z(how, r) else narrow
 
 
-@intrinsic
-def is_plain(_typing: Any, how: Any) -> Any:
+@formula
+def is_plain(how):  # type: ignore[no-untyped-def]
     """Whether nothing beyond batch norm is done, as a constant."""
-    return types.boolean(how), lambda _context, _builder, _signature, _args: ir.Constant(ir.IntType(1), int(how.simple))
+    return how.simple
 
 
-@intrinsic
-def absent(_typing: Any, value: Any) -> Any:
+@formula
+def absent(value):  # type: ignore[no-untyped-def]
     """Whether it is None, as a constant."""
-    none = int(isinstance(value, types.NoneType))
-    return types.boolean(value), lambda _context, _builder, _signature, _args: ir.Constant(ir.IntType(1), none)
+    return value is None

@@ -37,6 +37,7 @@ from .lanes import (
     wide,
 )
 from .parts import part
+from .views import hold
 
 # Squares of numbers on a grid leave remainders of 0, 1 and 4 eighths, which a float32 sum of a hundred drops more often
 # than it rounds them up: the variance of data at 1e4 was 5e-7 too small. So lanes pass sums on after 16 additions.
@@ -377,7 +378,7 @@ def merge_comoments(n, hi, lo, t, p, nb, hib, lob, tb, pb):  # type: ignore[no-u
     return joined_comoments(*a, np.float64(nb), np.float64(hib), np.float64(lob), np.float64(tb), np.float64(pb))
 
 
-@part()
+@njit
 def _run(array):  # type: ignore[no-untyped-def]
     if array.size > 1 and array.strides[0] != array.itemsize:
         raise ValueError("fastbn's block functions take contiguous arrays; pass a copy")
@@ -389,7 +390,9 @@ def _sums(run, n, pivot):  # type: ignore[no-untyped-def]
     lanes = np.zeros(2 * LANES)
     sums, like = pointer(lanes, 0), spread(0.0)
     run_deviations(run, None, n, pivot, sums, 8 * LANES, run)
-    return total(load(sums, 0, like)), total(load(sums, LANES, like))
+    s, q = total(load(sums, 0, like)), total(load(sums, LANES, like))
+    hold(lanes)  # Numba lets go of an array behind its last use
+    return s, q
 
 
 @njit(error_model="numpy")
@@ -414,6 +417,7 @@ def block_comoments(dy, x, hi):  # type: ignore[no-untyped-def]
     runs = run, _run(x)
     run_products(*runs, n, pivot, np.float64(hi), sums, line, plain(), None, None, (like, like, like), *runs)
     s, t, p = total(load(sums, 0, like)), total(load(sums, LANES, like)), total(load(sums, 2 * LANES, like))
+    hold(lanes)
     return pivot, s / n, t / n, p - s * t / n
 
 

@@ -134,6 +134,7 @@ def _scales(s, g, stats, affine, grads):  # type: ignore[no-untyped-def]
 
 @formula
 def _by_mass(s, g, grads, dy, covariance, n, mass):  # type: ignore[no-untyped-def]
+    """Where weights' sum is `mass`: the mean of dy goes to the second term, whose covariance is by mass too."""
     ghi, glo = dy
     mean, total = some_of(grads, (3, 4), s, g)
     return (nothing(ghi), (glo + ghi) * (n / mass)), (n * covariance + total * mean) / mass
@@ -176,7 +177,7 @@ def _plain_lenses(how, r, s0, stats, affine, numbers, singles, exact):  # type: 
 
 
 def _edges(how, r, s0, stats, affine, numbers, singles, exact):  # type: ignore[no-untyped-def]
-    """singles (10, G): two rows to work in, and six as the forward map's."""
+    """singles (8, G): two rows to work in, and six as the forward map's."""
     slot, own = row(singles, 0, 1), corner(singles, 2, 6, numbers.shape[1])
     forward_coefficients(how, s0, stats, affine, numbers, own, exact, slot.itemsize == 8)
     for c in range(numbers.shape[1]):

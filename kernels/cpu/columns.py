@@ -336,11 +336,11 @@ def _double(v, j, doubles):  # type: ignore[no-untyped-def]
     return fma(wide(v) - h, a, b)
 
 
-@unless_none(4, lambda *args: _normalized_with(*args))
+@unless_none(4, lambda how, v, j, doubles, fast, mode, r, w: _normalized_with(how, v, j, doubles, r, w))
 def _normalized(how, v, j, doubles, fast, mode, r, w):  # type: ignore[no-untyped-def]
     """Lanes of y for lanes v of x from column j on."""
     if mode == EXACT:
-        return _normalized_with(how, v, j, doubles, fast, mode, r, w)
+        return _normalized_with(how, v, j, doubles, r, w)
     z = _through(how, v, j, fast)
     if mode == 0:
         return wide(bend(how, z))
@@ -359,7 +359,8 @@ def _one_or_other(how, v, j, doubles, fast, z, r, w):  # type: ignore[no-untyped
 
 
 @formula
-def _normalized_with(how, v, j, doubles, fast, mode, r, w):  # type: ignore[no-untyped-def]
+def _normalized_with(how, v, j, doubles, r, w):  # type: ignore[no-untyped-def]
+    """In float64."""
     return wide(finished(how, _double(v, j, doubles), v, r, w))
 
 
@@ -414,8 +415,7 @@ def columns_normalize(x, y, k, c0, channels, doubles, singles, rare, plan, how, 
     like = spread(singles[0, 0])
     past = plan[7] & PAST != 0
     mode = EXACT if plan[7] & EXACT else 1 if rare else 0
-    u = doubles.strides[0]
-    d = pointer(doubles, 0), pointer(doubles, u), pointer(doubles, 2 * u)
+    d = _three(doubles)
     f = _six(fast_numbers(how, res, w, singles))
     width = channels * plan[5] * plan[6]
     reach = 1 + 1024 // width  # rows that are fetched ahead

@@ -138,14 +138,16 @@ def _cached(function: Callable[..., Any], options: dict[str, Any]) -> Any:
 
 @functools.cache
 def _stamp(folder: Path) -> bytes:
-    """Hash of all sources in a kernel's folder: Numba's covers the kernel's own file, helpers live in others.
+    """Hash of all sources in a kernel's folder and in this one: Numba's covers the kernel's own file alone.
 
     Taken when the first kernel is made, 0.2 ms, and not when it is first called: a file edited in between
     would give its new hash to the code of its old text.
     """
-    sources = [(path.name, path.read_bytes()) for path in sorted(folder.glob("*.py"))]
-    if not sources:
+    own = sorted(folder.glob("*.py"))
+    if not own:
         raise FileNotFoundError(f"no sources in {folder}")
+    ours = sorted(Path(__file__).parent.rglob("*.py"))  # of which a kernel in another folder is made too
+    sources = [(path.name, path.read_bytes()) for path in (*own, *ours)]
     return hashlib.sha256(repr(sources).encode()).digest()
 
 
@@ -153,7 +155,8 @@ class _Files:
     """Stands in for Numba's index and data files: one file for each specialisation, checksum first."""
 
     def __init__(self, cache: Any, stamp: bytes, options: dict[str, Any]) -> None:
-        self._options = sorted(options.items())  # Numba's key has none: code for one thread would be found for many
+        # Numba's key has no options: code for one thread would be found for many.
+        self._options = [(k, sorted(v) if isinstance(v, set) else v) for k, v in sorted(options.items())]
         self._start = os.path.join(cache.cache_path, cache._impl.filename_base)
         self._to_bytes = cache._cache_file._dump
         self._stamp = stamp

@@ -44,6 +44,12 @@ class Value:
     def __init__(self, kind: Any, code: Any) -> None:
         self.kind, self.code = kind, code
 
+    def __bool__(self) -> bool:
+        raise TypeError("a formula decides by type; what only the running code knows is for `where_...` or `either`")
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = lambda self, _other: bool(self)  # type: ignore[assignment]
+    __hash__ = object.__hash__
+
     def __getattr__(self, name: str) -> Any:
         if isinstance(self.kind, types.Array) and name in ("shape", "strides", "itemsize"):
             return _of_array(self, name)
@@ -207,7 +213,7 @@ def formula(function: Callable[..., Any]) -> Any:
 
         return result(*kinds), generate
 
-    define.__name__ = function.__name__
+    define.__name__, define.__doc__ = function.__name__, function.__doc__
     given = inspect.signature(function)
     first = inspect.Parameter("typing", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     define.__signature__ = given.replace(parameters=[first, *given.parameters.values()])  # type: ignore[attr-defined]
@@ -224,7 +230,7 @@ def either(flag: Value, then: Callable[[], Any], otherwise: Callable[[], Any]) -
         then()
         otherwise()
         return
-    with builder.if_else(flag.code) as (yes, no):
+    with builder.if_else(_value(flag).code) as (yes, no):
         with yes:
             then()
         with no:

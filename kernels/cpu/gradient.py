@@ -22,7 +22,6 @@ from .lanes import (
     give,
     give_rows,
     keep_whole,
-    narrowest,
     nothing,
     some_of,
     spread,
@@ -68,7 +67,7 @@ from .views import borrowed, corner, hold, outer, place, rest, row
 IN_DOUBLE = 4  # sums of products, in float64: d^4 is for what float32 can't do
 
 
-@part(inline="always")
+@part()
 def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order, cm, dx, dr):  # type: ignore[no-untyped-def]
     """part (P, 5, G) of piece p of a tile: count, mean of dy as hi and lo, mean of x - hi, co-moment; meanwhile channel
     cm is mapped, if >= 0 (`rows_products_two`)."""
@@ -206,6 +205,7 @@ def _merge(c, g, taken, pivot, totals, merged, n, m):  # type: ignore[no-untyped
 
 @formula
 def _block_of(c, g, pivot, totals, m):  # type: ignore[no-untyped-def]
+    """A block's own count, mean of dy as pivot and rest, mean of x - hi, and co-moment."""
     s, t, p = some_of(totals, range(3), c, g)
     d = t * (1.0 / m)
     return spread(m), take(pivot, 0, c, g, spread(0.0)), s * (1.0 / m), d, p - s * d
@@ -272,6 +272,7 @@ def _backward_finish(s0, g, stats, grads, dgamma, dbeta, part, values):  # type:
 
 @formula
 def _give_sums(s, k, stats, grads, sums, values):  # type: ignore[no-untyped-def]
+    """grads of k channels; the sum of dy is given back, and dgamma."""
     n, hi, lo, t, m = sums
     zero, (hi, lo) = nothing(n), settle(hi, lo)
     covariance, total = where_nonzero(n, m * (1.0 / values), zero), n * hi + n * lo
@@ -279,7 +280,7 @@ def _give_sums(s, k, stats, grads, sums, values):  # type: ignore[no-untyped-def
     return total, n * covariance * take(stats, 3, s, k, zero)
 
 
-@part(inline="always")
+@part()
 def _backward_numbers(s0, c0, x, stats, affine, grads, plan, memory, how, r, w, mass):  # type: ignore[no-untyped-def]
     """What the map of a tile takes of its channels, in `memory`; and for how many of them float32 won't do."""
     g, exact, n = min(plan[1], x.shape[1] - c0), plan[7] & EXACT != 0, float(x.shape[0] * x.shape[2])
@@ -400,11 +401,13 @@ def backward_item(
         by_all(every, items, (dy, x, dx, stats, affine, grads, dgamma, dbeta, part, claims, plan, stage, starts, order,
                               how, r, w, dr, mass, every))  # fmt: skip
         return
-    owned = memory_of(x, dx, plan, stage, narrowest(x), np.int64(5), np.int64(8), np.int64(11), not absent(w))
+    wants = np.int64(5), np.int64(8), np.int64(11)
+    owned = memory_of(borrowed(affine), borrowed(x), borrowed(dx), plan, stage, wants, not absent(w))
+    memory = lent(borrowed(owned), borrowed(x), borrowed(dx), plan, stage, wants, not absent(w))
     _backward_units(
         k, items, borrowed(dy), borrowed(x), borrowed(dx), borrowed(stats), borrowed(affine), borrowed(grads),
         borrowed(dgamma), borrowed(dbeta), borrowed(part), borrowed(claims), plan, stage, borrowed(starts),
-        borrowed(order), how, borrowed(r), borrowed(w), borrowed(dr), borrowed(mass), lent(owned, dx, plan),
+        borrowed(order), how, borrowed(r), borrowed(w), borrowed(dr), borrowed(mass), memory,
     )  # fmt: skip
     fence()
     hold(owned)

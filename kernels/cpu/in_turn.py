@@ -1,6 +1,5 @@
 """Rows of a tile mapped in the loop that sums those of the next one: memory reads and writes at once."""
 
-import numpy as np
 from numba import types
 
 from .activations import fast_numbers, loaded_part, read_as
@@ -52,13 +51,13 @@ def _row_two(
     To the same bits. Memory reads and writes at once, and nothing is read twice into L2: 1.1 copies where one after the
     other takes 1.3 with what comes next fetched meanwhile, and 1.5 without.
     """
-    p, c, i, end, near = numbers_of(fast, doubles, np.int64(0)), np.int64(0), 0, min(m, n), spread(pivot[0])
+    p, c, i, end, near = numbers_of(fast, doubles, 0), 0, 0, min(m, n), spread(pivot[0])
     size, line = runs * count, sums.strides[0]
     reach = min(AHEAD, size // (2 * LANES) * 2 * LANES)
     if past:
         i = min(m, before_line(y))
     if i > 0:
-        normalize_part(x, y, r, w, np.int64(0), np.int64(0), i, how, like, p)
+        normalize_part(x, y, r, w, 0, 0, i, how, like, p)
     for k in range(max(runs, (m + n - 1) // n)):
         if k < runs:
             near, lanes, start = spread(pivot[k]), lanes_of(sums, 0, k), k * count
@@ -132,14 +131,14 @@ def _gradient_two(
 
     2.0 copies where one after the other takes 2.3; with what comes next fetched meanwhile 2.7.
     """
-    c, i, end, near_dy = np.int64(0), 0, min(m, n), spread(pivot[0])
+    c, i, end, near_dy = 0, 0, min(m, n), spread(pivot[0])
     p, z = coefficients_of(how, r, w, used, c), lens(lenses, c)
     size = runs * count
     reach = min(AHEAD, size // LANES * LANES)
     if past:
         i = min(m, before_line(dx))
     if i > 0:
-        gradient_part(dy, x, dx, r, w, dr, np.int64(0), np.int64(0), i, how, like, p, z)
+        gradient_part(dy, x, dx, r, w, dr, 0, 0, i, how, like, p, z)
     for run in range(max(runs, (m + n - 1) // n)):
         if run < runs:
             near_dy, near_x, bend_of = spread(pivot[run]), spread(hi[run]), lens(own, run)
@@ -196,7 +195,7 @@ def _rows_products_two(
     o0, o1, i0, n = block(k, x.shape, plan)
     a0, a1, j0, m = block(plan[2] - 1 - k, x.shape, plan)
     past, g, channels = plan[7] & PAST != 0, pivot.size, min(plan[1], x.shape[1] - cm)
-    like = read_as(how, r, spread(narrowest(x)), coefficients_of(how, r, w, used, np.int64(0))[0])
+    like = read_as(how, r, spread(narrowest(x)), coefficients_of(how, r, w, used, 0)[0])
     for i in range(max(o1 - o0, a1 - a0)):
         o, a, then = min(o0 + i, o1 - 1), max(a1 - 1 - i, a0), min(o0 + i + 1, x.shape[0] - 1)
         back = -g * n * x.itemsize

@@ -18,7 +18,6 @@ from .lanes import (
     give,
     give_rows,
     keep_whole,
-    narrowest,
     nothing,
     root,
     spread,
@@ -59,7 +58,7 @@ from .schedule import (
 from .views import borrowed, corner, hold, outer, place, rest, row
 
 
-@part(inline="always")
+@part()
 def _forward_sum(p, c0, x, part, plan, memory, w, order, cm, y, how, r):  # type: ignore[no-untyped-def]
     """part (P, 4, G) of piece p of a tile: count, hi, lo, M2; meanwhile channel cm is mapped, if >= 0 (`rows_two`)."""
     k0, k1 = p * plan[3], min((p + 1) * plan[3], plan[2])
@@ -153,6 +152,7 @@ def _join(pivot, totals, merged, far, count, w, share):  # type: ignore[no-untyp
 
 @formula
 def _far_off(totals, c, g, count, w, share):  # type: ignore[no-untyped-def]
+    """1 where a pivot is too far off, and 1 where it is not."""
     zero = spread(0.0)
     n = counted_in(totals, c, g, count, w)
     mean = mean_in(take(totals, 0, c, g, zero), n, count, w)
@@ -169,6 +169,7 @@ def _merge(c, g, taken, pivot, totals, merged, count, w):  # type: ignore[no-unt
 
 @formula
 def _taken(c, g, taken, pivot, totals, count, w):  # type: ignore[no-untyped-def]
+    """Count, mean as pivot and rest, and M2 of what is taken of a block."""
     zero = spread(0.0)
     n = counted_in(totals, c, g, count, w)
     mean, q = mean_in(take(totals, 0, c, g, zero), n, count, w), take(totals, 1, c, g, zero)
@@ -218,7 +219,7 @@ def _unless_unused(how, w):  # type: ignore[no-untyped-def]
     return None if how.simple else w
 
 
-@part(inline="always")
+@part()
 def _forward_numbers(s0, g, stats, affine, plan, memory, double, how, r, w):  # type: ignore[no-untyped-def]
     """What the map of a tile takes of its channels, in `memory`; and whether float32 won't do for one of them."""
     numbers, singles, exact = corner(memory[0], 0, 3, g), corner(memory[3], 2, 6, g), plan[7] & EXACT != 0
@@ -317,10 +318,12 @@ def forward_item(
     if k < 0:
         by_all(every, items, (x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w, every))
         return
-    owned = memory_of(x, y, plan, stage, narrowest(x), 2 if absent(w) else 3, np.int64(3), np.int64(6), not absent(w))
+    wants = 2 if absent(w) else 3, np.int64(3), np.int64(6)
+    owned = memory_of(borrowed(affine), borrowed(x), borrowed(y), plan, stage, wants, not absent(w))
+    memory = lent(borrowed(owned), borrowed(x), borrowed(y), plan, stage, wants, not absent(w))
     _forward_units(
         k, items, borrowed(x), borrowed(y), borrowed(stats), borrowed(affine), eps, borrowed(part), borrowed(claims),
-        plan, stage, borrowed(starts), borrowed(order), how, borrowed(r), borrowed(w), lent(owned, y, plan),
+        plan, stage, borrowed(starts), borrowed(order), how, borrowed(r), borrowed(w), memory,
     )  # fmt: skip
     fence()
     hold(owned)

@@ -58,7 +58,7 @@ from .lanes import (
 )
 from .parts import by_type, part, unless_none
 
-# Constants go to functions as runtime values below (`np.int64(0)`): Numba compiles a function again for each literal.
+# Constants go to parts as runtime values below (`np.int64(0)`): Numba compiles them again for each literal.
 
 # Flags of a plan: store past the caches; gather; all in float64; fetch the next tile while one is mapped, or sum it.
 PAST, GATHER, EXACT, NEXT, TWO = 1, 2, 4, 8, 16
@@ -165,6 +165,7 @@ def _room(a, scratch):  # type: ignore[no-untyped-def]
 
 @formula
 def lanes_of(sums, i, c):  # type: ignore[no-untyped-def]
+    """Where the lanes of channel c are in row i of the sums."""
     return pointer(sums, i * sums.strides[0] + 8 * LANES * c)
 
 
@@ -253,6 +254,7 @@ def joined_numbers(n, p, q):  # type: ignore[no-untyped-def]
 
 @formula
 def numbers_of(fast, doubles, c):  # type: ignore[no-untyped-def]
+    """What a map takes of channel c: five numbers, or the lens in float64."""
     return lens(doubles, c) if fast is None else tuple(spread_of(fast, i, c) for i in range(5))
 
 
@@ -274,7 +276,7 @@ def _normalize_runs(x, y, n, c, count, fast, past, ahead, how, r, w, doubles, li
     if past:
         i = min(m, before_line(y))
     if i > 0:  # a masked store of nothing still held up the stores behind it: 0.22 against 0.09 ns an element
-        normalize_part(x, y, r, w, np.int64(0), np.int64(0), i, how, like, p)
+        normalize_part(x, y, r, w, 0, 0, i, how, like, p)
     while i + LANES <= m:
         while i + LANES <= end:
             fetch(ahead, i)
@@ -396,6 +398,7 @@ def gradient_part(dy, x, dx, r, w, dr, i, i_w, k, how, like, p, z):  # type: ign
 
 @formula
 def coefficients_of(how, r, w, numbers, c):  # type: ignore[no-untyped-def]
+    """What a map of gradients takes of channel c: seven numbers or five."""
     rows = (0, 1, 2, 3, 4, 6, 7) if in_singles(how, r, w, numbers) else range(5)
     return tuple(spread_of(numbers, i, c) for i in rows)
 
@@ -409,7 +412,7 @@ def _gradient_runs(dy, x, dx, n, c, count, used, past, ahead_dy, ahead_x, how, r
     if past:
         i = min(m, before_line(dx))
     if i > 0:
-        gradient_part(dy, x, dx, r, w, dr, np.int64(0), np.int64(0), i, how, like, p, z)
+        gradient_part(dy, x, dx, r, w, dr, 0, 0, i, how, like, p, z)
     while i + LANES <= m:
         while i + LANES <= end:
             fetch(ahead_dy, i)

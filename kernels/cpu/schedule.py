@@ -28,6 +28,7 @@ from .lanes import (
     LANES,
     before_line,
     give,
+    narrowest,
     nothing,
     pointer,
     spread,
@@ -38,7 +39,7 @@ from .lanes import (
 )
 from .parts import part
 from .rows import GATHER, PAST, add_up, rows_count, rows_deviations, rows_first, rows_products
-from .views import borrowed, in_step, outer
+from .views import carved, corner, in_step, outer
 
 SUM, FINISH, MAP = 1, 2, 4
 
@@ -65,34 +66,57 @@ def tile_width(channels, plan):  # type: ignore[no-untyped-def]
     return channels * (plan[5] * plan[6] if plan[0] else LANES) + LANES
 
 
-@part(_nrt=True)
-def memory_of(x, y, plan, stage, like, depth, wide, narrow, weighted):  # type: ignore[no-untyped-def]
-    """All that a work item needs: `borrowed` says why nothing below it may own an array. It hands on views of rows.
-
-    By channel of a tile: (23, G) float64, 5 coefficients, 5 totals, a lens, two rows for what was far from its pivot, 5
-    merged sums, and the lens of a tile that waits to be mapped; (18, G) in the elements' type, 2 pivots, 8
-    coefficients, and room to look for edges. By column or lane: `depth` sums; by column: `wide` coefficients or pivots
-    in float64 and `narrow` ones in the elements' type, and room for `in_step`. Then what is gathered: of x, of all of
-    y's type, of weights, of which a run and its start again has room too.
-    """
+@part()
+def _columns(x, plan, stage, weighted):  # type: ignore[no-untyped-def]
+    """What there is room for: channels, columns of sums, columns of coefficients, gathered elements, and weights."""
     g = min(plan[1], x.shape[1])
     w = (tile_width(g, plan) + LANES - 1) // LANES * LANES
     scratch = plan[4] * plan[6] if plan[7] & GATHER else 0
-    numbers, sums, columns = np.empty((23, g)), np.zeros((depth, w if stage & SUM else 0)), w if plan[0] else 0
-    singles, like_columns = np.full((18, g), like), np.full((narrow + 1, columns), like)
     weights = scratch if scratch > 0 else plan[6] + LANES if weighted and not plan[0] else 0
-    gathered = np.empty((1, scratch), x.dtype), np.empty((4, scratch), y.dtype), np.full((1, weights), like)
-    return numbers, sums, np.zeros((wide + 1, columns)), singles, like_columns, gathered[0], gathered[1], gathered[2]
+    return g, w if stage & SUM else 0, w if plan[0] else 0, scratch, weights
 
 
-@part(inline="always")
-def lent(m, y, plan):  # type: ignore[no-untyped-def]
-    gathered = borrowed(m[5]), borrowed(m[6]), borrowed(m[7])
+@part()
+def _lent(memory, x, y, plan, stage, wants, weighted):  # type: ignore[no-untyped-def]
+    """Matrices in a work item's memory, and how many bytes it takes; of those first ones that start as 0."""
+    g, s, c, scratch, weights = _columns(x, plan, stage, weighted)
+    (depth, wide, narrow), like = wants, narrowest(x)
+    sums, at = carved(memory, 0, depth, s, 0.0)
+    columns, at = carved(memory, at, wide + 1, c, 0.0)
+    singles, at = carved(memory, at, 18, g, like)
+    like_columns, at = carved(memory, at, narrow + 1, c, like)
+    of_weights, blank_to = carved(memory, at, 1, weights, like)
+    numbers, at = carved(memory, blank_to, 23, g, 0.0)
+    of_x, at = carved(memory, at, 1, scratch, x)
+    of_y, at = carved(memory, at, 4, scratch, y)
+    gathered = of_x, of_y, of_weights
+    return (numbers, sums, columns, singles, like_columns, gathered), blank_to, at
+
+
+@part(_nrt=True)
+def memory_of(any_matrix, x, y, plan, stage, wants, weighted):  # type: ignore[no-untyped-def]
+    """All that a work item needs: `borrowed` says why nothing below it may own an array."""
+    _, _, count = _lent(any_matrix, x, y, plan, stage, wants, weighted)
+    return np.empty((1, count // 8))
+
+
+@part()
+def lent(memory, x, y, plan, stage, wants, weighted):  # type: ignore[no-untyped-def]
+    """Matrices of its memory. What is done hands on views of rows.
+
+    By channel of a tile: (23, G) float64, 5 coefficients, 5 totals, a lens, two rows for what was far from its pivot, 5
+    merged sums, and the lens of a tile that waits to be mapped; (18, G) in the elements' type, 2 pivots, 8
+    coefficients, and room to look for edges. As many as `wants` says: by column or lane, sums; by column, coefficients
+    or pivots in float64, and in the elements' type, and room for `in_step`. Then what is gathered: of x, of all of y's
+    type, of weights, of which a run and its start again has room too.
+    """
+    views, blank_to, _ = _lent(memory, x, y, plan, stage, wants, weighted)
+    blank(corner(memory, 0, 1, blank_to // 8))
+    numbers, sums, columns, singles, like_columns, gathered = views
     # Where whole lines are stored, lines of coefficients are loaded whole: backward of (6272, 1024) float64 took 6.4 to
     # 6.9 ms, now 6.0 to 6.2. By the allocator, each vector of them lay across two lines or none did.
     start = before_line(pointer(y, 0)) if plan[7] & PAST else 0
-    columns = in_step(borrowed(m[2]), start), in_step(borrowed(m[4]), start)
-    return borrowed(m[0]), borrowed(m[1]), columns[0], borrowed(m[3]), columns[1], gathered
+    return numbers, sums, in_step(columns, start), singles, in_step(like_columns, start), gathered
 
 
 # Sets of outer indices with statistics of their own. The plan is that of the largest; a set has its own blocks.
@@ -120,12 +144,12 @@ def planned(shape, plan):  # type: ignore[no-untyped-def]
     return plan[0], plan[1], blocks, plan[3], plan[4], plan[5], plan[6], plan[7]
 
 
-@part(inline="always")
+@part()
 def count_of(k, shape, plan, few):  # type: ignore[no-untyped-def]
     return float(columns_count(k, shape, plan, few) if plan[0] else rows_count(k, shape, plan, few))
 
 
-@part(inline="always")
+@part()
 def deviations(x, k, c0, pivot, sums, near, scratch, plan, few, w, order):  # type: ignore[no-untyped-def]
     """sums (2, W) += x - pivot and its square, for block k of the channels from c0 on, or `few` values of it.
 
@@ -137,7 +161,7 @@ def deviations(x, k, c0, pivot, sums, near, scratch, plan, few, w, order):  # ty
         rows_deviations(x, k, c0, pivot, sums, plan, scratch, few, w, order)
 
 
-@part(inline="always")
+@part()
 def products(dy, x, k, c0, pivot, hi, sums, near, scratch, plan, few, how, r, w, order, lenses, spread_lenses):  # type: ignore[no-untyped-def]
     """sums (5, W) += g = dy - pivot, d = x - hi, g d, g^2 and, in float32, d^4."""
     if plan[0]:
@@ -146,7 +170,7 @@ def products(dy, x, k, c0, pivot, hi, sums, near, scratch, plan, few, how, r, w,
         rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch, few, how, r, w, order, lenses)
 
 
-@part(inline="always")
+@part()
 def by_channel(sums, totals, plan):  # type: ignore[no-untyped-def]
     """totals (M, G) <- sums (M, W), and these <- 0."""
     if plan[0]:

@@ -5,8 +5,41 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.extending import models, register_model
 
 from .formulas import field, formula, intrinsic
+
+
+class View(types.Array):  # type: ignore[misc]
+    """A borrowed array, of any strides; slices of it too."""
+
+    def __init__(self, dtype: Any, ndim: int) -> None:
+        super().__init__(dtype, ndim, "A", name=f"View({dtype}, {ndim})")
+
+    def copy(self, dtype: Any = None, ndim: Any = None, **_same: Any) -> Any:
+        return View(dtype or self.dtype, self.ndim if ndim is None else ndim)
+
+
+@register_model(View)
+class _ViewModel(models.ArrayModel):  # type: ignore[misc]
+    """Handed on as three values: Numba hands on each of an array's numbers, by a quarter of all code."""
+
+    _handed = "data", "shape", "strides"
+
+    def get_argument_type(self) -> Any:
+        return tuple([self.get_model(self.get_field_position(name)).get_value_type() for name in self._handed])
+
+    def as_argument(self, builder: Any, value: Any) -> Any:
+        return tuple([self.get(builder, value, name) for name in self._handed])
+
+    def from_argument(self, builder: Any, value: Any) -> Any:
+        view, count = ir.Constant(self.get_value_type(), None), None
+        for name, number in zip(self._handed, value, strict=True):
+            view = self.set(builder, view, number, name)
+        for n in cgutils.unpack_tuple(builder, value[1]):
+            count = n if count is None else builder.mul(count, n)
+        size = ir.Constant(ir.IntType(64), int(self._fe_type.dtype.bitwidth) // 8)
+        return self.set(builder, self.set(builder, view, count, "nitems"), size, "itemsize")
 
 
 def _with(context: Any, builder: Any, kind: Any, array: Any, **fields: Any) -> Any:
@@ -36,7 +69,13 @@ def borrowed(_typing: Any, array: Any) -> Any:
         nobody = context.get_constant_null(types.voidptr)
         return _with(context, builder, signature.return_type, args[0], meminfo=nobody, parent=nobody)
 
-    return types.Array(array.dtype, array.ndim, "A")(array), codegen
+    return View(array.dtype, array.ndim)(array), codegen
+
+
+@intrinsic
+def hold(_typing: Any, array: Any) -> Any:
+    """Keeps a local array alive up to here."""
+    return types.void(array), lambda context, _builder, _signature, _args: context.get_dummy_value()
 
 
 @intrinsic
@@ -80,7 +119,7 @@ def outer(_typing: Any, array: Any, start: Any, count: Any) -> Any:
 @intrinsic
 def place(_typing: Any, array: Any, i: Any) -> Any:
     """`array[i]` of a borrowed array, as a borrowed one."""
-    one = types.Array(array.dtype, array.ndim - 1, "A")
+    one = View(array.dtype, array.ndim - 1)
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         data, shape, strides = _at(context, builder, array, *args)
@@ -107,15 +146,9 @@ def corner(_typing: Any, array: Any, i: Any, rows: Any, columns: Any) -> Any:
 
 
 @intrinsic
-def hold(_typing: Any, array: Any) -> Any:
-    """Keeps a local array alive up to here."""
-    return types.void(array), lambda context, _builder, _signature, _args: context.get_dummy_value()
-
-
-@intrinsic
 def row(_typing: Any, array: Any, i: Any, columns: Any) -> Any:
     """`array[i, :columns]` of such a one."""
-    one = types.Array(array.dtype, 1, "A")
+    one = View(array.dtype, 1)
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         data, _, strides = _at(context, builder, array, *args[:2])
@@ -124,6 +157,45 @@ def row(_typing: Any, array: Any, i: Any, columns: Any) -> Any:
         return _with(context, builder, one, None, data=data, nitems=args[2], shape=shape, strides=strides, **same)
 
     return one(array, types.intp, types.intp), codegen
+
+
+@intrinsic
+def matrix_at(_typing: Any, memory: Any, offset: Any, rows: Any, columns: Any, like: Any) -> Any:
+    """So many bytes into `memory`, a matrix of numbers as `like` is, or has."""
+    view = View(getattr(like, "dtype", like), 2)
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        size = context.get_constant(types.intp, int(view.dtype.bitwidth) // 8)
+        data = cgutils.pointer_add(builder, field(context, builder, memory, args[0], "data"), args[1])
+        data = builder.bitcast(data, context.get_data_type(view.dtype).as_pointer())
+        shape = cgutils.pack_array(builder, args[2:4])
+        strides = cgutils.pack_array(builder, [builder.mul(args[3], size), size])
+        blank = ir.Constant(context.get_value_type(view), None)
+        count = builder.mul(*args[2:4])
+        return _with(
+            context, builder, view, blank, data=data, nitems=count, itemsize=size, shape=shape, strides=strides
+        )
+
+    return view(memory, types.intp, types.intp, types.intp, like), codegen
+
+
+@intrinsic
+def _bytes_of(_typing: Any, array: Any) -> Any:
+    """How many bytes a matrix takes, in whole lines."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        count = builder.mul(*(field(context, builder, array, args[0], name) for name in ("nitems", "itemsize")))
+        line = [context.get_constant(types.intp, n) for n in (63, -64)]
+        return builder.and_(builder.add(count, line[0]), line[1])
+
+    return types.intp(array), codegen
+
+
+@formula
+def carved(memory, offset, rows, columns, like):  # type: ignore[no-untyped-def]
+    """A matrix in `memory`, and where the next one may start."""
+    view = matrix_at(memory, offset, rows, columns, like)
+    return view, offset + _bytes_of(view)
 
 
 @formula

@@ -25,7 +25,7 @@ def weight_of(_typing: Any, w: Any) -> Any:
     return kind(w), lambda context, _builder, _signature, _args: context.get_constant(kind, 0)
 
 
-@part(inline="always")
+@part()
 def _block(arrays, w, order, starts, q, k, c0, near, memory, plan, few):  # type: ignore[no-untyped-def]
     u, g, x, r, z = arrays
     sums, columns, scratch, weights, places = memory[1], memory[2], memory[3], memory[4], memory[5]
@@ -153,7 +153,7 @@ def _memory(x, like, some, plan):  # type: ignore[no-untyped-def]
     return np.zeros((10, tile)), np.zeros((SUMS, width)), columns, scratch, weights, np.zeros((5, ROWS), np.int64)
 
 
-@part(inline="always")
+@part()
 def _lent(m):  # type: ignore[no-untyped-def]
     return borrowed(m[0]), borrowed(m[1]), borrowed(m[2]), borrowed(m[3]), borrowed(m[4]), borrowed(m[5])
 
