@@ -83,7 +83,8 @@ def against_peers(rows: Sequence[Row], path: Path) -> Path | None:
     ax.set_yticks(np.arange(len(pairs)) + 0.4, names, fontsize=7)
     ax.set_ylim(len(pairs), -0.2)
     ax.set_xlabel("the peer's time over fastbn's: right of 1, fastbn is faster")
-    ax.set_title(f"{rows[0].function}, {rows[0].dtype}")
-    ax.legend(fontsize=8)
+    ax.set_title(f"{rows[0].function}, {rows[0].dtype}", loc="left")
+    # above the bars: within the axes it lay on a number
+    ax.legend(fontsize=8, ncols=4, loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False)
     figure.savefig(path, dpi=120)
     return path
