@@ -45,9 +45,9 @@ def run(args: argparse.Namespace) -> int:
     with _progress(len(jobs)) as done, futures.ThreadPoolExecutor(count if work is _apart else 1) as pool:
         running = {pool.submit(work, *job): job for job in jobs}
         for finished in futures.as_completed(running):
-            if cause := finished.exception():
+            if problem := finished.exception():
                 pool.shutdown(cancel_futures=True)
-                print(f"fastbn warmup: {', '.join(running[finished])}: {cause}", file=sys.stderr)
+                print(f"fastbn warmup: {', '.join(running[finished])}: {problem}", file=sys.stderr)
                 return 1
             done(", ".join(running[finished]))
     print(

@@ -124,3 +124,22 @@ def test_warmup_without_numba_or_bfloat16(monkeypatch, capsys):
     assert "ml_dtypes" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["warmup", "--dtype", "int8"])
+
+
+def test_a_process_that_fails_is_said(tmp_path, monkeypatch, capsys):
+    import numba
+
+    from fastbn.__main__ import main
+
+    failing = tmp_path / "python"
+    failing.write_text("#!/bin/sh\necho first >&2\necho 'no memory left' >&2\nexit 3\n")
+    failing.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(failing))
+    monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 2)
+    assert main(["warmup"]) == 1
+    text = capsys.readouterr().err
+    assert text.startswith("fastbn warmup: ")
+    assert text.endswith("ward, float32: no memory left\n")
+    failing.write_text("#!/bin/sh\nexit 3\n")
+    assert main(["warmup"]) == 1
+    assert "its process ended with 3" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import numpy as np
 
 from ..blocks import write
+from ..formulas import formula
 from ..lanes import LANES, before_line, fetch, keep_whole, load, load_part, pointer, save_part, shifted, spread, total
 from ..parts import part
 from ..rows import index
@@ -100,19 +101,14 @@ def columns_sums(u, g, x, w, r, z, order, starts, q, k, c0, channels, near, sums
                     dg = load_part(shifted(gs, places[1, i]), j, m, pg) - pg
                     dx = load_part(shifted(xs, places[2, i]), j, m, hi) - hi
                     t = added(t, du, dg, dx, spread(np.float64(weights[i])), w, skip)
-            keep(t, w, all_sums, line, j)
+            keep(t, w, shifted(all_sums, 8 * j), line)
         first += rows
 
 
-@part()
+@formula
 def _eleven(co, row, j):  # type: ignore[no-untyped-def]
-    like = spread(0.0)
-    return (
-        load(co, j, like), load(shifted(co, row), j, like), load(shifted(co, 2 * row), j, like),
-        load(shifted(co, 3 * row), j, like), load(shifted(co, 4 * row), j, like), load(shifted(co, 5 * row), j, like),
-        load(shifted(co, 6 * row), j, like), load(shifted(co, 7 * row), j, like), load(shifted(co, 8 * row), j, like),
-        load(shifted(co, 9 * row), j, like), load(shifted(co, 10 * row), j, like),
-    )  # fmt: skip
+    """The coefficients of the columns from j on, `row` bytes apart."""
+    return tuple(load(shifted(co, i * row), j, spread(0.0)) for i in range(11))
 
 
 @part()

@@ -4,21 +4,21 @@ from typing import Any
 
 import numpy as np
 from numba import types
-from numba.extending import intrinsic
 
 from ..compile import compiled
+from ..formulas import intrinsic
 from ..items import by_all, claim, fence
 from ..lanes import keep_whole
 from ..parts import part
 from ..schedule import FINISH, MAP, SUM
-from ..views import borrowed, hold
+from ..views import borrowed, corner, hold
 from .columns import ROWS, SUMS, columns_map, columns_sums, group_rows, tile_width, to_channels, to_columns
 from .runs import FROZEN, GATHER, PIVOTED, rows_borders, rows_map, rows_sums
 
 COEFFICIENTS = 11
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def weight_of(_typing: Any, w: Any) -> Any:
     """0 in the type of the weights, float64 where there are none."""
     kind = types.float64 if w == types.none else w.dtype
@@ -143,7 +143,7 @@ def _map(arrays, w, order, starts, q, p, c0, g, co, memory, plan):  # type: igno
 
 @part(_nrt=True)
 def _memory(x, like, some, plan):  # type: ignore[no-untyped-def]
-    """Of a work item: `borrowed` says why nothing below it may own an array."""
+    """Of a work item: `views.borrowed` says why nothing below it may own an array."""
     tile = plan[1]
     width = tile_width(tile, plan)
     run = max(plan[6], width) if plan[0] else plan[4] * plan[6] if plan[9] & GATHER else plan[6]
@@ -158,25 +158,10 @@ def _lent(m):  # type: ignore[no-untyped-def]
     return borrowed(m[0]), borrowed(m[1]), borrowed(m[2]), borrowed(m[3]), borrowed(m[4]), borrowed(m[5])
 
 
-@compiled
-def second_item(
-    k, items, u, g, x, r, z, w, order, starts, table, tangents, sizes, part, co, ggamma, claims, plan, stage, every
-):  # type: ignore[no-untyped-def]
-    """u, g, x, r, z (O, C, I), u, g, r, z or none of it; w (O, 1, I) or None; order (O,) or (0,), starts (Q + 1,),
-    table (Q, 6, C), tangents (2, C), sizes (2, Q): count and sum of weights; part (Q P, 9, C), co (Q, 11, C),
-    ggamma (Q, C)."""
+@part()
+def _second_units(arrays, w, order, starts, table, tangents, sizes, part, co, ggamma, claims, plan, stage, memory):  # type: ignore[no-untyped-def]
+    """What there is for an item to do."""
     keep_whole()
-    if k < 0:
-        by_all(every, items, (u, g, x, r, z, w, order, starts, table, tangents, sizes, part, co, ggamma, claims, plan,
-                              stage, every))  # fmt: skip
-        return
-    arrays = (borrowed(u), borrowed(g), borrowed(x), borrowed(r), borrowed(z))
-    w, order, starts, claims = borrowed(w), borrowed(order), borrowed(starts), borrowed(claims)
-    table, tangents, sizes, part = borrowed(table), borrowed(tangents), borrowed(sizes), borrowed(part)
-    co, ggamma = borrowed(co), borrowed(ggamma)
-    some = u.shape[0] == 0 or g.shape[0] == 0 or r.shape[0] == 0 or z.shape[0] == 0 or x.shape[0] == 0
-    owned = _memory(x, weight_of(w), some, plan)
-    memory = _lent(owned)
     channels = table.shape[2]
     tiles, split = (channels + plan[1] - 1) // plan[1], 1 if stage & FINISH else plan[2]
     work = sizes.shape[1] * tiles * split
@@ -186,7 +171,7 @@ def second_item(
         c0, p = rest // split * plan[1], rest % split
         p0, p1 = (0, plan[2]) if stage & FINISH else (p, p + 1)
         c1 = min(c0 + plan[1], channels)
-        near, totals = memory[0][:3, : c1 - c0], memory[0][3:, : c1 - c0]
+        near, totals = corner(memory[0], 0, 3, c1 - c0), corner(memory[0], 3, 7, c1 - c0)
         if stage & SUM:
             _pivots(arrays, w, order, starts, q, c0, table, near, totals, memory, plan)
             for p in range(p0, p1):
@@ -200,5 +185,26 @@ def second_item(
             for p in range(p1 - 1, p0 - 1, -1):
                 _map(arrays, w, order, starts, q, p, c0, c1 - c0, co, memory, plan)
         unit = claim(claims, 0)
+
+
+@compiled
+def second_item(
+    k, items, u, g, x, r, z, w, order, starts, table, tangents, sizes, part, co, ggamma, claims, plan, stage, every
+):  # type: ignore[no-untyped-def]
+    """u, g, x, r, z (O, C, I), u, g, r, z or none of it; w (O, 1, I) or None; order (O,) or (0,), starts (Q + 1,),
+    table (Q, 6, C), tangents (2, C), sizes (2, Q): count and sum of weights; part (Q P, 9, C), co (Q, 11, C),
+    ggamma (Q, C)."""
+    keep_whole()
+    if k < 0:
+        by_all(every, items, (u, g, x, r, z, w, order, starts, table, tangents, sizes, part, co, ggamma, claims, plan,
+                              stage, every))  # fmt: skip
+        return
+    some = u.shape[0] == 0 or g.shape[0] == 0 or r.shape[0] == 0 or z.shape[0] == 0 or x.shape[0] == 0
+    owned = _memory(x, weight_of(w), some, plan)
+    _second_units(
+        (borrowed(u), borrowed(g), borrowed(x), borrowed(r), borrowed(z)), borrowed(w), borrowed(order),
+        borrowed(starts), borrowed(table), borrowed(tangents), borrowed(sizes), borrowed(part), borrowed(co),
+        borrowed(ggamma), borrowed(claims), plan, stage, _lent(owned),
+    )  # fmt: skip
     fence()
     hold(owned)

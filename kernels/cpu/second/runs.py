@@ -1,6 +1,7 @@
 """Sums and maps of second order along runs inside a channel, in float64 lanes."""
 
-from ..blocks import AHEAD, write
+from ..blocks import AHEAD, add_lanes, write
+from ..formulas import formula
 from ..lanes import (
     LANES,
     before_line,
@@ -11,10 +12,10 @@ from ..lanes import (
     load_part,
     nothing,
     pointer,
-    save,
     save_part,
     shifted,
     spread,
+    spread_of,
     where_nonzero,
 )
 from ..parts import part
@@ -43,28 +44,17 @@ def added(t, u, g, d, lanes, w, skip):  # type: ignore[no-untyped-def]
     return t[0] + v, t[1] + g, t[2] + vd, fma(g, d, t[3]), fma(g, u, t[4]), t[5] + u, t[6] + d
 
 
-@part()
+@formula
 def none_of(like):  # type: ignore[no-untyped-def]
-    zero = nothing(like)
-    return zero, zero, zero, zero, zero, zero, zero
+    """The sums before there are any."""
+    return (nothing(like),) * 7
 
 
-@part()
-def _add(sums, j, lanes):  # type: ignore[no-untyped-def]
-    save(sums, j, load(sums, j, lanes) + lanes)
-
-
-@part()
-def keep(t, w, sums, line, j):  # type: ignore[no-untyped-def]
+@formula
+def keep(t, w, sums, line):  # type: ignore[no-untyped-def]
     """Adds lanes to the sums in memory, `line` bytes apart."""
-    _add(sums, j, t[0])
-    _add(shifted(sums, line), j, t[1])
-    _add(shifted(sums, 2 * line), j, t[2])
-    _add(shifted(sums, 3 * line), j, t[3])
-    _add(shifted(sums, 4 * line), j, t[4])
-    if w is not None:
-        _add(shifted(sums, 5 * line), j, t[5])
-        _add(shifted(sums, 6 * line), j, t[6])
+    for i, lanes in enumerate(t[:5] if w is None else t):
+        add_lanes(shifted(sums, i * line), lanes)
 
 
 @part()
@@ -92,7 +82,7 @@ def _sum_run(u, g, x, w, run, n, pu, pg, hi, skip, sums, line):  # type: ignore[
         m = n - i
         du, dg, dx = load_part(u, i, m, pu) - pu, load_part(g, i, m, pg) - pg, load_part(x, i, m, hi) - hi
         t = added(t, du, dg, dx, weights_at(w, run, i, m, pu), w, skip)
-    keep(t, w, sums, line, 0)
+    keep(t, w, sums, line)
 
 
 @part()
@@ -212,12 +202,10 @@ def rows_sums(u, g, x, w, order, starts, q, k, c0, near, sums, plan, scratch, we
             )  # fmt: skip
 
 
-@part()
-def _spread_eleven(co, c):  # type: ignore[no-untyped-def]
-    return (
-        spread(co[0, c]), spread(co[1, c]), spread(co[2, c]), spread(co[3, c]), spread(co[4, c]), spread(co[5, c]),
-        spread(co[6, c]), spread(co[7, c]), spread(co[8, c]), spread(co[9, c]), spread(co[10, c]),
-    )  # fmt: skip
+@formula
+def _eleven(co, c):  # type: ignore[no-untyped-def]
+    """A channel's coefficients, each in all lanes."""
+    return tuple(spread_of(co, i, c) for i in range(11))
 
 
 @part()
@@ -236,7 +224,7 @@ def rows_map(u, g, x, w, r, z, order, starts, q, k, c0, width, co, plan, scratch
                 _map_run(
                     pointer(scratch[0], 0), pointer(scratch[1], 0), pointer(scratch[2], 0),
                     w, _weights_of(w, 0, 0, True, weights), pointer(scratch[3], 0), pointer(scratch[4], 0),
-                    (o1 - o0) * n, _spread_eleven(co, c), flags & ~PAST,
+                    (o1 - o0) * n, _eleven(co, c), flags & ~PAST,
                 )  # fmt: skip
                 _scatter(scratch[3], r, c, order, o0, o1, i0, n)
                 _scatter(scratch[4], z, c, order, o0, o1, i0, n)
@@ -247,6 +235,6 @@ def rows_map(u, g, x, w, r, z, order, starts, q, k, c0, width, co, plan, scratch
             _map_run(
                 _run_of(u, place, c, i0, scratch[0]), _run_of(g, place, c, i0, scratch[0]),
                 _run_of(x, place, c, i0, scratch[0]), w, _weights_of(w, place, i0, False, weights),
-                _run_of(r, place, c, i0, scratch[1]), _run_of(z, place, c, i0, scratch[1]), n, _spread_eleven(co, c),
+                _run_of(r, place, c, i0, scratch[1]), _run_of(z, place, c, i0, scratch[1]), n, _eleven(co, c),
                 flags,
             )  # fmt: skip
