@@ -163,6 +163,25 @@ def test_a_peer_with_a_wrong_result_is_refused():
     assert all(row.ms is not None and row.copies > 0 for row in rows if row.library == "fastbn")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "right", "wrong"), [("bfloat16", 0.03, 0.1), ("float16", 0.008, 0.03), ("float32", 0.008, 0.03)]
+)
+def test_a_few_roundings_of_a_peer_are_not_wrong(dtype, right, wrong):
+    """Of bfloat16 0.03 is 4 eps."""
+
+    class Off(peers.NumPy):
+        def __init__(self, by):
+            self.by = by
+
+        def call(self, arrays, function, out):  # noqa: ARG002
+            y = np.asarray(fastbn.reference.forward(arrays.x.astype(np.float64), arrays.gamma, arrays.beta)[0])
+            return peers.Call(lambda: None, lambda _: [y + self.by * np.maximum(1, np.abs(y))])
+
+    a = arrays.Arrays(plain(dtype=dtype))
+    assert isinstance(measure.prepare(Off(right), a, "forward", False), peers.Call)
+    assert measure.prepare(Off(wrong), a, "forward", False).startswith("wrong: off by ")
+
+
 def test_a_result_left_from_another_library_is_not_taken_for_its_own():
     class Idle(peers.NumPy):
         def call(self, arrays, function, out):  # noqa: ARG002
