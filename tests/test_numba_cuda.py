@@ -26,6 +26,11 @@ from fastbn.kernels.numba_cuda.plan import VALUES, Sizes, plan_of
 HERE = Path(__file__).parent
 cases = pytest.mark.parametrize("index", range(len(CASES)), ids=[case.name for case in CASES])
 
+# Numba's own CUDA target compiles the plain kernels for as many GPUs; these take a minute and a half.
+by_numba_cuda = pytest.mark.skipif(
+    importlib.util.find_spec("numba_cuda") is None, reason="kernels with extras are compiled by numba-cuda alone"
+)
+
 
 def child(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -19,7 +19,7 @@ pytest.importorskip("numba.cuda")
 
 from fastbn.kernels import numba_cuda
 from fastbn.kernels.numba_cuda.plan import VALUES, Sizes, plan_of
-from test_numba_cuda import child, compare, loops, own, results, simulate, steps
+from test_numba_cuda import by_numba_cuda, child, compare, loops, own, results, simulate, steps
 
 cases = pytest.mark.parametrize("index", range(len(MORE_CASES)), ids=[case.name for case in MORE_CASES])
 
@@ -308,6 +308,7 @@ pickle.dump(found, open(sys.argv[1], "wb"))
 """
 
 
+@by_numba_cuda
 def test_ptx(tmp_path):
     """All compile for a real GPU, and keep to registers; float32's activations are computed in float32."""
     path = tmp_path / "ptx"

@@ -16,7 +16,7 @@ from fastbn.extras import Extras
 pytest.importorskip("numba.cuda")
 
 from fastbn.kernels.numba_cuda.plan import VALUES
-from test_numba_cuda import child, compare, loops, own, results, simulate, steps
+from test_numba_cuda import by_numba_cuda, child, compare, loops, own, results, simulate, steps
 from test_numba_cuda_more import shape_of
 
 cases = pytest.mark.parametrize("index", range(len(WEIGHTED_CASES)), ids=[case.name for case in WEIGHTED_CASES])
@@ -226,6 +226,7 @@ pickle.dump(found, open(sys.argv[1], "wb"))
 """
 
 
+@by_numba_cuda
 def test_ptx(tmp_path):
     """All compile for a real GPU, keep to registers, and read weights where they count, eight at a time."""
     path = tmp_path / "ptx"

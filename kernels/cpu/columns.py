@@ -41,6 +41,7 @@ from .formulas import formula
 from .lanes import (
     LANES,
     before_line,
+    blank,
     fetch,
     fma,
     give,
@@ -176,9 +177,7 @@ def gather_columns(sums, totals, plan):  # type: ignore[no-untyped-def]
                 give(totals, i, c, min(LANES, n - c), load(pointer(sums, i * sums.strides[0]), c, zero))
                 save(pointer(sums, i * sums.strides[0]), c, zero)
         return
-    for i in range(totals.shape[0]):
-        for c in range(0, n, LANES):
-            give(totals, i, c, min(LANES, n - c), zero)
+    blank(totals, totals.shape[0])
     for i in range(totals.shape[0]):
         j = 0
         for _ in range(plan[6]):
@@ -285,20 +284,23 @@ def _add_products(
         pass_on(pointer(sums, 8 * j), sums.strides[0], held)
 
 
+def _pointers(n):  # type: ignore[no-untyped-def]
+    """A formula: to the first n rows of a matrix; None of None."""
+
+    @formula
+    def pointers(numbers):  # type: ignore[no-untyped-def]
+        return None if numbers is None else tuple(pointer(numbers, i * numbers.strides[0]) for i in range(n))
+
+    return pointers
+
+
+_three, _five, _six, _eight = (_pointers(n) for n in (3, 5, 6, 8))
+
+
 @formula
 def _lens(lenses, j):  # type: ignore[no-untyped-def]
     """h, a, b of z = a (x - h) + b, from column j on."""
-    return tuple(load_own(p, j) for p in _pointers(lenses, 3))
-
-
-@formula
-def _three(numbers):  # type: ignore[no-untyped-def]
-    return _pointers(numbers, 3)
-
-
-def _pointers(numbers, n):  # type: ignore[no-untyped-def]
-    """To the first n rows."""
-    return tuple(pointer(numbers, i * numbers.strides[0]) for i in range(n))
+    return tuple(load_own(p, j) for p in _three(lenses))
 
 
 @part()
@@ -437,30 +439,15 @@ def columns_normalize(x, y, k, c0, channels, doubles, singles, rare, plan, how, 
         r0 += rows
 
 
-@formula
-def _five(numbers):  # type: ignore[no-untyped-def]
-    return _pointers(numbers, 5)
-
-
-@formula
-def _six(numbers):  # type: ignore[no-untyped-def]
-    return None if numbers is None else _pointers(numbers, 6)
-
-
-@formula
-def _eight(numbers):  # type: ignore[no-untyped-def]
-    return _pointers(numbers, 8)
-
-
 @part()
 def _slope(how, g, v, j, doubles, used, mode, lenses, r, w):  # type: ignore[no-untyped-def]
     """Lanes of dx for lanes g of dy and v of x from column j on, and of dy f'(z)."""
     bowed, d = _bowed(how, g, v, j, lenses, r, w)
     if mode == EXACT:
-        return _exactly(how, g, bowed, d, j, doubles, w), bowed
-    s = _quickly(how, g, bowed, d, j, used, r, w)
+        return _line(how, g, bowed, d, j, doubles, w), bowed
+    s = _fast_line(how, g, bowed, d, j, used, r, w)
     if mode != 0:
-        s = where_nonzero(wide(load_own(used[5], j)), _exactly(how, g, bowed, d, j, doubles, w), s)
+        s = where_nonzero(wide(load_own(used[5], j)), _line(how, g, bowed, d, j, doubles, w), s)
     return s, bowed
 
 
@@ -471,14 +458,14 @@ def _bowed(how, g, v, j, lenses, r, w):  # type: ignore[no-untyped-def]
 
 
 @formula
-def _exactly(how, g, bowed, d, j, doubles, w):  # type: ignore[no-untyped-def]
-    return wide(line(how, g, bowed, d, tuple(load_own(p, j) for p in doubles), w))
+def _line(how, g, bowed, d, j, numbers, w):  # type: ignore[no-untyped-def]
+    return wide(line(how, g, bowed, d, tuple(load_own(p, j) for p in numbers), w))
 
 
 @formula
-def _quickly(how, g, bowed, d, j, used, r, w):  # type: ignore[no-untyped-def]
+def _fast_line(how, g, bowed, d, j, used, r, w):  # type: ignore[no-untyped-def]
     rows = (0, 1, 2, 3, 4, 6, 7) if in_singles(how, r, w, used[0]) else range(5)
-    return wide(line(how, g, bowed, d, tuple(load_own(used[i], j) for i in rows), w))
+    return _line(how, g, bowed, d, j, [used[i] for i in rows], w)
 
 
 @part()

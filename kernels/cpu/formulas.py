@@ -130,11 +130,15 @@ def full(like: Value, number: Any) -> Value:
     if not isinstance(number, Value):
         return Value(like.kind, ir.Constant(kind, [float(number)] * lanes if lanes else float(number)))
     code = _cast(writer, number, like.kind.dtype if lanes else like.kind)
-    if lanes:
-        word = ir.IntType(32)
-        code = writer.builder.insert_element(ir.Constant(kind, ir.Undefined), code, ir.Constant(word, 0))
-        code = writer.builder.shuffle_vector(code, code, ir.Constant(ir.VectorType(word, lanes), [0] * lanes))
-    return Value(like.kind, code)
+    return Value(like.kind, in_all(writer.builder, code, lanes) if lanes else code)
+
+
+def in_all(builder: Any, number: Any, lanes: int) -> Any:
+    """LLVM's code for a number in all lanes of a vector."""
+    word = ir.IntType(32)
+    blank = ir.Constant(ir.VectorType(number.type, lanes), ir.Undefined)
+    first = builder.insert_element(blank, number, ir.Constant(word, 0))
+    return builder.shuffle_vector(first, blank, ir.Constant(ir.VectorType(word, lanes), [0] * lanes))
 
 
 def _value(value: Any) -> Value:

@@ -15,6 +15,7 @@ from .in_turn import rows_products_two
 from .items import by_all, fence
 from .lanes import (
     LANES,
+    blank,
     choose_rows,
     count_nonzero,
     first,
@@ -41,11 +42,9 @@ from .schedule import (
     SINGLE,
     SUM,
     adopt,
-    blank,
     borders,
     by_channel,
     claimed,
-    clear,
     count_of,
     divide,
     few_in_double,
@@ -110,7 +109,7 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order,
     if again:
         mean, merged, hi64 = row(numbers, 15, g), corner(numbers, 16, 4, g), stats[0, s0 : s0 + g]
         own, far = row(numbers, 13, g), row(numbers, 14, g)
-        blank(merged)
+        blank(merged, merged.shape[0])
         if plan[0]:
             spread_column(hi64, near64[1], plan)
         _mean_of_dy(
@@ -237,7 +236,8 @@ def _mean_of_dy_itself(
 def _mean_of_dy_bent(
     dy, x, k, c0, pivot, hi, totals, sums, near, scratch, plan, few, how, r, w, order, lenses, spread_lenses
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    clear(pivot, near)
+    blank(pivot, 1)
+    blank(near, 1)
     products(dy, x, k, c0, pivot, hi, sums, near, scratch, plan, few, how, r, w, order, lenses, spread_lenses)
     by_channel(sums, totals, plan)
     n = count_of(k, x.shape, plan, few)

@@ -12,6 +12,7 @@ from .in_turn import rows_two
 from .items import by_all, fence
 from .lanes import (
     LANES,
+    blank,
     choose_rows,
     count_nonzero,
     four_of,
@@ -34,7 +35,6 @@ from .schedule import (
     SINGLE,
     SUM,
     adopt,
-    blank,
     borders,
     by_channel,
     claimed,
@@ -92,7 +92,7 @@ def _forward_sum(p, c0, x, part, plan, memory, w, order, cm, y, how, r):  # type
     if again:
         mean, merged = row(numbers, 15, g), corner(numbers, 16, 4, g)
         own, far = row(numbers, 13, g), row(numbers, 14, g)
-        blank(merged)
+        blank(merged, merged.shape[0])
         mean_of(x, k0, c0, mean, totals, sums, near64, scratch, plan, few_in_double(x, plan, w), w, order)
         share = share_of(x, 0.5)
         for k in range(k0, k1):
@@ -126,11 +126,16 @@ def _first(pivot, totals, part, count, w):  # type: ignore[no-untyped-def]
     return some > 0
 
 
+def _about(totals, c, g, count, w):  # type: ignore[no-untyped-def]
+    """In a formula: count, mean and squares of g channels from c on, about their pivots."""
+    zero = spread(0.0)
+    n = counted_in(totals, c, g, count, w)
+    return n, mean_in(take(totals, 0, c, g, zero), n, count, w), take(totals, 1, c, g, zero)
+
+
 @formula
 def _first_of(pivot, totals, part, c, g, count, w):  # type: ignore[no-untyped-def]
-    zero = spread(0.0)
-    n, q = counted_in(totals, c, g, count, w), take(totals, 1, c, g, zero)
-    mean = mean_in(take(totals, 0, c, g, zero), n, count, w)
+    zero, (n, mean, q) = spread(0.0), _about(totals, c, g, count, w)
     kept = where_nonzero(near_enough(mean, q, n, 0.5, SINGLE), n, zero)
     give_rows(part, 0, c, g, (kept, take(pivot, 0, c, g, zero), mean, q - mean * (mean * n)))
     return kept
@@ -153,11 +158,9 @@ def _join(pivot, totals, merged, far, count, w, share):  # type: ignore[no-untyp
 @formula
 def _far_off(totals, c, g, count, w, share):  # type: ignore[no-untyped-def]
     """1 where a pivot is too far off, and 1 where it is not."""
-    zero = spread(0.0)
-    n = counted_in(totals, c, g, count, w)
-    mean = mean_in(take(totals, 0, c, g, zero), n, count, w)
-    near = near_enough(mean, take(totals, 1, c, g, zero), n, share, DOUBLE)
-    return where_nonzero(n, 1.0 - near, zero), near
+    n, mean, q = _about(totals, c, g, count, w)
+    near = near_enough(mean, q, n, share, DOUBLE)
+    return where_nonzero(n, 1.0 - near, spread(0.0)), near
 
 
 @part()
@@ -170,9 +173,7 @@ def _merge(c, g, taken, pivot, totals, merged, count, w):  # type: ignore[no-unt
 @formula
 def _taken(c, g, taken, pivot, totals, count, w):  # type: ignore[no-untyped-def]
     """Count, mean as pivot and rest, and M2 of what is taken of a block."""
-    zero = spread(0.0)
-    n = counted_in(totals, c, g, count, w)
-    mean, q = mean_in(take(totals, 0, c, g, zero), n, count, w), take(totals, 1, c, g, zero)
+    zero, (n, mean, q) = spread(0.0), _about(totals, c, g, count, w)
     return where_nonzero(taken, n, zero), take(pivot, 0, c, g, zero), mean, not_negative(q - mean * (mean * n))
 
 

@@ -27,6 +27,7 @@ from .items import claim
 from .lanes import (
     LANES,
     before_line,
+    blank,
     give,
     narrowest,
     nothing,
@@ -111,7 +112,7 @@ def lent(memory, x, y, plan, stage, wants, weighted):  # type: ignore[no-untyped
     type, of weights, of which a run and its start again has room too.
     """
     views, blank_to, _ = _lent(memory, x, y, plan, stage, wants, weighted)
-    blank(corner(memory, 0, 1, blank_to // 8))
+    blank(corner(memory, 0, 1, blank_to // 8), 1)
     numbers, sums, columns, singles, like_columns, gathered = views
     # Where whole lines are stored, lines of coefficients are loaded whole: backward of (6272, 1024) float64 took 6.4 to
     # 6.9 ms, now 6.0 to 6.2. By the allocator, each vector of them lay across two lines or none did.
@@ -188,29 +189,13 @@ def mean_of(x, k, c0, pivot, totals, sums, near, scratch, plan, few, w, order): 
     if few == NARROW[0] and not plan[0]:
         rows_first(x, k, c0, pivot, plan, order)
         return
-    clear(pivot, near)
+    blank(pivot, 1)
+    blank(near, 1)
     deviations(x, k, c0, pivot, sums, near, scratch, plan, few, w, order)
     by_channel(sums, totals, plan)
     divide(pivot, totals, count_of(k, x.shape, plan, few), w)
     if plan[0]:
         spread_column(pivot, near[0], plan)
-
-
-@part()
-def blank(rows):  # type: ignore[no-untyped-def]
-    """A matrix <- 0. By a slice it takes Numba five times as long to compile."""
-    for i in range(rows.shape[0]):
-        for c in range(0, rows.shape[1], LANES):
-            give(rows, i, c, min(LANES, rows.shape[1] - c), spread(0.0))
-
-
-@part()
-def clear(pivot, near):  # type: ignore[no-untyped-def]
-    """pivot (G,) and the first row of near <- 0."""
-    for c in range(0, pivot.size, LANES):
-        give(pivot, 0, c, min(LANES, pivot.size - c), spread(0.0))
-    for c in range(0, near.shape[1], LANES):
-        give(near, 0, c, min(LANES, near.shape[1] - c), spread(0.0))
 
 
 @part()

@@ -92,13 +92,22 @@ def in_step(_typing: Any, array: Any, i: Any) -> Any:
     return array(array, types.intp), codegen
 
 
-def _at(context: Any, builder: Any, kind: Any, array: Any, i: Any) -> tuple[Any, Any, Any]:
-    """Where `array[i]` is; the shape and the strides."""
-    shape, strides = (
-        cgutils.unpack_tuple(builder, field(context, builder, kind, array, name)) for name in ("shape", "strides")
-    )
-    data = field(context, builder, kind, array, "data")
-    return cgutils.pointer_add(builder, data, builder.mul(i, strides[0])), shape, strides
+def _at(context: Any, builder: Any, kind: Any, array: Any, i: Any) -> tuple[Any, Any]:
+    """Where `array[i]` is, and the array's shape."""
+    data, shape, strides = (field(context, builder, kind, array, name) for name in ("data", "shape", "strides"))
+    step = builder.mul(i, builder.extract_value(strides, 0))
+    return cgutils.pointer_add(builder, data, step), cgutils.unpack_tuple(builder, shape)
+
+
+def _lower(context: Any, builder: Any, kind: Any, array: Any, data: Any, shape: list[Any]) -> Any:
+    """Of an array, one of an axis less, from `data` on."""
+    one, count = View(kind.dtype, kind.ndim - 1), shape[0]
+    for n in shape[1:]:
+        count = builder.mul(count, n)
+    same = {n: field(context, builder, kind, array, n) for n in ("meminfo", "parent", "itemsize")}
+    strides = cgutils.unpack_tuple(builder, field(context, builder, kind, array, "strides"))[1:]
+    sizes, steps = cgutils.pack_array(builder, shape), cgutils.pack_array(builder, strides)
+    return _with(context, builder, one, None, data=data, nitems=count, shape=sizes, strides=steps, **same)
 
 
 @intrinsic
@@ -109,7 +118,7 @@ def outer(_typing: Any, array: Any, start: Any, count: Any) -> Any:
         return array(array, types.intp, types.intp), lambda context, _builder, _sig, _args: context.get_dummy_value()
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        data, shape, _ = _at(context, builder, array, *args[:2])
+        data, shape = _at(context, builder, array, *args[:2])
         shape = cgutils.pack_array(builder, [args[2], *shape[1:]])
         return _with(context, builder, array, args[0], data=data, shape=shape)
 
@@ -119,18 +128,12 @@ def outer(_typing: Any, array: Any, start: Any, count: Any) -> Any:
 @intrinsic
 def place(_typing: Any, array: Any, i: Any) -> Any:
     """`array[i]` of a borrowed array, as a borrowed one."""
-    one = View(array.dtype, array.ndim - 1)
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        data, shape, strides = _at(context, builder, array, *args)
-        count = shape[1]
-        for n in shape[2:]:
-            count = builder.mul(count, n)
-        same = {n: field(context, builder, array, args[0], n) for n in ("meminfo", "parent", "itemsize")}
-        shape, strides = cgutils.pack_array(builder, shape[1:]), cgutils.pack_array(builder, strides[1:])
-        return _with(context, builder, one, None, data=data, nitems=count, shape=shape, strides=strides, **same)
+        data, shape = _at(context, builder, array, *args)
+        return _lower(context, builder, array, args[0], data, shape[1:])
 
-    return one(array, types.intp), codegen
+    return View(array.dtype, array.ndim - 1)(array, types.intp), codegen
 
 
 @intrinsic
@@ -138,7 +141,7 @@ def corner(_typing: Any, array: Any, i: Any, rows: Any, columns: Any) -> Any:
     """`array[i : i + rows, :columns]` of a borrowed matrix that is large enough, as a borrowed one."""
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        data, _, _ = _at(context, builder, array, *args[:2])
+        data, _ = _at(context, builder, array, *args[:2])
         count, shape = builder.mul(*args[2:]), cgutils.pack_array(builder, args[2:])
         return _with(context, builder, array, args[0], data=data, nitems=count, shape=shape)
 
@@ -148,54 +151,34 @@ def corner(_typing: Any, array: Any, i: Any, rows: Any, columns: Any) -> Any:
 @intrinsic
 def row(_typing: Any, array: Any, i: Any, columns: Any) -> Any:
     """`array[i, :columns]` of such a one."""
-    one = View(array.dtype, 1)
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        data, _, strides = _at(context, builder, array, *args[:2])
-        same = {n: field(context, builder, array, args[0], n) for n in ("meminfo", "parent", "itemsize")}
-        shape, strides = cgutils.pack_array(builder, args[2:]), cgutils.pack_array(builder, strides[1:])
-        return _with(context, builder, one, None, data=data, nitems=args[2], shape=shape, strides=strides, **same)
+        data, _ = _at(context, builder, array, *args[:2])
+        return _lower(context, builder, array, args[0], data, args[2:])
 
-    return one(array, types.intp, types.intp), codegen
+    return View(array.dtype, 1)(array, types.intp, types.intp), codegen
 
 
 @intrinsic
-def matrix_at(_typing: Any, memory: Any, offset: Any, rows: Any, columns: Any, like: Any) -> Any:
-    """So many bytes into `memory`, a matrix of numbers as `like` is, or has."""
+def carved(_typing: Any, memory: Any, offset: Any, rows: Any, columns: Any, like: Any) -> Any:
+    """So many bytes into `memory`, a matrix of numbers as `like` is, or has; and where the next one may start, at a
+    line."""
     view = View(getattr(like, "dtype", like), 2)
 
-    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        size = context.get_constant(types.intp, int(view.dtype.bitwidth) // 8)
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        size, most, line = (context.get_constant(types.intp, n) for n in (int(view.dtype.bitwidth) // 8, 63, -64))
         data = cgutils.pointer_add(builder, field(context, builder, memory, args[0], "data"), args[1])
         data = builder.bitcast(data, context.get_data_type(view.dtype).as_pointer())
-        shape = cgutils.pack_array(builder, args[2:4])
-        strides = cgutils.pack_array(builder, [builder.mul(args[3], size), size])
+        step, count = builder.mul(args[3], size), builder.mul(*args[2:4])
+        shape, strides = cgutils.pack_array(builder, args[2:4]), cgutils.pack_array(builder, [step, size])
         blank = ir.Constant(context.get_value_type(view), None)
-        count = builder.mul(*args[2:4])
-        return _with(
+        matrix = _with(
             context, builder, view, blank, data=data, nitems=count, itemsize=size, shape=shape, strides=strides
         )
+        then = builder.and_(builder.add(builder.add(args[1], builder.mul(count, size)), most), line)
+        return context.make_tuple(builder, signature.return_type, [matrix, then])
 
-    return view(memory, types.intp, types.intp, types.intp, like), codegen
-
-
-@intrinsic
-def _bytes_of(_typing: Any, array: Any) -> Any:
-    """How many bytes a matrix takes, in whole lines."""
-
-    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        count = builder.mul(*(field(context, builder, array, args[0], name) for name in ("nitems", "itemsize")))
-        line = [context.get_constant(types.intp, n) for n in (63, -64)]
-        return builder.and_(builder.add(count, line[0]), line[1])
-
-    return types.intp(array), codegen
-
-
-@formula
-def carved(memory, offset, rows, columns, like):  # type: ignore[no-untyped-def]
-    """A matrix in `memory`, and where the next one may start."""
-    view = matrix_at(memory, offset, rows, columns, like)
-    return view, offset + _bytes_of(view)
+    return types.Tuple([view, types.intp])(memory, types.intp, types.intp, types.intp, like), codegen
 
 
 @formula

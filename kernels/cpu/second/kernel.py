@@ -11,7 +11,7 @@ from ..items import by_all, claim, fence
 from ..lanes import keep_whole
 from ..parts import part
 from ..schedule import FINISH, MAP, SUM
-from ..views import borrowed, corner, hold
+from ..views import borrowed, carved, corner, hold, row
 from .columns import ROWS, SUMS, columns_map, columns_sums, group_rows, tile_width, to_channels, to_columns
 from .runs import FROZEN, GATHER, PIVOTED, rows_borders, rows_map, rows_sums
 
@@ -65,11 +65,11 @@ def _sums(arrays, w, order, starts, q, p, c0, near, totals, memory, plan, part):
     for k in range(p * plan[3] // plan[2], (p + 1) * plan[3] // plan[2]):
         _block(arrays, w, order, starts, q, np.int64(k), c0, near, memory, plan, np.int64(1 << 62))
     to_channels(memory[1], totals, plan)
-    row = q * plan[2] + p
+    at = q * plan[2] + p
     for c in range(near.shape[1]):
         for m in range(SUMS):
-            part[row, m, c0 + c] = totals[m, c]
-        part[row, 7, c0 + c], part[row, 8, c0 + c] = near[0, c], near[1, c]
+            part[at, m, c0 + c] = totals[m, c]
+        part[at, 7, c0 + c], part[at, 8, c0 + c] = near[0, c], near[1, c]
 
 
 @part()
@@ -87,10 +87,10 @@ def _coefficients(q, c, table, tangents, sizes, part, co, ggamma, weighted, plan
 def _finish(q, c, table, tangents, sizes, part, co, ggamma, weighted, plan):  # type: ignore[no-untyped-def]
     """Coefficients (11, C) of a channel of a group, and dL/dgamma. The letters are those of this module's docstring."""
     v = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    for row in range(q * plan[2], (q + 1) * plan[2]):
+    for i in range(q * plan[2], (q + 1) * plan[2]):
         v = (
-            v[0] + part[row, 0, c], v[1] + part[row, 1, c], v[2] + part[row, 2, c], v[3] + part[row, 3, c],
-            v[4] + part[row, 4, c], v[5] + part[row, 5, c], v[6] + part[row, 6, c],
+            v[0] + part[i, 0, c], v[1] + part[i, 1, c], v[2] + part[i, 2, c], v[3] + part[i, 3, c],
+            v[4] + part[i, 4, c], v[5] + part[i, 5, c], v[6] + part[i, 6, c],
         )  # fmt: skip
     wu, g, wud, gd, gu, u, d = v
     pu, pg = part[q * plan[2], 7, c], part[q * plan[2], 8, c]
@@ -141,21 +141,26 @@ def _map(arrays, w, order, starts, q, p, c0, g, co, memory, plan):  # type: igno
             rows_map(u, g_, x, w, r, z, order, starts, q, k, c0, g, co[q], plan, scratch, weights)
 
 
-@part(_nrt=True)
-def _memory(x, like, some, plan):  # type: ignore[no-untyped-def]
-    """Of a work item: `views.borrowed` says why nothing below it may own an array."""
+@part()
+def _lent(memory, x, like, some, plan):  # type: ignore[no-untyped-def]
+    """Matrices in a work item's memory, all of which starts as 0, and how many bytes it takes."""
     tile = plan[1]
     width = tile_width(tile, plan)
     run = max(plan[6], width) if plan[0] else plan[4] * plan[6] if plan[9] & GATHER else plan[6]
-    scratch = np.zeros((5, run if plan[9] & GATHER or some else 0), x.dtype)
-    weights = np.full(run if plan[9] & GATHER else ROWS, like)
-    columns = np.zeros((COEFFICIENTS, width if plan[0] else 0))
-    return np.zeros((10, tile)), np.zeros((SUMS, width)), columns, scratch, weights, np.zeros((5, ROWS), np.int64)
+    numbers, at = carved(memory, 0, 10, tile, 0.0)
+    sums, at = carved(memory, at, SUMS, width, 0.0)
+    columns, at = carved(memory, at, COEFFICIENTS, width if plan[0] else 0, 0.0)
+    scratch, at = carved(memory, at, 5, run if plan[9] & GATHER or some else 0, x)
+    gathered = run if plan[9] & GATHER else ROWS
+    weights, at = carved(memory, at, 1, gathered, like)
+    places, at = carved(memory, at, 5, ROWS, np.int64(0))
+    return (numbers, sums, columns, scratch, row(weights, 0, gathered), places), at
 
 
-@part()
-def _lent(m):  # type: ignore[no-untyped-def]
-    return borrowed(m[0]), borrowed(m[1]), borrowed(m[2]), borrowed(m[3]), borrowed(m[4]), borrowed(m[5])
+@part(_nrt=True)
+def _memory(any_matrix, x, like, some, plan):  # type: ignore[no-untyped-def]
+    """`views.borrowed` says why nothing below a work item may own an array."""
+    return np.zeros((1, _lent(any_matrix, x, like, some, plan)[1] // 8))
 
 
 @part()
@@ -200,11 +205,12 @@ def second_item(
                               stage, every))  # fmt: skip
         return
     some = u.shape[0] == 0 or g.shape[0] == 0 or r.shape[0] == 0 or z.shape[0] == 0 or x.shape[0] == 0
-    owned = _memory(x, weight_of(w), some, plan)
+    owned = _memory(borrowed(tangents), borrowed(x), weight_of(w), some, plan)
+    memory, _ = _lent(borrowed(owned), borrowed(x), weight_of(w), some, plan)
     _second_units(
         (borrowed(u), borrowed(g), borrowed(x), borrowed(r), borrowed(z)), borrowed(w), borrowed(order),
         borrowed(starts), borrowed(table), borrowed(tangents), borrowed(sizes), borrowed(part), borrowed(co),
-        borrowed(ggamma), borrowed(claims), plan, stage, _lent(owned),
+        borrowed(ggamma), borrowed(claims), plan, stage, memory,
     )  # fmt: skip
     fence()
     hold(owned)
