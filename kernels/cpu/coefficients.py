@@ -31,7 +31,7 @@ from .views import corner, row
 @part()
 def forward_coefficients(how, s0, stats, affine, numbers, singles, exact, double):  # type: ignore[no-untyped-def]
     """By channel. numbers (3, G): hi, a, b for y = a (x - hi) + b. singles (6, G): h, a, al, b, bl in float32 for
-    y = (a d + b) + (al d + bl), d = x - h; and 1 where they won't do. Returns whether there is such a channel. Float64
+    y = (a d + b) + (al d + bl), d = x - h; and 1 where they won't do. Returns how many such there are. Float64
     data (`double`) has its own numbers there; other data in which all is `exact` has none that will do.
 
     A mean within 1000 standard deviations goes to b: d = x is exact then, and so is x - h with h near x otherwise.
@@ -45,7 +45,7 @@ def forward_coefficients(how, s0, stats, affine, numbers, singles, exact, double
         else:
             misses = _numbers(how, s0 + c, c, g, stats, affine, numbers, singles)
         rare += count_nonzero(misses, g)
-    return rare > 0
+    return rare
 
 
 @formula

@@ -9,22 +9,9 @@ A tile is some neighbouring channels, a block some rows of it.
 """
 
 import numpy as np
+from numba import types
 
-from .activations import (
-    absent,
-    bend,
-    bent,
-    counted,
-    fast_numbers,
-    finished,
-    in_singles,
-    line,
-    loaded,
-    loaded_part,
-    put,
-    put_part,
-    read_as,
-)
+from .activations import absent, bend, bent, counted, finished, line, loaded, loaded_part, put, put_part
 from .blocks import (
     add_deviations,
     later,
@@ -50,7 +37,6 @@ from .lanes import (
     load,
     load_own,
     load_part,
-    narrowest,
     nothing,
     pointer,
     save,
@@ -61,7 +47,8 @@ from .lanes import (
     where_nonzero,
     wide,
 )
-from .parts import part, unless_none
+from .maps import fetch_all, gradient_rows, load_parts, loads, pointers_of, rows_of, shift_all
+from .parts import by_type, part, unless_none
 from .rows import EXACT, PAST, index
 
 FULL = 1024  # columns of a row from which it is stored past the caches alone: its ends are parts of lines
@@ -284,23 +271,10 @@ def _add_products(
         pass_on(pointer(sums, 8 * j), sums.strides[0], held)
 
 
-def _pointers(n):  # type: ignore[no-untyped-def]
-    """A formula: to the first n rows of a matrix; None of None."""
-
-    @formula
-    def pointers(numbers):  # type: ignore[no-untyped-def]
-        return None if numbers is None else tuple(pointer(numbers, i * numbers.strides[0]) for i in range(n))
-
-    return pointers
-
-
-_three, _five, _six, _eight = (_pointers(n) for n in (3, 5, 6, 8))
-
-
 @formula
 def _lens(lenses, j):  # type: ignore[no-untyped-def]
     """h, a, b of z = a (x - h) + b, from column j on."""
-    return tuple(load_own(p, j) for p in _three(lenses))
+    return tuple(load_own(p, j) for p in rows_of(lenses, 3))
 
 
 @part()
@@ -331,39 +305,80 @@ def columns_products(dy, x, k, c0, channels, near, sums, plan, few, how, res, w,
         r += rows
 
 
+# A map, of lanes that have a column each: `numbers` are pointers to the rows of `maps`' matrices here.
+
+
+@by_type
+def _mapped(how, values, j, numbers, mode, r, w):  # type: ignore[no-untyped-def]
+    """Lanes of y and None, or of dx and of dy f'(z), from column j on."""
+    if len(values) == 2:
+        return _slope
+    return _normalized_with if isinstance(numbers[1], types.NoneType) else _normalized
+
+
+def _normalized(how, values, j, numbers, mode, r, w):  # type: ignore[no-untyped-def]
+    if mode == EXACT:
+        return _normalized_exactly(how, values, j, numbers, r, w), None
+    z = _through(how, values, j, numbers)
+    if mode == 0:
+        return wide(bend(how, z)), None
+    return _one_or_other(how, values, j, numbers, z, r, w), None
+
+
+def _normalized_with(how, values, j, numbers, mode, r, w):  # type: ignore[no-untyped-def]
+    return _normalized_exactly(how, values, j, numbers, r, w), None
+
+
 @formula
-def _double(v, j, doubles):  # type: ignore[no-untyped-def]
-    """Lanes of a (x - h) + b in float64."""
-    h, a, b = (load_own(p, j) for p in doubles)
+def _through(how, values, j, numbers):  # type: ignore[no-untyped-def]
+    return through(how, *values, *(load_own(p, j) for p in numbers[1][:5]))
+
+
+def _double(v, j, numbers):  # type: ignore[no-untyped-def]
+    """In a formula: a (x - h) + b in float64."""
+    h, a, b = (load_own(p, j) for p in numbers[0])
     return fma(wide(v) - h, a, b)
 
 
-@unless_none(4, lambda how, v, j, doubles, fast, mode, r, w: _normalized_with(how, v, j, doubles, r, w))
-def _normalized(how, v, j, doubles, fast, mode, r, w):  # type: ignore[no-untyped-def]
-    """Lanes of y for lanes v of x from column j on."""
-    if mode == EXACT:
-        return _normalized_with(how, v, j, doubles, r, w)
-    z = _through(how, v, j, fast)
-    if mode == 0:
-        return wide(bend(how, z))
-    return _one_or_other(how, v, j, doubles, fast, z, r, w)
-
-
 @formula
-def _through(how, v, j, fast):  # type: ignore[no-untyped-def]
-    return through(how, v, *(load_own(p, j) for p in fast[:5]))
-
-
-@formula
-def _one_or_other(how, v, j, doubles, fast, z, r, w):  # type: ignore[no-untyped-def]
+def _one_or_other(how, values, j, numbers, z, r, w):  # type: ignore[no-untyped-def]
     """z, or in float64 where the fast numbers won't do."""
-    return wide(finished(how, where_nonzero(wide(load(fast[5], j, v)), _double(v, j, doubles), wide(z)), v, r, w))
+    (v,) = values
+    z = where_nonzero(wide(load(numbers[1][5], j, v)), _double(v, j, numbers), wide(z))
+    return wide(finished(how, z, v, r, w))
 
 
 @formula
-def _normalized_with(how, v, j, doubles, r, w):  # type: ignore[no-untyped-def]
-    """In float64."""
-    return wide(finished(how, _double(v, j, doubles), v, r, w))
+def _normalized_exactly(how, values, j, numbers, r, w):  # type: ignore[no-untyped-def]
+    (v,) = values
+    return wide(finished(how, _double(v, j, numbers), v, r, w))
+
+
+def _slope(how, values, j, numbers, mode, r, w):  # type: ignore[no-untyped-def]
+    bowed, d = _bowed(how, values, j, numbers, r, w)
+    if mode == EXACT:
+        return _line(how, values, bowed, d, j, numbers, w), bowed
+    s = _fast_line(how, values, bowed, d, j, numbers, r, w)
+    if mode != 0:
+        s = where_nonzero(wide(load_own(numbers[1][5], j)), _line(how, values, bowed, d, j, numbers, w), s)
+    return s, bowed
+
+
+@formula
+def _bowed(how, values, j, numbers, r, w):  # type: ignore[no-untyped-def]
+    bowed, d = bent(how, *values, *(load_own(p, j) for p in numbers[2]), r)
+    return counted(how, bowed, w), d
+
+
+@formula
+def _line(how, values, bowed, d, j, numbers, w):  # type: ignore[no-untyped-def]
+    return wide(line(how, values[0], bowed, d, tuple(load_own(p, j) for p in numbers[0]), w))
+
+
+@formula
+def _fast_line(how, values, bowed, d, j, numbers, r, w):  # type: ignore[no-untyped-def]
+    rows = [numbers[1][i] for i in gradient_rows(how, r, w, numbers[1][0])]
+    return wide(line(how, values[0], bowed, d, tuple(load_own(p, j) for p in rows), w))
 
 
 @formula
@@ -381,161 +396,77 @@ def _within(j, width):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _normalize_run(x, y, n, width, last, like, doubles, fast, mode, past, ahead, how, r, w, step_w):  # type: ignore[no-untyped-def]
+def _map_run(sources, target, beside, n, width, last, numbers, mode, past, ahead, how, like, step_w):  # type: ignore[no-untyped-def]
     """n elements from column 0 on, of rows 0 to `last` of `width` columns without a gap; with weights, of a vector at
     least."""
-    i, row = 0, 0
+    i, row, (r, w, dr) = 0, 0, beside
     if past:
-        i = min(n, before_line(y))
+        i = min(n, before_line(target))
     if i > 0:
-        v, f = load_part(x, 0, i, like), _weight_at(w, step_w, 0, like)
-        save_part(y, 0, i, _normalized(how, v, np.int64(0), doubles, fast, mode, loaded_part(r, 0, i, like), f))
+        values, e, f = load_parts(sources, 0, i, like), loaded_part(r, 0, i, like), _weight_at(w, step_w, 0, like)
+        result, bowed = _mapped(how, values, np.int64(0), numbers, mode, e, f)
+        save_part(target, 0, i, result)
+        put_part(dr, 0, i, bowed)
     j = _within(i, width)
     while i + LANES <= n:
         for _ in range(min((width - j + LANES - 1) // LANES, (n - i) // LANES)):
-            fetch(ahead, i)
+            fetch_all(ahead, i)
             f = _weights_from(w, step_w, row, min(row + 1, last), width - j, like)
-            v = _normalized(how, load(x, i, like), j, doubles, fast, mode, loaded(r, i, like), f)
-            write(y, i, v, past)
-            i, j = i + LANES, j + LANES
-        if j >= width:
-            j, row = _within(j, width), row + 1
-    if i < n:
-        v, k, f = (
-            load_part(x, i, n - i, like),
-            n - i,
-            _weights_from(w, step_w, row, min(row + 1, last), width - j, like),
-        )
-        save_part(y, i, k, _normalized(how, v, j, doubles, fast, mode, loaded_part(r, i, k, like), f))
-
-
-@part()
-def columns_normalize(x, y, k, c0, channels, doubles, singles, rare, plan, how, res, w, order):  # type: ignore[no-untyped-def]
-    """y of block k of the channels from c0 on; doubles (3, W + 16) and singles (6, W + 16) by column."""
-    keep_whole()
-    r0, r1 = _borders(k, x.shape, plan)
-    like = spread(singles[0, 0])
-    past = plan[7] & PAST != 0
-    mode = EXACT if plan[7] & EXACT else 1 if rare else 0
-    d = _three(doubles)
-    f = _six(fast_numbers(how, res, w, singles))
-    width = channels * plan[5] * plan[6]
-    reach = 1 + 1024 // width  # rows that are fetched ahead
-    while r0 < r1:
-        run, sx, left = _row(x, r0, c0, plan, order)
-        target, sy, _ = _row(y, r0, c0, plan, order)
-        run_r, sr, _ = _part_of(res, r0, c0, plan, order)
-        weight, sw = _weight(w, r0, plan, order)
-        gapless = sx == width * x.itemsize and sy == width * y.itemsize and (sr == sy or sr == 0)
-        rows = min(left, r1 - r0)
-        at_once = rows if gapless and (absent(w) or width >= LANES) else 1
-        for i in range(0, rows, at_once):
-            n = (at_once - 1) * width + _width(r0 + i + at_once - 1, x.shape, channels, plan)
-            _normalize_run(
-                shifted(run, i * sx), shifted(target, i * sy), n, width, at_once - 1, like, d, f, mode,
-                past and (at_once > 1 or width >= FULL), shifted(run, (i + reach) * sx), how, later(run_r, i * sr),
-                later(weight, i * sw), sw,
-            )  # fmt: skip
-        r0 += rows
-
-
-@part()
-def _slope(how, g, v, j, doubles, used, mode, lenses, r, w):  # type: ignore[no-untyped-def]
-    """Lanes of dx for lanes g of dy and v of x from column j on, and of dy f'(z)."""
-    bowed, d = _bowed(how, g, v, j, lenses, r, w)
-    if mode == EXACT:
-        return _line(how, g, bowed, d, j, doubles, w), bowed
-    s = _fast_line(how, g, bowed, d, j, used, r, w)
-    if mode != 0:
-        s = where_nonzero(wide(load_own(used[5], j)), _line(how, g, bowed, d, j, doubles, w), s)
-    return s, bowed
-
-
-@formula
-def _bowed(how, g, v, j, lenses, r, w):  # type: ignore[no-untyped-def]
-    bowed, d = bent(how, g, v, *(load_own(p, j) for p in lenses), r)
-    return counted(how, bowed, w), d
-
-
-@formula
-def _line(how, g, bowed, d, j, numbers, w):  # type: ignore[no-untyped-def]
-    return wide(line(how, g, bowed, d, tuple(load_own(p, j) for p in numbers), w))
-
-
-@formula
-def _fast_line(how, g, bowed, d, j, used, r, w):  # type: ignore[no-untyped-def]
-    rows = (0, 1, 2, 3, 4, 6, 7) if in_singles(how, r, w, used[0]) else range(5)
-    return _line(how, g, bowed, d, j, [used[i] for i in rows], w)
-
-
-@part()
-def _gradient_run(
-    dy, x, dx, n, width, last, like, doubles, used, mode, past, ahead_dy, ahead_x, how, r, w, step_w, dr, lenses
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    """n elements from column 0 on, of rows 0 to `last` of `width` columns without a gap; with weights, of a vector at
-    least."""
-    i, row = 0, 0
-    if past:
-        i = min(n, before_line(dx))
-    if i > 0:
-        g, v, f = load_part(dy, 0, i, like), load_part(x, 0, i, like), _weight_at(w, step_w, 0, like)
-        s, b = _slope(how, g, v, np.int64(0), doubles, used, mode, lenses, loaded_part(r, 0, i, like), f)
-        save_part(dx, 0, i, s)
-        put_part(dr, 0, i, b)
-    j = _within(i, width)
-    while i + LANES <= n:
-        for _ in range(min((width - j + LANES - 1) // LANES, (n - i) // LANES)):
-            fetch(ahead_dy, i)
-            fetch(ahead_x, i)
-            g, v, f = (
-                load(dy, i, like),
-                load(x, i, like),
-                _weights_from(w, step_w, row, min(row + 1, last), width - j, like),
-            )
-            s, b = _slope(how, g, v, j, doubles, used, mode, lenses, loaded(r, i, like), f)
-            write(dx, i, s, past)
-            put(dr, i, b)
+            result, bowed = _mapped(how, loads(sources, i, like), j, numbers, mode, loaded(r, i, like), f)
+            write(target, i, result, past)
+            put(dr, i, bowed)
             i, j = i + LANES, j + LANES
         if j >= width:
             j, row = _within(j, width), row + 1
     if i < n:
         k, f = n - i, _weights_from(w, step_w, row, min(row + 1, last), width - j, like)
-        g, v = load_part(dy, i, k, like), load_part(x, i, k, like)
-        s, b = _slope(how, g, v, j, doubles, used, mode, lenses, loaded_part(r, i, k, like), f)
-        save_part(dx, i, k, s)
-        put_part(dr, i, k, b)
+        values, e = load_parts(sources, i, k, like), loaded_part(r, i, k, like)
+        result, bowed = _mapped(how, values, j, numbers, mode, e, f)
+        save_part(target, i, k, result)
+        put_part(dr, i, k, bowed)
+
+
+@by_type
+def _rows_of(sources, r, c0, plan, order):  # type: ignore[no-untyped-def]
+    """As `_row`, of each."""
+    return _row_of_one if len(sources) == 1 else _row_of_two
+
+
+def _row_of_one(sources, r, c0, plan, order):  # type: ignore[no-untyped-def]
+    x, step, left = _row(sources[0], r, c0, plan, order)
+    return (x,), (step,), left
+
+
+def _row_of_two(sources, r, c0, plan, order):  # type: ignore[no-untyped-def]
+    dy, step_dy, left = _row(sources[0], r, c0, plan, order)
+    x, step_x, _ = _row(sources[1], r, c0, plan, order)
+    return (dy, x), (step_dy, step_x), left
 
 
 @part()
-def columns_gradient(
-    dy, x, dx, k, c0, channels, doubles, used, rare, plan, how, res, w, dr, order, lenses
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    """dx of block k of the channels from c0 on; doubles (5, W + 16) and used (8, W + 16) by column."""
+def columns_map(sources, target, beside, k, c0, channels, numbers, rare, plan, how, like, order):  # type: ignore[no-untyped-def]
+    """Block k of the channels from c0 on; `rare`: for how many of them the fast numbers won't do."""
     keep_whole()
-    r0, r1 = _borders(k, x.shape, plan)
-    like = read_as(how, res, spread(narrowest(x)), spread(used[0, 0]))
-    d, f, mode = _five(doubles), _eight(used), 0 if rare == 0 else 1 if rare < channels else EXACT
-    z = _three(lenses)
-    past, width = plan[7] & PAST != 0, channels * plan[5] * plan[6]
-    together = absent(w) or width >= LANES
-    reach = 1 + 1024 // width
+    shape, width, (r, w, dr) = target.shape, channels * plan[5] * plan[6], beside
+    r0, r1 = _borders(k, shape, plan)
+    past, mode = plan[7] & PAST != 0, EXACT if plan[7] & EXACT or rare == channels else 1 if rare else 0
+    rows, together = pointers_of(numbers), absent(w) or width >= LANES
+    reach = 1 + 1024 // width  # rows that are fetched ahead
     while r0 < r1:
-        run_dy, step_dy, left = _row(dy, r0, c0, plan, order)
-        run_x, step_x, _ = _row(x, r0, c0, plan, order)
-        target, step_dx, _ = _row(dx, r0, c0, plan, order)
-        run_r, step_r, _ = _part_of(res, r0, c0, plan, order)
+        runs, steps, left = _rows_of(sources, r0, c0, plan, order)
+        run, step, _ = _row(target, r0, c0, plan, order)
+        run_r, step_r, _ = _part_of(r, r0, c0, plan, order)
         run_dr, step_dr, _ = _part_of(dr, r0, c0, plan, order)
         weight, step_w = _weight(w, r0, plan, order)
-        step = width * x.itemsize
-        gapless = step_dy == step_x == step_dx == step and step_r in (0, step) and step_dr in (0, step)
-        rows = min(left, r1 - r0)
-        at_once = rows if gapless and together else 1
-        for i in range(0, rows, at_once):
-            n = (at_once - 1) * width + _width(r0 + i + at_once - 1, x.shape, channels, plan)
-            _gradient_run(
-                shifted(run_dy, i * step_dy), shifted(run_x, i * step_x), shifted(target, i * step_dx), n, width,
-                at_once - 1, like, d, f, mode, past and (at_once > 1 or width >= FULL),
-                shifted(run_dy, (i + reach) * step_dy), shifted(run_x, (i + reach) * step_x), how,
-                later(run_r, i * step_r), later(weight, i * step_w), step_w, later(run_dr, i * step_dr), z,
+        gapless = step == width * target.itemsize and step_r in (0, step) and step_dr in (0, step)
+        gapless = gapless and steps[0] == width * sources[0].itemsize and steps[-1] == width * sources[-1].itemsize
+        count = min(left, r1 - r0)
+        at_once = count if gapless and together else 1
+        for i in range(0, count, at_once):
+            n = (at_once - 1) * width + _width(r0 + i + at_once - 1, shape, channels, plan)
+            own = later(run_r, i * step_r), later(weight, i * step_w), later(run_dr, i * step_dr)
+            _map_run(
+                shift_all(runs, steps, i), shifted(run, i * step), own, n, width, at_once - 1, rows, mode,
+                past and (at_once > 1 or width >= FULL), shift_all(runs, steps, i + reach), how, like, step_w,
             )  # fmt: skip
-        r0 += rows
+        r0 += count

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from .activations import absent, is_frozen, is_plain, used_of
+from .activations import absent, is_frozen, is_plain, read_as, used_of
 from .blocks import joined_comoments, settle
 from .coefficients import backward_coefficients, columns_of, lenses_of
-from .columns import columns_gradient, spread_column, spread_columns
+from .columns import columns_map, spread_column, spread_columns
 from .compile import compiled
 from .formulas import (
     formula,
@@ -23,6 +23,7 @@ from .lanes import (
     give,
     give_rows,
     keep_whole,
+    narrowest,
     nothing,
     some_of,
     spread,
@@ -33,7 +34,7 @@ from .lanes import (
     where_nonzero,
 )
 from .parts import by_type, part
-from .rows import EXACT, TWO, rows_gradient
+from .rows import EXACT, TWO, rows_map
 from .schedule import (
     ALL,
     DOUBLE,
@@ -300,19 +301,18 @@ def _backward_numbers(s0, c0, x, stats, affine, grads, plan, memory, how, r, w, 
 def _backward_map(p0, p1, c0, dy, x, dx, rare, plan, memory, how, r, w, dr, order, lenses):  # type: ignore[no-untyped-def]
     """Pieces p0 to p1 of a tile, backwards."""
     g = min(plan[1], x.shape[1] - c0)
-    all_numbers, _, spread_numbers, all_singles, spread_singles, scratch = memory
-    numbers = corner(all_numbers, 0, 5, g)
-    spread_lenses = columns_of(how, r, rest(spread_numbers, 5), rest(spread_singles, 8))
-    used = used_of(how, r, w, x, numbers, corner(all_singles, 2, 8, g))
-    spread_used = used_of(how, r, w, x, spread_numbers, spread_singles)
+    numbers, _, columns, singles, like_columns, scratch = memory
+    doubles = corner(numbers, 0, 5, g)
+    of_rows = doubles, used_of(how, r, w, x, doubles, corner(singles, 2, 8, g)), lenses
+    lenses_by_column = columns_of(how, r, rest(columns, 5), rest(like_columns, 8))
+    of_columns = columns, used_of(how, r, w, x, columns, like_columns), lenses_by_column
+    like = read_as(how, r, spread(narrowest(x)), spread(of_rows[1][0, 0]))
     k0, k1 = p0 * plan[3], min(p1 * plan[3], plan[2])
     for k in range(k1 - 1, k0 - 1, -1):
         if plan[0]:
-            columns_gradient(
-                dy, x, dx, k, c0, g, spread_numbers, spread_used, rare, plan, how, r, w, dr, order, spread_lenses
-            )
-        else:
-            rows_gradient(dy, x, dx, k, c0, numbers, used, rare, plan, scratch, how, r, w, dr, order, lenses)
+            columns_map((dy, x), dx, (r, w, dr), k, c0, g, of_columns, rare, plan, how, like, order)
+        else:  # what comes next isn't fetched meanwhile, as by forward: with two arrays of 103 MB 12.0 ms for 11.6
+            rows_map((dy, x), dx, (r, w, dr), k, c0, np.int64(-1), of_rows, rare, plan, scratch, how, like, order)
 
 
 @part()

@@ -18,22 +18,9 @@ from .blocks import (
     with_products,
 )
 from .lanes import LANES, before_line, fetch, load_part, narrowest, shifted, spread
+from .maps import joined_numbers, lens, map_one, map_part, numbers_of
 from .parts import by_type, nothing_of, part, unless_none
-from .rows import (
-    PAST,
-    at,
-    block,
-    coefficients_of,
-    gradient_one,
-    gradient_part,
-    joined_numbers,
-    lanes_of,
-    lens,
-    normalize_one,
-    normalize_part,
-    numbers_of,
-    repeated,
-)
+from .rows import PAST, at, block, lanes_of, repeated
 
 
 @unless_none(0, lambda *args: None)
@@ -44,20 +31,20 @@ def _weights_of(w, o, i0, n, channels, scratch):  # type: ignore[no-untyped-def]
 
 @part()
 def _row_two(
-    x, y, r, w, m, n, past, how, fast, doubles, like, row, row_w, runs, count, then, pivot, sums
+    sources, target, beside, m, n, past, how, numbers, like, row, row_w, runs, count, then, pivot, sums
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    """y of m elements, runs of n, as `_normalize_runs`, and sums of `runs` runs of other channels as `run_deviations`.
+    """y of m elements, runs of n, as `map_runs`, and sums of `runs` runs of other channels as `run_deviations`.
 
     To the same bits. Memory reads and writes at once, and nothing is read twice into L2: 1.1 copies where one after the
     other takes 1.3 with what comes next fetched meanwhile, and 1.5 without.
     """
-    p, c, i, end, near = numbers_of(fast, doubles, 0), 0, 0, min(m, n), spread(pivot[0])
+    p, c, i, end, near = numbers_of(how, beside, numbers, 0), 0, 0, min(m, n), spread(pivot[0])
     size, line = runs * count, sums.strides[0]
     reach = min(AHEAD, size // (2 * LANES) * 2 * LANES)
     if past:
-        i = min(m, before_line(y))
+        i = min(m, before_line(target))
     if i > 0:
-        normalize_part(x, y, r, w, 0, 0, i, how, like, p)
+        map_part(sources, target, beside, 0, 0, i, how, like, p)
     for k in range(max(runs, (m + n - 1) // n)):
         if k < runs:
             near, lanes, start = spread(pivot[k]), lanes_of(sums, 0, k), k * count
@@ -73,7 +60,7 @@ def _row_two(
                     j += 2 * LANES
                     if i + 2 * LANES <= end:
                         for _ in range(2):
-                            normalize_one(x, y, r, w, i, i - end + n, past, how, like, p)
+                            map_one(sources, target, beside, i, i - end + n, past, how, like, p)
                             i += LANES
                 while j < stop:
                     weights = loaded_part(row_w, j - start, stop - j, near)
@@ -84,25 +71,25 @@ def _row_two(
                     even = odd = no_deviations(near)
             add_deviations(row_w, lanes, line, even, odd)
         while i + LANES <= end:
-            normalize_one(x, y, r, w, i, i - end + n, past, how, like, p)
+            map_one(sources, target, beside, i, i - end + n, past, how, like, p)
             i += LANES
         if i + LANES <= m:
             c += 1
-            after_p = numbers_of(fast, doubles, c)
+            q = numbers_of(how, beside, numbers, c)
             if i < end:
-                normalize_one(x, y, r, w, i, i - end + n, past, how, like, joined_numbers(end - i, p, after_p))
+                map_one(sources, target, beside, i, i - end + n, past, how, like, joined_numbers(end - i, p, q))
                 i += LANES
-            p = after_p
+            p = q
             end += n
     if i < m:
-        normalize_part(x, y, r, w, i, i - end + n, m - i, how, like, p)
+        map_part(sources, target, beside, i, i - end + n, m - i, how, like, p)
 
 
 @by_type
 def rows_two(x, y, k, c0, pivot, sums, plan, cm, doubles, singles, how, r, w, seen, scratch):  # type: ignore[no-untyped-def]
     """Sums of block k of the channels from c0 on, and y of those from cm on, of the block as far from the last one.
 
-    As by `rows_deviations` with weights w and by `rows_normalize` with `seen`, backwards; in x's type.
+    As by `rows_deviations` with weights w and by `rows_map` with `seen`, backwards; in x's type.
     """
     return _rows_two if (pivot.dtype == types.float64) == (x.dtype == types.float64) else nothing_of
 
@@ -110,13 +97,15 @@ def rows_two(x, y, k, c0, pivot, sums, plan, cm, doubles, singles, how, r, w, se
 def _rows_two(x, y, k, c0, pivot, sums, plan, cm, doubles, singles, how, r, w, seen, scratch):  # type: ignore[no-untyped-def]
     o0, o1, i0, n = block(k, x.shape, plan)
     a0, a1, j0, m = block(plan[2] - 1 - k, x.shape, plan)
-    fast, like, past = fast_numbers(how, r, seen, singles), spread(singles[0, 0]), plan[7] & PAST != 0
+    numbers = doubles, fast_numbers(how, r, seen, singles), None
+    like, past = spread(singles[0, 0]), plan[7] & PAST != 0
     g, channels = pivot.size, min(plan[1], x.shape[1] - cm)
     for i in range(max(o1 - o0, a1 - a0)):
         o, a, then = min(o0 + i, o1 - 1), max(a1 - 1 - i, a0), min(o0 + i + 1, x.shape[0] - 1)
         _row_two(
-            at(x, a, cm, j0), at(y, a, cm, j0), at(r, a, cm, j0), _weights_of(seen, a, j0, m, channels, scratch),
-            channels * m if i < a1 - a0 else 0, m, past, how, fast, doubles, like, at(x, o, c0, i0),
+            (at(x, a, cm, j0),), at(y, a, cm, j0),
+            (at(r, a, cm, j0), _weights_of(seen, a, j0, m, channels, scratch), None),
+            channels * m if i < a1 - a0 else 0, m, past, how, numbers, like, at(x, o, c0, i0),
             at(w, o, 0, i0), g if i < o1 - o0 else 0, n, shifted(at(x, then, c0, i0), -g * n * x.itemsize), pivot,
             sums,
         )  # fmt: skip
@@ -124,21 +113,20 @@ def _rows_two(x, y, k, c0, pivot, sums, plan, cm, doubles, singles, how, r, w, s
 
 @part()
 def _gradient_two(
-    dy, x, dx, r, w, dr, m, n, past, how, used, lenses, like, row_dy, row_x, row_r, row_w, runs, count, then_dy, then_x,
+    sources, target, beside, m, n, past, how, numbers, like, row_dy, row_x, row_r, row_w, runs, count, then_dy, then_x,
     pivot, hi, sums, own,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    """dx of m elements, runs of n, as `_gradient_runs`, and sums of `runs` others, by the lenses `own`: see `_row_two`.
+    """dx of m elements, runs of n, as `map_runs`, and sums of `runs` others, by the lenses `own`: see `_row_two`.
 
     2.0 copies where one after the other takes 2.3; with what comes next fetched meanwhile 2.7.
     """
-    c, i, end, near_dy = 0, 0, min(m, n), spread(pivot[0])
-    p, z = coefficients_of(how, r, w, used, c), lens(lenses, c)
+    p, c, i, end, near_dy = numbers_of(how, beside, numbers, 0), 0, 0, min(m, n), spread(pivot[0])
     size = runs * count
     reach = min(AHEAD, size // LANES * LANES)
     if past:
-        i = min(m, before_line(dx))
+        i = min(m, before_line(target))
     if i > 0:
-        gradient_part(dy, x, dx, r, w, dr, 0, 0, i, how, like, p, z)
+        map_part(sources, target, beside, 0, 0, i, how, like, p)
     for run in range(max(runs, (m + n - 1) // n)):
         if run < runs:
             near_dy, near_x, bend_of = spread(pivot[run]), spread(hi[run]), lens(own, run)
@@ -159,26 +147,25 @@ def _gradient_two(
                         held = with_part(held, k, how, seen, near_dy, near_x, bend_of)
                     j += LANES
                     if i + LANES <= end:
-                        gradient_one(dy, x, dx, r, w, dr, i, i - end + n, past, how, like, p, z)
+                        map_one(sources, target, beside, i, i - end + n, past, how, like, p)
                         i += LANES
                 if j < to:
                     pass_on(lanes_of(sums, 0, run), sums.strides[0], held)
                     held = no_products(near_dy)
             pass_on(lanes_of(sums, 0, run), sums.strides[0], held)
         while i + LANES <= end:
-            gradient_one(dy, x, dx, r, w, dr, i, i - end + n, past, how, like, p, z)
+            map_one(sources, target, beside, i, i - end + n, past, how, like, p)
             i += LANES
         if i + LANES <= m:
             c += 1
-            p_next, z_next = coefficients_of(how, r, w, used, c), lens(lenses, c)
+            q = numbers_of(how, beside, numbers, c)
             if i < end:
-                both, seen = joined_numbers(end - i, p, p_next), joined_numbers(end - i, z, z_next)
-                gradient_one(dy, x, dx, r, w, dr, i, i - end + n, past, how, like, both, seen)
+                map_one(sources, target, beside, i, i - end + n, past, how, like, joined_numbers(end - i, p, q))
                 i += LANES
-            p, z = p_next, z_next
+            p = q
             end += n
     if i < m:
-        gradient_part(dy, x, dx, r, w, dr, i, i - end + n, m - i, how, like, p, z)
+        map_part(sources, target, beside, i, i - end + n, m - i, how, like, p)
 
 
 @by_type
@@ -195,14 +182,14 @@ def _rows_products_two(
     o0, o1, i0, n = block(k, x.shape, plan)
     a0, a1, j0, m = block(plan[2] - 1 - k, x.shape, plan)
     past, g, channels = plan[7] & PAST != 0, pivot.size, min(plan[1], x.shape[1] - cm)
-    like = read_as(how, r, spread(narrowest(x)), coefficients_of(how, r, w, used, 0)[0])
+    numbers, like = (used, used, waiting), read_as(how, r, spread(narrowest(x)), spread(used[0, 0]))
     for i in range(max(o1 - o0, a1 - a0)):
         o, a, then = min(o0 + i, o1 - 1), max(a1 - 1 - i, a0), min(o0 + i + 1, x.shape[0] - 1)
         back = -g * n * x.itemsize
         _gradient_two(
-            at(dy, a, cm, j0), at(x, a, cm, j0), at(dx, a, cm, j0), at(r, a, cm, j0),
-            _weights_of(w, a, j0, m, channels, scratch), at(dr, a, cm, j0), channels * m if i < a1 - a0 else 0, m,
-            past, how, used, waiting, like, at(dy, o, c0, i0), at(x, o, c0, i0), at(r, o, c0, i0),
-            at(w, o, 0, i0), g if i < o1 - o0 else 0, n, shifted(at(dy, then, c0, i0), back),
+            (at(dy, a, cm, j0), at(x, a, cm, j0)), at(dx, a, cm, j0),
+            (at(r, a, cm, j0), _weights_of(w, a, j0, m, channels, scratch), at(dr, a, cm, j0)),
+            channels * m if i < a1 - a0 else 0, m, past, how, numbers, like, at(dy, o, c0, i0), at(x, o, c0, i0),
+            at(r, o, c0, i0), at(w, o, 0, i0), g if i < o1 - o0 else 0, n, shifted(at(dy, then, c0, i0), back),
             shifted(at(x, then, c0, i0), back), pivot, hi, sums, lenses,
         )  # fmt: skip

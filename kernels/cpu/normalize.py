@@ -5,7 +5,7 @@ import numpy as np
 from .activations import absent, fast_numbers
 from .blocks import joined_moments, not_negative, settle
 from .coefficients import forward_coefficients
-from .columns import columns_normalize, spread_columns
+from .columns import columns_map, spread_columns
 from .compile import compiled
 from .formulas import formula
 from .in_turn import rows_two
@@ -26,7 +26,7 @@ from .lanes import (
     where_nonzero,
 )
 from .parts import part
-from .rows import EXACT, NEXT, TWO, rows_normalize
+from .rows import EXACT, NEXT, TWO, rows_map
 from .schedule import (
     ALL,
     DOUBLE,
@@ -222,7 +222,7 @@ def _unless_unused(how, w):  # type: ignore[no-untyped-def]
 
 @part()
 def _forward_numbers(s0, g, stats, affine, plan, memory, double, how, r, w):  # type: ignore[no-untyped-def]
-    """What the map of a tile takes of its channels, in `memory`; and whether float32 won't do for one of them."""
+    """What the map of a tile takes of its channels, in `memory`; and for how many of them float32 won't do."""
     numbers, singles, exact = corner(memory[0], 0, 3, g), corner(memory[3], 2, 6, g), plan[7] & EXACT != 0
     rare = forward_coefficients(how, s0, stats, affine, numbers, singles, exact, double)
     if plan[0]:
@@ -240,15 +240,17 @@ def _forward_map(p0, p1, c0, ca, x, y, rare, summed, plan, memory, how, r, w, or
     The channels from ca on are fetched meanwhile, if it is >= 0.
     """
     g = min(plan[1], x.shape[1] - c0)
-    all_numbers, _, spread_numbers, all_singles, spread_singles, scratch = memory
-    numbers, singles = corner(all_numbers, 0, 3, g), corner(all_singles, 2, 6, g)
+    numbers, _, columns, singles, like_columns, scratch = memory
+    like = spread(singles[2, 0])
+    of_rows = corner(numbers, 0, 3, g), fast_numbers(how, r, w, corner(singles, 2, 6, g)), None
+    of_columns = columns, fast_numbers(how, r, w, like_columns), None
     k0, k1 = p0 * plan[3], min(p1 * plan[3], plan[2])
     for i in range(k1 - k0):
         k = k1 - 1 - i if summed else k0 + i
         if plan[0]:
-            columns_normalize(x, y, k, c0, g, spread_numbers, spread_singles, rare, plan, how, r, w, order)
+            columns_map((x,), y, (r, w, None), k, c0, g, of_columns, rare, plan, how, like, order)
         else:
-            rows_normalize(x, y, k, c0, ca, numbers, singles, rare, plan, scratch, how, r, w, order)
+            rows_map((x,), y, (r, w, None), k, c0, ca, of_rows, rare, plan, scratch, how, like, order)
 
 
 @part()
@@ -256,7 +258,7 @@ def _forward_units(k, items, x, y, stats, affine, eps, part, claims, plan, stage
     """What there is for item k to do; in a part, as Numba writes a page of code for each array that may own memory."""
     keep_whole()
     pieces, tiles = part_sizes(x.shape, plan)
-    u, ready, rare, waiting = claimed(k, items, claims, np.int64(-1)), -1, np.bool_(False), np.int64(-1)
+    u, ready, rare, waiting = claimed(k, items, claims, np.int64(-1)), -1, np.int64(0), np.int64(-1)
     in_turn = plan[7] & TWO != 0 and stage == SUM | FINISH | MAP and starts.size == 2
     while u >= 0:
         first, last, stop = borders(u, items, (starts.size - 1) * tiles, pieces, stage)
@@ -287,10 +289,10 @@ def _forward_units(k, items, x, y, stats, affine, eps, part, claims, plan, stage
                         s0, channels, stats, affine, own, memory, x.itemsize == 8, how, rs, _unless_unused(how, ws)
                     )  # fmt: skip
                     ready = cell
-                if in_turn and not rare:
+                if in_turn and rare == 0:
                     waiting = c0
                     continue
-                ahead = -1
+                ahead = np.int64(-1)
                 if (cell + 1) * pieces < stop and t + 1 < tiles and plan[7] & NEXT:
                     ahead = c0 + plan[1]
                 _forward_map(

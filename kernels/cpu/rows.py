@@ -9,52 +9,35 @@ scratch run, and results are scattered from one.
 """
 
 import numpy as np
-from numba import types
 
-from .activations import (
-    absent,
-    bend,
-    bent,
-    counted,
-    fast_numbers,
-    finished,
-    in_singles,
-    line,
-    loaded,
-    loaded_part,
-    put,
-    put_part,
-    read_as,
-)
-from .blocks import (
-    AHEAD,
-    run_deviations,
-    run_normalize,
-    run_products,
-    through,
-    write,
-)
+from .activations import absent
+from .blocks import AHEAD, run_deviations, run_products
 from .formulas import formula
 from .lanes import (
     LANES,
     before_line,
-    fetch,
     first,
-    fma,
-    joined,
     keep_whole,
     load,
     load_part,
-    narrowest,
     nothing,
     pointer,
     save,
-    save_part,
     shifted,
     spread,
-    spread_of,
     total,
-    wide,
+)
+from .maps import (
+    fetch_all,
+    in_double,
+    is_rare,
+    joined_numbers,
+    lens,
+    map_one,
+    map_part,
+    numbers_of,
+    shift_all,
+    sizes_of,
 )
 from .parts import by_type, part, unless_none
 
@@ -211,12 +194,6 @@ def _then(a, run, o, n, order):  # type: ignore[no-untyped-def]
     return shifted(run, (index(order, o + 1) - index(order, o)) * a.strides[0] - n * a.itemsize)
 
 
-@formula
-def lens(numbers, c):  # type: ignore[no-untyped-def]
-    """h, a, b of z = a (x - h) + b, in all lanes."""
-    return tuple(spread_of(numbers, i, c) for i in range(3))
-
-
 @part()
 def rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch, few, how, r, w, order, lenses):  # type: ignore[no-untyped-def]
     """Lanes of sums (5, 16 G) += g = dy - pivot, d = x - hi, g d, g^2 and d^4; lenses (3, G) as in `lens`."""
@@ -243,70 +220,49 @@ def rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch, few, how, r, w, 
 
 
 @formula
-def joined_numbers(n, p, q):  # type: ignore[no-untyped-def]
-    """Numbers of a channel in the first n lanes, those of the next one behind them."""
-    return tuple(joined(n, a, b) for a, b in zip(p, q, strict=True))
-
-
-# A map computes in the elements' type where it may (`fast_numbers`), by `through`. Else in float64, by its lens.
-# Backward looks at the same z: f may have a kink.
-
-
-@formula
-def numbers_of(fast, doubles, c):  # type: ignore[no-untyped-def]
-    """What a map takes of channel c: five numbers, or the lens in float64."""
-    return lens(doubles, c) if fast is None else tuple(spread_of(fast, i, c) for i in range(5))
-
-
-@formula
-def _normalized(how, v, p, r, w):  # type: ignore[no-untyped-def]
-    if len(p) == 5:
-        return bend(how, through(how, v, *p))
-    return finished(how, fma(wide(v) - p[0], p[1], p[2]), v, r, w)
+def at_all(sources, o, c, i):  # type: ignore[no-untyped-def]
+    """As `at`, of each."""
+    return tuple(at(a, o, c, i) for a in sources)
 
 
 @part()
-def _normalize_runs(x, y, n, c, count, fast, past, ahead, how, r, w, doubles, like):  # type: ignore[no-untyped-def]
+def map_runs(sources, target, beside, n, c, count, numbers, past, ahead, how, like):  # type: ignore[no-untyped-def]
     """Runs of n elements of `count` channels from c on, one behind the other without a gap; n >= 16 if they are many.
 
     Vectors go over the borders of runs, so that lines are stored whole; `ahead` is what will be read next.
     """
     m, i, end = count * n, 0, n
-    p = numbers_of(fast, doubles, c)
+    p = numbers_of(how, beside, numbers, c)
     if past:
-        i = min(m, before_line(y))
+        i = min(m, before_line(target))
     if i > 0:  # a masked store of nothing still held up the stores behind it: 0.22 against 0.09 ns an element
-        normalize_part(x, y, r, w, 0, 0, i, how, like, p)
+        map_part(sources, target, beside, 0, 0, i, how, like, p)
     while i + LANES <= m:
         while i + LANES <= end:
-            fetch(ahead, i)
-            normalize_one(x, y, r, w, i, i - end + n, past, how, like, p)
+            fetch_all(ahead, i)
+            map_one(sources, target, beside, i, i - end + n, past, how, like, p)
             i += LANES
         if i + LANES <= m:
             c += 1
-            q = numbers_of(fast, doubles, c)
+            q = numbers_of(how, beside, numbers, c)
             if i < end:
-                fetch(ahead, i)
-                normalize_one(x, y, r, w, i, i - end + n, past, how, like, joined_numbers(end - i, p, q))
+                fetch_all(ahead, i)
+                map_one(sources, target, beside, i, i - end + n, past, how, like, joined_numbers(end - i, p, q))
                 i += LANES
             p = q
             end += n
     if i < m:
-        fetch(ahead, i)
-        normalize_part(x, y, r, w, i, i - end + n, m - i, how, like, p)
+        fetch_all(ahead, i)
+        map_part(sources, target, beside, i, i - end + n, m - i, how, like, p)
 
 
-@formula
-def normalize_one(x, y, r, w, i, i_w, past, how, like, p):  # type: ignore[no-untyped-def]
-    """A vector of y at i, by weights at i_w."""
-    write(y, i, _normalized(how, load(x, i, like), p, loaded(r, i, like), loaded(w, i_w, like)), past)
-
-
-@formula
-def normalize_part(x, y, r, w, i, i_w, k, how, like, p):  # type: ignore[no-untyped-def]
-    """The first k elements of one."""
-    v, e = load_part(x, i, k, like), loaded_part(r, i, k, like)
-    save_part(y, i, k, _normalized(how, v, p, e, loaded_part(w, i_w, k, like)))
+@part()
+def _map_run(sources, target, beside, n, c, count, numbers, rare, past, ahead, how, like):  # type: ignore[no-untyped-def]
+    """As `map_runs`, of channels all alike: by float64 where the fast numbers won't do for the first of them."""
+    if rare > 0 and is_rare(numbers, c) != 0.0:
+        map_runs(sources, target, beside, n, c, count, in_double(numbers), past, ahead, how, like)
+    else:
+        map_runs(sources, target, beside, n, c, count, numbers, past, ahead, how, like)
 
 
 @unless_none(0, lambda *args: True)
@@ -314,186 +270,53 @@ def _adjacent(a, n):  # type: ignore[no-untyped-def]
     return a.shape[1] == 1 or a.strides[1] == n * a.itemsize
 
 
-@part()
-def rows_normalize(x, y, k, c0, ca, doubles, singles, rare, plan, scratch, how, r, w, order):  # type: ignore[no-untyped-def]
-    """y of block k of the channels from c0 on, backwards; those from ca on are fetched, if >= 0, or what comes next."""
-    keep_whole()
-    o0, o1, i0, n = block(k, x.shape, plan)
-    oa, _, ia, _ = block(plan[2] - 1 - k, x.shape, plan)
-    past, g = plan[7] & PAST != 0, singles.shape[1]
-    fast, like = fast_numbers(how, r, w, singles), spread(singles[0, 0])
-    whole = n >= LANES and (not rare or absent(fast)) and (absent(w) or g > 1)
-    whole = whole and _adjacent(x, n) and _adjacent(y, n) and _adjacent(r, n)
-    if plan[7] & GATHER:
-        for c in range(g):
-            run, m = gathered(x, c0 + c, o0, o1, i0, n, order, scratch[0][0]), (o1 - o0) * n
-            run_r = gathered(r, c0 + c, o0, o1, i0, n, order, scratch[1][2])
-            run_w = gathered(w, 0, o0, o1, i0, n, order, scratch[2][0])
-            result = pointer(scratch[1][1], 0)
-            _normalize_run(fast, run, result, m, c, doubles, singles, plan[7] < 0, run, how, run_r, run_w)
-            scatter(scratch[1][1], y, c0 + c, o0, o1, i0, n, order)
-        return
-    for o in range(o1 - 1, o0 - 1, -1):  # what was read last is in cache
-        p = index(order, o)
-        run_w = repeated(w, p, i0, n, scratch[2][0]) if whole else at(w, p, 0, i0)
-        for c in range(0, g, g if whole else 1):
-            run = at(x, p, c0 + c, i0)
-            ahead = shifted(run, AHEAD * x.itemsize)
-            if ca >= 0:
-                there = index(order, min(oa + o1 - 1 - o, x.shape[0] - 1))
-                ahead = at(x, there, min(ca + c, x.shape[1] - 1), ia)
-            target, run_r = at(y, p, c0 + c, i0), at(r, p, c0 + c, i0)
-            if whole:
-                _normalize_runs(run, target, n, np.int64(0), g, fast, past, ahead, how, run_r, run_w, doubles, like)
-            else:
-                _normalize_run(fast, run, target, n, c, doubles, singles, past, ahead, how, run_r, run_w)
-
-
-@unless_none(0, lambda *args: _normalize_exactly(*args[1:]))
-def _normalize_run(fast, x, y, n, c, doubles, singles, past, ahead, how, r, w):  # type: ignore[no-untyped-def]
-    if singles[5, c] != 0:
-        _normalize_exactly(x, y, n, c, doubles, singles, past, ahead, how, r, w)
-    else:
-        _normalize_runs(x, y, n, c, np.int64(1), fast, past, ahead, how, r, w, doubles, spread(singles[0, c]))
-
-
 @by_type
-def _normalize_exactly(x, y, n, c, doubles, singles, past, ahead, how, r, w):  # type: ignore[no-untyped-def]
-    return _normalize_plainly if how.simple and isinstance(w, types.NoneType) else _normalize_with
+def _gathered_all(sources, c, o0, o1, i0, n, order, scratch):  # type: ignore[no-untyped-def]
+    return _gathered_one if len(sources) == 1 else _gathered_two
 
 
-def _normalize_plainly(x, y, n, c, doubles, singles, past, ahead, how, r, w):  # type: ignore[no-untyped-def]
-    run_normalize(x, y, n, doubles[0, c], doubles[1, c], doubles[2, c], past, ahead)
+def _gathered_one(sources, c, o0, o1, i0, n, order, scratch):  # type: ignore[no-untyped-def]
+    return (gathered(sources[0], c, o0, o1, i0, n, order, scratch[0][0]),)
 
 
-def _normalize_with(x, y, n, c, doubles, singles, past, ahead, how, r, w):  # type: ignore[no-untyped-def]
-    _normalize_runs(x, y, n, c, np.int64(1), None, past, ahead, how, r, w, doubles, spread(singles[0, c]))
-
-
-@formula
-def _slope(how, g, v, p, z, r, w):  # type: ignore[no-untyped-def]
-    """dx by the numbers p, and dy f'(z), by the lens z."""
-    bowed, d = bent(how, g, v, *z, r)
-    bowed = counted(how, bowed, w)
-    return line(how, g, bowed, d, p, w), bowed
-
-
-@formula
-def gradient_one(dy, x, dx, r, w, dr, i, i_w, past, how, like, p, z):  # type: ignore[no-untyped-def]
-    """A vector of dx at i, by weights at i_w."""
-    g, v, e = load(dy, i, like), load(x, i, like), loaded(r, i, like)
-    s, b = _slope(how, g, v, p, z, e, loaded(w, i_w, like))
-    write(dx, i, s, past)
-    put(dr, i, b)
-
-
-@formula
-def gradient_part(dy, x, dx, r, w, dr, i, i_w, k, how, like, p, z):  # type: ignore[no-untyped-def]
-    """The first k elements of one."""
-    g, v, e = load_part(dy, i, k, like), load_part(x, i, k, like), loaded_part(r, i, k, like)
-    s, b = _slope(how, g, v, p, z, e, loaded_part(w, i_w, k, like))
-    save_part(dx, i, k, s)
-    put_part(dr, i, k, b)
-
-
-@formula
-def coefficients_of(how, r, w, numbers, c):  # type: ignore[no-untyped-def]
-    """What a map of gradients takes of channel c: seven numbers or five."""
-    rows = (0, 1, 2, 3, 4, 6, 7) if in_singles(how, r, w, numbers) else range(5)
-    return tuple(spread_of(numbers, i, c) for i in rows)
+def _gathered_two(sources, c, o0, o1, i0, n, order, scratch):  # type: ignore[no-untyped-def]
+    dy = gathered(sources[0], c, o0, o1, i0, n, order, scratch[1][0])
+    return dy, gathered(sources[1], c, o0, o1, i0, n, order, scratch[0][0])
 
 
 @part()
-def _gradient_runs(dy, x, dx, n, c, count, used, past, ahead_dy, ahead_x, how, r, w, dr, lenses, narrow):  # type: ignore[no-untyped-def]
-    """As `_normalize_runs`, for gradients; dr is where dy f'(z) goes, or None."""
-    m, i, end = count * n, 0, n
-    p, z = coefficients_of(how, r, w, used, c), lens(lenses, c)
-    like = read_as(how, r, narrow, p[0])
-    if past:
-        i = min(m, before_line(dx))
-    if i > 0:
-        gradient_part(dy, x, dx, r, w, dr, 0, 0, i, how, like, p, z)
-    while i + LANES <= m:
-        while i + LANES <= end:
-            fetch(ahead_dy, i)
-            fetch(ahead_x, i)
-            gradient_one(dy, x, dx, r, w, dr, i, i - end + n, past, how, like, p, z)
-            i += LANES
-        if i + LANES <= m:
-            c += 1
-            q, zq = coefficients_of(how, r, w, used, c), lens(lenses, c)
-            if i < end:
-                fetch(ahead_dy, i)
-                fetch(ahead_x, i)
-                both, seen = joined_numbers(end - i, p, q), joined_numbers(end - i, z, zq)
-                gradient_one(dy, x, dx, r, w, dr, i, i - end + n, past, how, like, both, seen)
-                i += LANES
-            p, z = q, zq
-            end += n
-    if i < m:
-        fetch(ahead_dy, i)
-        fetch(ahead_x, i)
-        gradient_part(dy, x, dx, r, w, dr, i, i - end + n, m - i, how, like, p, z)
+def rows_map(sources, target, beside, k, c0, ca, numbers, rare, plan, scratch, how, like, order):  # type: ignore[no-untyped-def]
+    """Block k of the channels from c0 on, backwards; those from ca on are fetched, if >= 0, or what comes next.
 
-
-@part()
-def _gradient_run(
-    dy, x, dx, n, c, doubles, used, rare, past, ahead_dy, ahead_x, how, r, w, dr, lenses, narrow
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    if rare > 0 and used[5, c] != 0:
-        _gradient_runs(dy, x, dx, n, c, np.int64(1), doubles, past, ahead_dy, ahead_x, how, r, w, dr, lenses, narrow)
-    else:
-        _gradient_runs(dy, x, dx, n, c, np.int64(1), used, past, ahead_dy, ahead_x, how, r, w, dr, lenses, narrow)
-
-
-@part()
-def rows_gradient(
-    dy, x, dx, k, c0, doubles, used, rare, plan, scratch, how, r, w, dr, order, lenses
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    """dx of block k of the channels from c0 on, backwards.
-
-    The next tile isn't fetched meanwhile, as forward does: with two arrays of 103 MB it took 12.0 ms in place of 11.6.
+    `rare`: for how many of them the fast numbers won't do.
     """
     keep_whole()
-    o0, o1, i0, n = block(k, x.shape, plan)
-    past, g, narrow = plan[7] & PAST != 0, used.shape[1], spread(narrowest(x))
-    exact = rare == g
-    whole = n >= LANES and (exact or rare == 0) and (absent(w) or g > 1)
-    whole = whole and _adjacent(dy, n) and _adjacent(x, n) and _adjacent(dx, n) and _adjacent(r, n) and _adjacent(dr, n)
+    shape, g, past, (r, w, dr) = target.shape, numbers[0].shape[1], plan[7] & PAST != 0, beside
+    o0, o1, i0, n = block(k, shape, plan)
     if plan[7] & GATHER:
         for c in range(g):
-            run_dy = gathered(dy, c0 + c, o0, o1, i0, n, order, scratch[1][0])
-            run_x = gathered(x, c0 + c, o0, o1, i0, n, order, scratch[0][0])
+            runs = _gathered_all(sources, c0 + c, o0, o1, i0, n, order, scratch)
             run_r = gathered(r, c0 + c, o0, o1, i0, n, order, scratch[1][2])
             run_w = gathered(w, 0, o0, o1, i0, n, order, scratch[2][0])
             result, m = pointer(scratch[1][1], 0), (o1 - o0) * n
-            to_dr = _room(dr, scratch[1][3])
-            _gradient_run(
-                run_dy, run_x, result, m, c, doubles, used, rare, plan[7] < 0, run_dy, run_x, how, run_r, run_w, to_dr,
-                lenses, narrow,
-            )  # fmt: skip
-            scatter(scratch[1][1], dx, c0 + c, o0, o1, i0, n, order)
+            own = run_r, run_w, _room(dr, scratch[1][3])
+            _map_run(runs, result, own, m, c, np.int64(1), numbers, rare, plan[7] < 0, runs, how, like)
+            scatter(scratch[1][1], target, c0 + c, o0, o1, i0, n, order)
             scatter(scratch[1][3], dr, c0 + c, o0, o1, i0, n, order)
         return
-    for o in range(o1 - 1, o0 - 1, -1):
+    whole = n >= LANES and (rare == 0 or rare == g or absent(numbers[1])) and (absent(w) or g > 1)
+    whole = whole and _adjacent(sources[0], n) and _adjacent(sources[-1], n) and _adjacent(target, n)
+    whole = whole and _adjacent(r, n) and _adjacent(dr, n)
+    count = g if whole else 1
+    oa, _, ia, _ = block(plan[2] - 1 - k, shape, plan)
+    for o in range(o1 - 1, o0 - 1, -1):  # what was read last is in cache
         p = index(order, o)
         run_w = repeated(w, p, i0, n, scratch[2][0]) if whole else at(w, p, 0, i0)
-        for c in range(0, g, g if whole else 1):
-            run_dy, run_x = at(dy, p, c0 + c, i0), at(x, p, c0 + c, i0)
-            ahead_dy, ahead_x = shifted(run_dy, AHEAD * dy.itemsize), shifted(run_x, AHEAD * x.itemsize)
-            target, run_r, run_dr = at(dx, p, c0 + c, i0), at(r, p, c0 + c, i0), at(dr, p, c0 + c, i0)
-            if whole and exact:
-                _gradient_runs(
-                    run_dy, run_x, target, n, np.int64(0), g, doubles, past, ahead_dy, ahead_x, how, run_r, run_w,
-                    run_dr, lenses, narrow,
-                )  # fmt: skip
-            elif whole:
-                _gradient_runs(
-                    run_dy, run_x, target, n, np.int64(0), g, used, past, ahead_dy, ahead_x, how, run_r, run_w,
-                    run_dr, lenses, narrow,
-                )  # fmt: skip
-            else:
-                _gradient_run(
-                    run_dy, run_x, target, n, c, doubles, used, rare, past, ahead_dy, ahead_x, how, run_r, run_w,
-                    run_dr, lenses, narrow,
-                )  # fmt: skip
+        for c in range(0, g, count):
+            runs = at_all(sources, p, c0 + c, i0)
+            ahead = shift_all(runs, sizes_of(sources), AHEAD)
+            if ca >= 0:
+                there = index(order, min(oa + o1 - 1 - o, shape[0] - 1))
+                ahead = at_all(sources, there, min(ca + c, shape[1] - 1), ia)
+            own = at(r, p, c0 + c, i0), run_w, at(dr, p, c0 + c, i0)
+            _map_run(runs, at(target, p, c0 + c, i0), own, n, c, count, numbers, rare, past, ahead, how, like)
