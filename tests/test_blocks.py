@@ -94,15 +94,15 @@ def test_vectors_in_the_machine_code():
     x = np.ones(64, np.float32)
     block_moments(x)
     block_normalize(x, x.copy(), 0.0, 0.0, 1.0, 0.0)
-    from fastbn.kernels.cpu.blocks import run_deviations
+    from fastbn.kernels.cpu.blocks import run_sums
 
-    for function in (run_deviations, block_normalize):
+    for function in (run_sums, block_normalize):
         assembly = "".join(function.inspect_asm().values())
         assert any(name in assembly for name in ("mulpd", "fmadd", "fmla"))
 
 
 def test_samples_of_a_block_lie_in_it_here_and_there(rng):
-    """As `rows_deviations` walks them: the pivot is the mean of as many values as `rows_count` says."""
+    """As `rows_sums` walks them: the pivot is the mean of as many values as `rows_count` says."""
     from fastbn.kernels.cpu import rows
 
     @njit

@@ -10,9 +10,9 @@ pair hi + lo.
 """
 
 import numpy as np
-from numba import njit, types
+from numba import njit
 
-from .activations import bent, counted, loaded, loaded_part, plain
+from .activations import plain
 from .formulas import either, formula
 from .lanes import (
     LANES,
@@ -20,7 +20,6 @@ from .lanes import (
     count_nonzero,
     fetch,
     fma,
-    joined,
     load,
     load_part,
     nothing,
@@ -28,212 +27,38 @@ from .lanes import (
     reserve,
     save,
     save_part,
-    shifted,
     spread,
     stream,
     total,
     where_less,
     where_nonzero,
-    wide,
 )
 from .parts import part
+from .sums import CHAIN, add_chains, fetch_step, no_chains, step_of, with_rest, with_step
 from .views import hold
-
-# Squares of numbers on a grid leave remainders of 0, 1 and 4 eighths, which a float32 sum of a hundred drops more often
-# than it rounds them up: the variance of data at 1e4 was 5e-7 too small. So lanes pass sums on after 16 additions.
-CHAIN = 16 * LANES
 
 AHEAD = 64 * LANES  # elements: reading 103 MB took 3.0 ms without fetching, 2.5 with
 SOON = 16 * LANES  # elements ahead of a store: infer of 26 MB that no cache had took 2.1 ms without reserving, 1.5 with
 
 
-@formula
-def add_lanes(sums, lanes):  # type: ignore[no-untyped-def]
-    """sums[:16] += lanes, as float64. Adding lanes up is left for the end: it would hold up the loads behind it."""
-    more = wide(lanes)
-    save(sums, 0, load(sums, 0, more) + more)
-
-
-@formula
-def later(a, offset):  # type: ignore[no-untyped-def]
-    """A pointer, `offset` bytes on; None of None."""
-    return None if a is None else shifted(a, offset)
-
-
-@formula
-def weighed(d, f):  # type: ignore[no-untyped-def]
-    """d, and d by its weight f; 0 where that is 0: what has no weight isn't looked at."""
-    if f is None:
-        return d, d
-    d = where_nonzero(f, d, nothing(d))
-    return d, d * f
-
-
-@formula
-def heavier(m, f):  # type: ignore[no-untyped-def]
-    """m and a weight."""
-    return m if f is None else m + f
-
-
-@formula
-def add_mass(w, masses, m):  # type: ignore[no-untyped-def]
-    """As `add_lanes`, where there are weights."""
-    if w is not None:
-        add_lanes(masses, m)
-
-
 @part()
-def run_deviations(x, w, n, pivot, sums, line, then):  # type: ignore[no-untyped-def]
-    """Lanes of two or three sums, `line` bytes apart, += w d, w d^2 and w, d = x - pivot, in the pivot's type.
-
-    Without weights (None) w is 1 and has no sum. Behind the n elements, those from then[n] on are fetched.
-    """
-    near = spread(pivot)
-    even = odd = no_deviations(near)
-    i = 0
+def run_sums(sources, r, w, n, near, sums, line, how, lens, then):  # type: ignore[no-untyped-def]
+    """Lanes of sums, `line` bytes apart, += those of n elements. Behind them, those from then[n] on are fetched."""
+    held, step, i = no_chains(near), step_of(near), 0
     while i < n:
-        stop = min(n, i + 2 * CHAIN)
-        after = x if i + AHEAD < n else then
-        while i + 2 * LANES <= stop:
-            fetch(after, i + AHEAD)
-            fetch(after, i + AHEAD + LANES)
-            even, odd = with_pair(even, odd, x, i, w, i, near)
-            i += 2 * LANES
-        while i < stop:  # twice at most; lanes behind the end hold the pivot, whose deviation is 0
-            even = with_deviation(even, load_part(x, i, stop - i, near) - near, loaded_part(w, i, stop - i, near))
+        stop = min(n, i + CHAIN * step)
+        after = sources if i + AHEAD < n else then
+        while i + step <= stop:
+            fetch_step(after, i + AHEAD, near)
+            held = with_step(held, sources, r, w, i, i, how, near, lens)
+            i += step
+        while i < stop:  # twice at most
+            held = with_rest(held, sources, r, w, i, i, stop - i, how, near, lens)
             i += LANES
         if i < n:
-            add_deviations(w, sums, line, even, odd)
-            even = odd = no_deviations(near)
-    add_deviations(w, sums, line, even, odd)
-
-
-@formula
-def no_deviations(like):  # type: ignore[no-untyped-def]
-    """Sums of w d, w d^2 and w, before there are any."""
-    return (nothing(like),) * 3
-
-
-@formula
-def with_deviation(held, d, w):  # type: ignore[no-untyped-def]
-    """The sums with lanes of d and of weights. Without weights (None) w is 1 and has no sum."""
-    s, q, m = held
-    d, a = weighed(d, w)
-    return s + a, fma(a, d, q), heavier(m, w)
-
-
-@formula
-def with_pair(even, odd, x, i, w, i_w, near):  # type: ignore[no-untyped-def]
-    """The same, of two vectors from i on, by weights from i_w on."""
-    even = with_deviation(even, load(x, i, near) - near, loaded(w, i_w, near))
-    return even, with_deviation(odd, load(x, i + LANES, near) - near, loaded(w, i_w + LANES, near))
-
-
-@formula
-def add_deviations(w, sums, line, even, odd):  # type: ignore[no-untyped-def]
-    s, q, m = (a + b for a, b in zip(even, odd, strict=True))
-    add_lanes(sums, s)
-    add_lanes(shifted(sums, line), q)
-    add_mass(w, shifted(sums, 2 * line), m)
-
-
-@part()
-def run_products(dy, x, n, pivot, hi, sums, line, how, r, w, lens, then_dy, then_x):  # type: ignore[no-untyped-def]
-    """Lanes of five sums, `line` bytes apart, += g = dy - pivot, d = x - hi, g d, g^2 and d^4, in the pivot's type.
-
-    Of n pairs; no d^4 in float64. What is fetched behind them is from then_dy[n] and then_x[n] on.
-
-    With an activation dy is dy f'(z), by `activations.bent`, whose lens is h, a, b in float64.
-    """
-    near_dy, near_x = spread(pivot), spread(hi)
-    held = no_products(near_dy)
-    i = 0
-    while i < n:
-        stop = min(n, i + CHAIN)
-        after_dy, after_x = (dy, x) if i + AHEAD < n else (then_dy, then_x)
-        while i + LANES <= stop:
-            fetch(after_dy, i + AHEAD)
-            fetch(after_x, i + AHEAD)
-            seen = pairs(dy, x, r, i, w, i, near_dy, near_x)
-            held = with_products(held, how, seen, near_dy, near_x, lens)
-            i += LANES
-        if i < stop:
-            k = stop - i
-            seen = pairs_part(dy, x, r, i, w, i, k, near_dy, near_x)
-            held = with_part(held, k, how, seen, near_dy, near_x, lens)
-            i += LANES
-        if i < n:
-            pass_on(sums, line, held)
-            held = no_products(near_dy)
-    pass_on(sums, line, held)
-
-
-@formula
-def pairs(dy, x, r, i, w, i_w, like_dy, like_x):  # type: ignore[no-untyped-def]
-    """Sixteen of dy, x and the residual, from i on, and of the weights from i_w on."""
-    return load(dy, i, like_dy), load(x, i, like_x), loaded(r, i, like_x), loaded(w, i_w, like_x)
-
-
-@formula
-def pairs_part(dy, x, r, i, w, i_w, k, like_dy, like_x):  # type: ignore[no-untyped-def]
-    """The first k of them."""
-    seen = load_part(dy, i, k, like_dy), load_part(x, i, k, like_x), loaded_part(r, i, k, like_x)
-    return (*seen, loaded_part(w, i_w, k, like_x))
-
-
-@formula
-def no_products(like):  # type: ignore[no-untyped-def]
-    """Sums of g, d, g d, g^2 and d^4, before there are any."""
-    return (nothing(like),) * 5
-
-
-@formula
-def with_products(held, how, seen, near_dy, near_x, lens):  # type: ignore[no-untyped-def]
-    """The sums with lanes of dy, x, the residual and the weights."""
-    return _with(held, *_deviations(how, seen, near_dy, near_x, lens))
-
-
-@formula
-def with_part(held, k, how, seen, near_dy, near_x, lens):  # type: ignore[no-untyped-def]
-    """The same, of the first k lanes."""
-    g, d = _deviations(how, seen, near_dy, near_x, lens)
-    return _with(held, joined(k, g, nothing(g)), joined(k, d, nothing(d)))
-
-
-def _deviations(how, seen, near_dy, near_x, lens):  # type: ignore[no-untyped-def]
-    dy, x, r, w = seen
-    g, d = bent(how, dy, x, *lens, r)
-    return counted(how, g, w) - near_dy, counted(how, d - near_x, w)
-
-
-def _with(held, g, d):  # type: ignore[no-untyped-def]
-    s, t, p, q, f = held
-    return s + g, t + d, fma(g, d, p), fma(g, g, q), fourth(d, f)
-
-
-@formula
-def pass_on(sums, line, held):  # type: ignore[no-untyped-def]
-    """Lanes of the sums, `line` bytes apart, += those."""
-    *four, f = held
-    for i, lanes in enumerate(four):
-        add_lanes(shifted(sums, i * line), lanes)
-    add_fourth(shifted(sums, 4 * line), f)
-
-
-# Sums of d^4 tell where float32 won't do (`gradient._first`): in float64 there are none.
-
-
-@formula
-def fourth(d, f):  # type: ignore[no-untyped-def]
-    """f + d^4, of float32 lanes; of others f."""
-    e = d * d
-    return fma(e, e, f) if d.dtype == types.float32 else f
-
-
-@formula
-def add_fourth(sums, f):  # type: ignore[no-untyped-def]
-    if f.dtype == types.float32:
-        add_lanes(sums, f)
+            add_chains(w, sums, line, held)
+            held = no_chains(near)
+    add_chains(w, sums, line, held)
 
 
 @formula
@@ -389,7 +214,7 @@ def _run(array):  # type: ignore[no-untyped-def]
 def _sums(run, n, pivot):  # type: ignore[no-untyped-def]
     lanes = np.zeros(2 * LANES)
     sums, like = pointer(lanes, 0), spread(0.0)
-    run_deviations(run, None, n, pivot, sums, 8 * LANES, run)
+    run_sums((run,), None, None, n, (spread(pivot),), sums, 8 * LANES, None, None, (run,))
     s, q = total(load(sums, 0, like)), total(load(sums, LANES, like))
     hold(lanes)  # Numba lets go of an array behind its last use
     return s, q
@@ -415,7 +240,8 @@ def block_comoments(dy, x, hi):  # type: ignore[no-untyped-def]
     lanes, like, line = np.zeros(5 * LANES), spread(0.0), 8 * LANES
     sums = pointer(lanes, 0)
     runs = run, _run(x)
-    run_products(*runs, n, pivot, np.float64(hi), sums, line, plain(), None, None, (like, like, like), *runs)
+    near = spread(pivot), spread(np.float64(hi))
+    run_sums(runs, None, None, n, near, sums, line, plain(), (like, like, like), runs)
     s, t, p = total(load(sums, 0, like)), total(load(sums, LANES, like)), total(load(sums, 2 * LANES, like))
     hold(lanes)
     return pivot, s / n, t / n, p - s * t / n

@@ -12,24 +12,12 @@ import numpy as np
 from numba import types
 
 from .activations import absent, bend, bent, counted, finished, line, loaded, loaded_part, put, put_part
-from .blocks import (
-    add_deviations,
-    later,
-    no_deviations,
-    no_products,
-    pass_on,
-    through,
-    with_deviation,
-    with_part,
-    with_products,
-    write,
-)
+from .blocks import through, write
 from .formulas import formula
 from .lanes import (
     LANES,
     before_line,
     blank,
-    fetch,
     fma,
     give,
     joined,
@@ -37,7 +25,6 @@ from .lanes import (
     load,
     load_own,
     load_part,
-    nothing,
     pointer,
     save,
     save_part,
@@ -50,6 +37,7 @@ from .lanes import (
 from .maps import fetch_all, gradient_rows, load_parts, loads, pointers_of, rows_of, shift_all
 from .parts import by_type, part, unless_none
 from .rows import EXACT, PAST, index
+from .sums import add_sums, no_sums, with_first, with_values
 
 FULL = 1024  # columns of a row from which it is stored past the caches alone: its ends are parts of lines
 ROWS = 16  # whose sums stay in registers; no more are added in float32 (see `blocks.CHAIN`)
@@ -101,6 +89,12 @@ def _in_step(r, rows, order):  # type: ignore[no-untyped-def]
     while n < ROWS and r + n < rows and order[r + n] == order[r] + n:
         n += 1
     return n
+
+
+@formula
+def _later(a, offset):  # type: ignore[no-untyped-def]
+    """A pointer, `offset` bytes on; None of None."""
+    return None if a is None else shifted(a, offset)
 
 
 @unless_none(0, lambda *args: (None, 0))
@@ -192,116 +186,93 @@ def _ahead(a, here, step, r, c0, plan, order):  # type: ignore[no-untyped-def]
     return place, step
 
 
+@by_type
+def _ahead_of(sources, here, steps, r, c0, plan, order):  # type: ignore[no-untyped-def]
+    """As `_ahead`, of each."""
+    return _ahead_of_one if len(sources) == 1 else _ahead_of_two
+
+
+def _ahead_of_one(sources, here, steps, r, c0, plan, order):  # type: ignore[no-untyped-def]
+    x, step = _ahead(sources[0], here[0], steps[0], r, c0, plan, order)
+    return (x,), (step,)
+
+
+def _ahead_of_two(sources, here, steps, r, c0, plan, order):  # type: ignore[no-untyped-def]
+    dy, step_dy = _ahead(sources[0], here[0], steps[0], r, c0, plan, order)
+    x, step_x = _ahead(sources[1], here[1], steps[1], r, c0, plan, order)
+    return (dy, x), (step_dy, step_x)
+
+
 @formula
-def _within_tile(f, k):  # type: ignore[no-untyped-def]
-    """Weights of the first k lanes; those behind belong to no column of this tile, but to some of the next one."""
-    return None if f is None else joined(k, f, nothing(f))
+def _near_at(near, j, sources):  # type: ignore[no-untyped-def]
+    """Pivots from column j on, of each."""
+    return tuple(load_own(p, j) for p in rows_of(near, len(sources)))
+
+
+@formula
+def _lens_at(lenses, j):  # type: ignore[no-untyped-def]
+    """h, a, b of z = a (x - h) + b, from column j on."""
+    return None if lenses is None else tuple(load_own(p, j) for p in rows_of(lenses, 3))
+
+
+@formula
+def _loaded_at(sources, j, near):  # type: ignore[no-untyped-def]
+    return tuple(load(s, j, h) for s, h in zip(sources, near, strict=True))
+
+
+@formula
+def _parts_at(sources, j, k, near):  # type: ignore[no-untyped-def]
+    return tuple(load_part(s, j, k, h) for s, h in zip(sources, near, strict=True))
 
 
 @part()
-def _add_deviations(x, step, rows, n, near, sums, w, step_w, ahead, step_ahead):  # type: ignore[no-untyped-def]
-    """Columns of sums (2, W) float64 += over some rows of n columns, in lanes of the type of near (W,).
-
-    By weights, if there are some: sums has a third row then, for them.
-    """
-    like, none = spread(near[0]), no_deviations(spread(near[0]))
+def _add(sources, steps, res, step_r, w, step_w, rows, n, near, sums, how, lenses, ahead, steps_ahead):  # type: ignore[no-untyped-def]
+    """Columns of sums (M, W) float64 += over some rows of n columns, in lanes of the type of near (1 or 2, W)."""
     i = 0  # what is fetched is so in the order of memory
     for j in range(0, n, LANES):
-        h, held = load(pointer(near, 0), j, like), none
+        pivots, lens, k = _near_at(near, j, sources), _lens_at(lenses, j), n - j
+        held, like = no_sums(pivots), pivots[-1]
         if j + LANES <= n:
             for r in range(rows):
-                fetch(ahead, i)
+                fetch_all(ahead, i)
                 i += LANES
                 if i >= n:
-                    ahead, i = shifted(ahead, step_ahead), 0
-                d = load(shifted(x, r * step), j, like) - h
-                held = with_deviation(held, d, _weight_at(w, step_w, r, like))
-        else:
+                    ahead, i = shift_all(ahead, steps_ahead, 1), 0
+                values, e = (
+                    _loaded_at(shift_all(sources, steps, r), j, pivots),
+                    loaded(_later(res, r * step_r), j, like),
+                )
+                held = with_values(held, values, e, _weight_at(w, step_w, r, like), how, pivots, lens)
+        else:  # lanes behind the last column belong to none of this tile, but to some of the next one
             for r in range(rows):
-                d = load_part(shifted(x, r * step), j, n - j, h) - h
-                held = with_deviation(held, d, _within_tile(_weight_at(w, step_w, r, like), n - j))
-        add_deviations(w, pointer(sums, 8 * j), sums.strides[0], held, none)
+                values = _parts_at(shift_all(sources, steps, r), j, k, pivots)
+                e, f = loaded_part(_later(res, r * step_r), j, k, like), _weight_at(w, step_w, r, like)
+                held = with_first(held, k, values, e, f, how, pivots, lens)
+        add_sums(w, pointer(sums, 8 * j), sums.strides[0], held)
 
 
 @part()
-def columns_deviations(x, k, c0, channels, near, sums, plan, few, w, order):  # type: ignore[no-untyped-def]
-    """Columns of sums (2, W) += x - pivot and its square, for the channels from c0 on; near (1, W) has the pivots.
+def columns_sums(sources, res, w, k, c0, channels, near, sums, plan, few, how, lenses, order):  # type: ignore[no-untyped-def]
+    """Columns of sums (M, W) += those of the channels from c0 on; near has the pivots of each source, by column.
 
-    For all of block k, or for its first `few` rows. With weights w sums has a third row, for them.
+    For all of block k, or for its first `few` rows. lenses (3, W + 16) has what `bent` takes, by column.
     """
     keep_whole()
-    r, r1 = _borders(k, x.shape, plan)
+    shape = sources[0].shape
+    r, r1 = _borders(k, shape, plan)
     r1 = min(r1, r + few)
     while r < r1:
-        place, step, left = _row(x, r, c0, plan, order)
-        n = _width(r, x.shape, channels, plan)
-        rows = min(ROWS, left, r1 - r)
-        if rows > 1 and _width(r + rows - 1, x.shape, channels, plan) != n:
-            rows -= 1
-        weight, step_w = _weight(w, r, plan, order)
-        ahead, step_ahead = _ahead(x, shifted(place, rows * step), step, r + rows, c0 + channels, plan, order)
-        _add_deviations(place, step, rows, n, near[0], sums, weight, step_w, ahead, step_ahead)
-        r += rows
-
-
-@part()
-def _add_products(
-    dy, x, step_dy, step_x, rows, n, near_dy, near_x, sums, how, r0, step_r, w, step_w, lenses, ahead_dy, ahead_x, steps
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    like = spread(near_dy[0])
-    i = 0
-    for j in range(0, n, LANES):
-        gh, dh, z = load(pointer(near_dy, 0), j, like), load(pointer(near_x, 0), j, like), _lens(lenses, j)
-        held, k = no_products(like), n - j
-        if j + LANES <= n:
-            for r in range(rows):
-                fetch(ahead_dy, i)
-                fetch(ahead_x, i)
-                i += LANES
-                if i >= n:
-                    ahead_dy, ahead_x, i = shifted(ahead_dy, steps[0]), shifted(ahead_x, steps[1]), 0
-                m, e = _weight_at(w, step_w, r, like), loaded(later(r0, r * step_r), j, like)
-                seen = load(shifted(dy, r * step_dy), j, like), load(shifted(x, r * step_x), j, like), e, m
-                held = with_products(held, how, seen, gh, dh, z)
-        else:
-            for r in range(rows):
-                m, e = _weight_at(w, step_w, r, like), loaded_part(later(r0, r * step_r), j, k, like)
-                dys, xs = load_part(shifted(dy, r * step_dy), j, k, gh), load_part(shifted(x, r * step_x), j, k, dh)
-                held = with_part(held, k, how, (dys, xs, e, m), gh, dh, z)
-        pass_on(pointer(sums, 8 * j), sums.strides[0], held)
-
-
-@formula
-def _lens(lenses, j):  # type: ignore[no-untyped-def]
-    """h, a, b of z = a (x - h) + b, from column j on."""
-    return tuple(load_own(p, j) for p in rows_of(lenses, 3))
-
-
-@part()
-def columns_products(dy, x, k, c0, channels, near, sums, plan, few, how, res, w, order, lenses):  # type: ignore[no-untyped-def]
-    """Columns of sums (5, W) += g = dy - pivot, d = x - hi, g d, g^2 and d^4; near (2, W) has pivots and his.
-
-    lenses (3, W + 16) has what `bent` takes, by column.
-    """
-    keep_whole()
-    r, r1 = _borders(k, x.shape, plan)
-    r1 = min(r1, r + few)
-    while r < r1:
-        run_dy, step_dy, left = _row(dy, r, c0, plan, order)
-        run_x, step_x, _ = _row(x, r, c0, plan, order)
+        runs, steps, left = _rows_of(sources, r, c0, plan, order)
         run_r, step_r, _ = _part_of(res, r, c0, plan, order)
         weight, step_w = _weight(w, r, plan, order)
-        n = _width(r, x.shape, channels, plan)
+        n = _width(r, shape, channels, plan)
         rows = min(ROWS, left, r1 - r)
-        if rows > 1 and _width(r + rows - 1, x.shape, channels, plan) != n:
+        if rows > 1 and _width(r + rows - 1, shape, channels, plan) != n:
             rows -= 1
-        end, c1 = r + rows, c0 + channels
-        ahead_dy, ahead_step = _ahead(dy, shifted(run_dy, rows * step_dy), step_dy, end, c1, plan, order)
-        ahead_x, ahead_step_x = _ahead(x, shifted(run_x, rows * step_x), step_x, end, c1, plan, order)
-        _add_products(
-            run_dy, run_x, step_dy, step_x, rows, n, near[0], near[1], sums, how, run_r, step_r, weight, step_w, lenses,
-            ahead_dy, ahead_x, (ahead_step, ahead_step_x),
-        )  # fmt: skip
+        ahead, steps_ahead = _ahead_of(
+            sources, shift_all(runs, steps, rows), steps, r + rows, c0 + channels, plan, order
+        )
+        _add(runs, steps, run_r, step_r, weight, step_w, rows, n, near, sums, how, lenses, ahead, steps_ahead)
         r += rows
 
 
@@ -464,7 +435,7 @@ def columns_map(sources, target, beside, k, c0, channels, numbers, rare, plan, h
         at_once = count if gapless and together else 1
         for i in range(0, count, at_once):
             n = (at_once - 1) * width + _width(r0 + i + at_once - 1, shape, channels, plan)
-            own = later(run_r, i * step_r), later(weight, i * step_w), later(run_dr, i * step_dr)
+            own = _later(run_r, i * step_r), _later(weight, i * step_w), _later(run_dr, i * step_dr)
             _map_run(
                 shift_all(runs, steps, i), shifted(run, i * step), own, n, width, at_once - 1, rows, mode,
                 past and (at_once > 1 or width >= FULL), shift_all(runs, steps, i + reach), how, like, step_w,

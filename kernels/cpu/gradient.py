@@ -11,7 +11,7 @@ from .formulas import (
     formula,
     full,
 )
-from .in_turn import rows_products_two
+from .in_turn import rows_two
 from .items import by_all, fence
 from .lanes import (
     LANES,
@@ -42,6 +42,7 @@ from .schedule import (
     MAP,
     SINGLE,
     SUM,
+    add_block,
     adopt,
     borders,
     by_channel,
@@ -57,7 +58,6 @@ from .schedule import (
     near_enough,
     part_sizes,
     planned,
-    products,
     share_of,
     start_of,
     tile_width,
@@ -70,14 +70,15 @@ IN_DOUBLE = 4  # sums of products, in float64: d^4 is for what float32 can't do
 @part()
 def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order, cm, dx, dr):  # type: ignore[no-untyped-def]
     """part (P, 5, G) of piece p of a tile: count, mean of dy as hi and lo, mean of x - hi, co-moment; meanwhile channel
-    cm is mapped, if >= 0 (`rows_products_two`)."""
+    cm is mapped, if >= 0 (`rows_two`)."""
     k0, k1 = p * plan[3], min((p + 1) * plan[3], plan[2])
     g = min(plan[1], x.shape[1] - c0)
     numbers, all_sums, near64, singles, near, scratch = memory
     totals, sums = corner(numbers, 5, 5, g), corner(all_sums, 0, 5, tile_width(g, plan))
     pivot, hi = row(singles, 0, g), row(singles, 1, g)
     lenses, spread_lenses = corner(numbers, 10, 3, g), columns_of(how, r, rest(near64, 5), rest(near, 8))
-    used = used_of(how, r, w, x, numbers, rest(singles, 2))
+    both, beside, used = (dy, x), (r, w, dr), used_of(how, r, w, x, numbers, rest(singles, 2))
+    waiting, like = (numbers, used, rest(numbers, 20)), read_as(how, r, spread(narrowest(x)), spread(used[0, 0]))
     mine = place(part, p)
     if k0 >= k1:
         part[p] = 0.0
@@ -96,13 +97,12 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order,
         n = 0.0
         for k in range(k0, k1):
             if cm >= 0:
-                rows_products_two(
-                    dy, x, dx, k, c0, pivot, hi, sums, plan, cm, used, how, r, w, dr, lenses, rest(numbers, 20),
-                    scratch[2][0],
-                )  # fmt: skip
+                rows_two(
+                    both, dx, beside, k, c0, w, (pivot, hi), lenses, sums, plan, cm, waiting, how, like, scratch[2][0]
+                )
             else:
-                products(
-                    dy, x, k, c0, pivot, hi, sums, near, scratch, plan, ALL, how, r, w, order, lenses, spread_lenses
+                add_block(
+                    both, r, w, k, c0, (pivot, hi), near, sums, plan, scratch, ALL, how, lenses, spread_lenses, order
                 )
             n += count_of(k, x.shape, plan, ALL)
         by_channel(sums, totals, plan)
@@ -120,13 +120,12 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order,
         n, share = 0.0, share_of(x, 0.25)
         for k in range(k0, k1):
             if cm >= 0 and plan[7] & EXACT:
-                rows_products_two(
-                    dy, x, dx, k, c0, mean, hi64, sums, plan, cm, used, how, r, w, dr, lenses, rest(numbers, 20),
-                    scratch[2][0],
-                )  # fmt: skip
+                rows_two(
+                    both, dx, beside, k, c0, w, (mean, hi64), lenses, sums, plan, cm, waiting, how, like, scratch[2][0]
+                )
             else:
-                products(
-                    dy, x, k, c0, mean, hi64, sums, near64, scratch, plan, ALL, how, r, w, order, lenses, spread_lenses
+                add_block(
+                    both, r, w, k, c0, (mean, hi64), near64, sums, plan, scratch, ALL, how, lenses, spread_lenses, order
                 )
             by_channel(outer(sums, 0, IN_DOUBLE), outer(totals, 0, IN_DOUBLE), plan)
             m = count_of(k, x.shape, plan, ALL)
@@ -135,8 +134,8 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order,
                     dy, x, k, c0, own, hi64, totals, sums, near64, scratch, plan, ALL, how, r, w, order, lenses,
                     spread_lenses,
                 )  # fmt: skip
-                products(
-                    dy, x, k, c0, own, hi64, sums, near64, scratch, plan, ALL, how, r, w, order, lenses, spread_lenses
+                add_block(
+                    both, r, w, k, c0, (own, hi64), near64, sums, plan, scratch, ALL, how, lenses, spread_lenses, order
                 )
                 by_channel(outer(sums, 0, IN_DOUBLE), outer(totals, 0, IN_DOUBLE), plan)
                 for c in range(0, g, LANES):
@@ -239,7 +238,8 @@ def _mean_of_dy_bent(
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     blank(pivot, 1)
     blank(near, 1)
-    products(dy, x, k, c0, pivot, hi, sums, near, scratch, plan, few, how, r, w, order, lenses, spread_lenses)
+    both = dy, x
+    add_block(both, r, w, k, c0, (pivot, hi), near, sums, plan, scratch, few, how, lenses, spread_lenses, order)
     by_channel(sums, totals, plan)
     n = count_of(k, x.shape, plan, few)
     divide(pivot, totals, n, None)

@@ -46,7 +46,7 @@ def sizes_of(arrays):  # type: ignore[no-untyped-def]
 @formula
 def lens(numbers, c):  # type: ignore[no-untyped-def]
     """h, a, b of z = a (x - h) + b, in all lanes."""
-    return tuple(spread_of(numbers, i, c) for i in range(3))
+    return None if numbers is None else tuple(spread_of(numbers, i, c) for i in range(3))
 
 
 @formula

@@ -70,7 +70,9 @@ def _forward_sum(p, c0, x, part, plan, memory, w, order, cm, y, how, r):  # type
         corner(all_sums, 0, depth, tile_width(g, plan)),
         row(singles, 0, g),
     )
-    mine = place(part, p)
+    seen, mine = _unless_unused(how, w), place(part, p)
+    beside, like = (r, seen, None), spread(singles[2, 0])
+    waiting = numbers, fast_numbers(how, r, seen, rest(singles, 2)), None
     if k0 >= k1:  # of a set smaller than the plan's; of an empty one, all that is merged
         part[p] = 0.0
         return
@@ -80,10 +82,7 @@ def _forward_sum(p, c0, x, part, plan, memory, w, order, cm, y, how, r):  # type
         count = 0.0
         for k in range(k0, k1):
             if cm >= 0:
-                rows_two(
-                    x, y, k, c0, pivot, sums, plan, cm, numbers, rest(singles, 2), how, r, w, _unless_unused(how, w),
-                    scratch[2][0],
-                )  # fmt: skip
+                rows_two((x,), y, beside, k, c0, w, (pivot,), None, sums, plan, cm, waiting, how, like, scratch[2][0])
             else:
                 deviations(x, k, c0, pivot, sums, near, scratch, plan, ALL, w, order)
             count += count_of(k, x.shape, plan, ALL)
@@ -97,10 +96,7 @@ def _forward_sum(p, c0, x, part, plan, memory, w, order, cm, y, how, r):  # type
         share = share_of(x, 0.5)
         for k in range(k0, k1):
             if cm >= 0 and plan[7] & EXACT:
-                rows_two(
-                    x, y, k, c0, mean, sums, plan, cm, numbers, rest(singles, 2), how, r, w, _unless_unused(how, w),
-                    scratch[2][0],
-                )  # fmt: skip
+                rows_two((x,), y, beside, k, c0, w, (mean,), None, sums, plan, cm, waiting, how, like, scratch[2][0])
             else:
                 deviations(x, k, c0, mean, sums, near64, scratch, plan, ALL, w, order)
             by_channel(sums, totals, plan)

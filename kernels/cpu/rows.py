@@ -11,7 +11,7 @@ scratch run, and results are scattered from one.
 import numpy as np
 
 from .activations import absent
-from .blocks import AHEAD, run_deviations, run_products
+from .blocks import AHEAD, run_sums
 from .formulas import formula
 from .lanes import (
     LANES,
@@ -25,6 +25,7 @@ from .lanes import (
     save,
     shifted,
     spread,
+    spread_of,
     total,
 )
 from .maps import (
@@ -164,29 +165,6 @@ def add_up(sums, s):  # type: ignore[no-untyped-def]
 
 
 @part()
-def rows_deviations(x, k, c0, pivot, sums, plan, scratch, few, w, order):  # type: ignore[no-untyped-def]
-    """Lanes of sums (2, 16 G) += x - pivot and its square, for the channels from c0 on; pivot (G,) sets the type.
-
-    For all of block k, or for samples of `few` values. With weights w sums has a third row, for them.
-    """
-    keep_whole()
-    o0, o1, i0, _ = block(k, x.shape, plan)
-    samples, runs, n, step, further = _samples(k, x.shape, plan, few)
-    gather, o, i = plan[7] & GATHER, o0, i0
-    for _ in range(samples):
-        p = index(order, o)
-        for c in range(pivot.size):
-            if gather:
-                run = gathered(x, c0 + c, o, o + runs, i, n, order, scratch[0][0])
-                run_w = gathered(w, 0, o, o + runs, i, n, order, scratch[2][0])
-            else:
-                run, run_w = at(x, p, c0 + c, i), at(w, p, 0, i)
-            then = _then(x, run, o, n, order)
-            run_deviations(run, run_w, runs * n, pivot[c], lanes_of(sums, 0, c), sums.strides[0], then)
-        o, i = following(o, i, o0, o1, runs, step, further)
-
-
-@part()
 def _then(a, run, o, n, order):  # type: ignore[no-untyped-def]
     """n elements before the run of the next outer index, whose start is fetched beside the end of this one."""
     if n < max(AHEAD, a.shape[2]) or a.strides[2] != a.itemsize or o + 1 >= a.shape[0]:
@@ -194,29 +172,51 @@ def _then(a, run, o, n, order):  # type: ignore[no-untyped-def]
     return shifted(run, (index(order, o + 1) - index(order, o)) * a.strides[0] - n * a.itemsize)
 
 
+@by_type
+def _then_all(sources, runs, o, n, order):  # type: ignore[no-untyped-def]
+    """As `_then`, of each."""
+    return _then_one if len(sources) == 1 else _then_two
+
+
+def _then_one(sources, runs, o, n, order):  # type: ignore[no-untyped-def]
+    return (_then(sources[0], runs[0], o, n, order),)
+
+
+def _then_two(sources, runs, o, n, order):  # type: ignore[no-untyped-def]
+    return _then(sources[0], runs[0], o, n, order), _then(sources[1], runs[1], o, n, order)
+
+
 @part()
-def rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch, few, how, r, w, order, lenses):  # type: ignore[no-untyped-def]
-    """Lanes of sums (5, 16 G) += g = dy - pivot, d = x - hi, g d, g^2 and d^4; lenses (3, G) as in `lens`."""
+def rows_sums(sources, r, w, k, c0, pivots, sums, plan, scratch, few, how, lenses, order):  # type: ignore[no-untyped-def]
+    """Lanes of sums (M, 16 G) += those of the channels from c0 on; pivots (G,) of each source set the type.
+
+    For all of block k, or for samples of `few` values.
+    """
     keep_whole()
-    o0, o1, i0, _ = block(k, x.shape, plan)
-    samples, runs, n, step, further = _samples(k, x.shape, plan, few)
+    shape = sources[0].shape
+    o0, o1, i0, _ = block(k, shape, plan)
+    samples, count, n, step, further = _samples(k, shape, plan, few)
     gather, o, i = plan[7] & GATHER, o0, i0
     for _ in range(samples):
         p = index(order, o)
-        for c in range(pivot.size):
+        for c in range(pivots[0].size):
             if gather:
-                run_dy = gathered(dy, c0 + c, o, o + runs, i, n, order, scratch[1][0])
-                run_x = gathered(x, c0 + c, o, o + runs, i, n, order, scratch[0][0])
-                run_r = gathered(r, c0 + c, o, o + runs, i, n, order, scratch[1][2])
-                run_w = gathered(w, 0, o, o + runs, i, n, order, scratch[2][0])
+                runs = _gathered_all(sources, c0 + c, o, o + count, i, n, order, scratch)
+                run_r = gathered(r, c0 + c, o, o + count, i, n, order, scratch[1][2])
+                run_w = gathered(w, 0, o, o + count, i, n, order, scratch[2][0])
             else:
-                run_dy, run_x = at(dy, p, c0 + c, i), at(x, p, c0 + c, i)
-                run_r, run_w = at(r, p, c0 + c, i), at(w, p, 0, i)
-            run_products(
-                run_dy, run_x, runs * n, pivot[c], hi[c], lanes_of(sums, 0, c), sums.strides[0], how, run_r, run_w,
-                lens(lenses, c), _then(dy, run_dy, o, n, order), _then(x, run_x, o, n, order),
+                runs, run_r, run_w = at_all(sources, p, c0 + c, i), at(r, p, c0 + c, i), at(w, p, 0, i)
+            run_sums(
+                runs, run_r, run_w, count * n, pivots_of(pivots, c), lanes_of(sums, 0, c), sums.strides[0], how,
+                lens(lenses, c), _then_all(sources, runs, o, n, order),
             )  # fmt: skip
-        o, i = following(o, i, o0, o1, runs, step, further)
+        o, i = following(o, i, o0, o1, count, step, further)
+
+
+@formula
+def pivots_of(pivots, c):  # type: ignore[no-untyped-def]
+    """In all lanes, of a channel."""
+    return tuple(spread_of(pivot, 0, c) for pivot in pivots)
 
 
 @formula

@@ -21,7 +21,7 @@ import math
 import numpy as np
 
 from .activations import absent
-from .columns import columns_count, columns_deviations, columns_products, gather_columns, spread_column
+from .columns import columns_count, columns_sums, gather_columns, spread_column
 from .formulas import formula
 from .items import claim
 from .lanes import (
@@ -39,7 +39,7 @@ from .lanes import (
     where_nonzero,
 )
 from .parts import part
-from .rows import GATHER, PAST, add_up, rows_count, rows_deviations, rows_first, rows_products
+from .rows import GATHER, PAST, add_up, rows_count, rows_first, rows_sums
 from .views import carved, corner, in_step, outer
 
 SUM, FINISH, MAP = 1, 2, 4
@@ -151,24 +151,21 @@ def count_of(k, shape, plan, few):  # type: ignore[no-untyped-def]
 
 
 @part()
-def deviations(x, k, c0, pivot, sums, near, scratch, plan, few, w, order):  # type: ignore[no-untyped-def]
-    """sums (2, W) += x - pivot and its square, for block k of the channels from c0 on, or `few` values of it.
+def add_block(sources, r, w, k, c0, pivots, near, sums, plan, scratch, few, how, lenses, lenses_by_column, order):  # type: ignore[no-untyped-def]
+    """sums (M, W) += those of block k of the channels from c0 on, or of `few` values of it.
 
-    With weights w sums (3, W) has their sums too.
+    pivots (G,) of each source, and near, which has them by column; lenses (3, G), and by column, or None.
     """
     if plan[0]:
-        columns_deviations(x, k, c0, pivot.size, near, sums, plan, few, w, order)
+        columns_sums(sources, r, w, k, c0, pivots[0].size, near, sums, plan, few, how, lenses_by_column, order)
     else:
-        rows_deviations(x, k, c0, pivot, sums, plan, scratch, few, w, order)
+        rows_sums(sources, r, w, k, c0, pivots, sums, plan, scratch, few, how, lenses, order)
 
 
 @part()
-def products(dy, x, k, c0, pivot, hi, sums, near, scratch, plan, few, how, r, w, order, lenses, spread_lenses):  # type: ignore[no-untyped-def]
-    """sums (5, W) += g = dy - pivot, d = x - hi, g d, g^2 and, in float32, d^4."""
-    if plan[0]:
-        columns_products(dy, x, k, c0, pivot.size, near, sums, plan, few, how, r, w, order, spread_lenses)
-    else:
-        rows_products(dy, x, k, c0, pivot, hi, sums, plan, scratch, few, how, r, w, order, lenses)
+def deviations(x, k, c0, pivot, sums, near, scratch, plan, few, w, order):  # type: ignore[no-untyped-def]
+    """The same, of x alone."""
+    add_block((x,), None, w, k, c0, (pivot,), near, sums, plan, scratch, few, None, None, None, order)
 
 
 @part()
