@@ -207,6 +207,12 @@ def _weights(where: str, weights: Any, x: Any, axes: tuple[int, ...]) -> Any:
     if not np.all(checked >= 0) or not np.all(np.isfinite(checked)):
         bad = checked[~(np.isfinite(checked) & (checked >= 0))][0]
         raise ValueError(f"{where}: weights has {bad:g}; expected finite numbers of 0 or more")
+    most = float(np.max(array, initial=0))
+    if most > 0 and not 1e-30 <= most <= 1e30:
+        raise ValueError(
+            f"{where}: weights has {most:g} as its largest; expected 1e-30 to 1e30. Divide them by it, as "
+            "only their ratios count"
+        )
     return np.broadcast_to(checked, full)
 
 
@@ -276,14 +282,16 @@ def _groups(where: str, groups: Any, samples: int) -> Groups:
             )
         order = np.argsort(groups, kind="stable").astype(np.int64)
         starts = np.searchsorted(groups[order], np.arange(number + 1)).astype(np.int64)
-        return Groups(number, samples, None if np.all(np.diff(groups) >= 0) else order, starts)
+        in_order = np.all(groups[1:] >= groups[:-1])  # differences of unsigned ids are never below 0
+        return Groups(number, samples, None if in_order else order, starts)
     if isinstance(groups, Sequence) and groups and all(isinstance(n, (int, np.integer)) and n >= 0 for n in groups):
-        if sum(groups) != samples:
+        listed = [int(n) for n in groups]  # the sum of NumPy's may wrap
+        if sum(listed) != samples:
             raise ValueError(
-                f"{where}: groups has sizes that add up to {sum(groups)}; expected {samples}, the number of samples. "
+                f"{where}: groups has sizes that add up to {sum(listed)}; expected {samples}, the number of samples. "
                 "For an id of each sample, pass an array"
             )
-        return Groups(len(groups), samples, None, np.concatenate([[0], np.cumsum(np.asarray(groups, np.int64))]))
+        return Groups(len(groups), samples, None, np.concatenate([[0], np.cumsum(np.array(listed, np.int64))]))
     raise TypeError(
         f"{where}: groups is {describe(groups)}; expected a number of groups, a list of their sizes, or an array with "
         "the group of each sample"

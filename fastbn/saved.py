@@ -104,16 +104,20 @@ def moments_of(
         if asked is None or masses is None:
             count, shape = channels.values if total is None else int(total), channels.shape
             lo = None if lo is None else lo.reshape(shape)
-            return Moments.found(count, mean.reshape(shape), (count * var).reshape(shape), kind, lo)
+            return _found(count, mean.reshape(shape), var.reshape(shape), kind, lo)
         shape = asked.sets, *channels.shape
         mean, var, lo = mean.reshape(shape), var.reshape(shape), None if lo is None else lo.reshape(shape)
         family = family_of_values(masses)
         masses = family.host(family.numbers(masses))
         counts = [float(m) if asked.weights is not None else int(m) for m in masses]
-        found = [
-            Moments.found(n, mean[g], n * var[g], kind, None if lo is None else lo[g]) for g, n in enumerate(counts)
-        ]
+        found = [_found(n, mean[g], var[g], kind, None if lo is None else lo[g]) for g, n in enumerate(counts)]
     return found[0] if asked.groups is None else found
+
+
+def _found(count: float, mean: Any, var: Any, kind: np.dtype[Any], lo: Any) -> Any:
+    if count == 0:  # units would make -scale * zero_point of the 0
+        mean, lo = 0 * var, None
+    return Moments.found(count, mean, count * var, kind, lo)
 
 
 def number_type(itemsize: int) -> np.dtype[Any]:

@@ -294,6 +294,22 @@ def test_channels_kept_apart_behind_an_axis_of_one(rng):
         np.testing.assert_allclose(b, a, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["u1", "u8", "i1"])
+def test_ids_and_sizes_of_any_whole_numbers(kind, rng):
+    """Differences of unsigned ids are never below 0, and narrow sizes add up to less than they are."""
+    x = rng.normal(rng.normal(0, 3), 1, (6, 3, 4)).astype(np.float32)
+    gamma, beta = rng.normal(1, 0.5, 3), rng.normal(0, 1, 3)
+    ids = np.array([1, 0, 1, 0, 2, 1])
+    want = fastbn.forward(x, gamma, beta, groups=ids)[0]
+    np.testing.assert_array_equal(fastbn.forward(x, gamma, beta, groups=ids.astype(kind))[0], want)
+    many, sizes = rng.normal(0, 1, (300, 2)), [120, 120, 60]
+    narrow = list(np.array(sizes, kind))
+    np.testing.assert_array_equal(fastbn.forward(many, groups=narrow)[0], fastbn.forward(many, groups=sizes)[0])
+    if kind == "u1":
+        with pytest.raises(ValueError, match=r"add up to 262; expected 6,"):
+            fastbn.forward(x, groups=[np.uint8(200), np.uint8(62)])
+
+
 @pytest.mark.parametrize("groups", [[3, 3, 0], [0, 2, 0, 0, 4, 0, 0]])
 def test_empty_groups_at_the_end(groups, rng):
     """They take nothing from those before them: counts, and gradients by weights."""
@@ -396,6 +412,61 @@ def test_whole_numbers(name, dtype, rng):
     assert np.abs(dbeta - want_beta).max() <= 1e-6 * n
     with pytest.raises(ValueError, match=r"dx of whole numbers .* no gradient.*need=\(False, True, True\)"):
         fastbn.backward(dy, saved)
+
+
+def test_moments_of_no_whole_numbers(rng):
+    """Their mean is 0, not that of units: -scale zero_point."""
+    q, units = rng.integers(0, 255, (6, 5)).astype(np.uint8), {"scale": 1 / 255, "zero_point": 113}
+    _, saved = fastbn.forward(q, groups=np.array([2, 2, 2, 3, 3, 3]), **units)
+    for nothing in (saved.moments[0], fastbn.moments(q[:0], **units)):
+        assert nothing.count == 0
+        np.testing.assert_array_equal(nothing.mean, 0)
+    assert (np.abs(saved.moments[3].mean) > 0).all()
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("scale", [1e-29, 1e-20, 1e-10, 1e10, 1e29])
+def test_weights_of_any_size(scale, axis, rng):
+    """Only their ratios count; by squares of small numbers float32 lost all of them."""
+    x = (rng.normal(0, 1e-8, (64, 3, 40)) + rng.normal(0, 1e-8, (1, 3, 1))).astype(np.float32)
+    w = rng.random((64, 1, 40))
+    w[:, :, 30:] = 0
+    if axis == -1:
+        x, w = np.ascontiguousarray(x.transpose(0, 2, 1)), w.transpose(0, 2, 1)
+    gamma, beta = rng.normal(1, 0.5, 3), rng.normal(0, 1, 3)
+    w = (w * scale).astype(np.float32)
+    y, saved = fastbn.forward(x, gamma, beta, weights=w, axis=axis, eps=1e-20)
+    exact, kept = fastbn.reference.forward(x.astype(np.float64), gamma, beta, weights=w, axis=axis, eps=1e-20)
+    compare("y", y, exact, y.dtype)
+    np.testing.assert_allclose(saved.moments.var(), kept.moments.var(), rtol=2e-7)
+
+
+def test_weights_all_alike_leave_the_variance_alone(rng):
+    """Their sum in float32 is off by the same in all lanes: the variance was by 2.5e-7, y by 3.7 eps at most."""
+    x = rng.normal(rng.normal(0, 1, (1, 2, 1)), 1, (8, 2, 16384)).astype(np.float32)
+    for one in (0.9350724, 0.7, 1.1):
+        _, saved = fastbn.forward(x, weights=np.full(8, one))
+        exact = x.astype(np.float64).var(axis=(0, 2))
+        np.testing.assert_allclose(saved.moments.var(), exact, rtol=1e-7)
+
+
+@pytest.mark.parametrize("more", [{"groups": 4}, {"activation": ("leaky_relu", 1.0)}], ids=["groups", "activation"])
+def test_dgamma_where_dy_is_nearly_one_number(more, rng):
+    """x less its mean adds up to 0; by what rounding left of that, times the sum of dy, dgamma was off by 3e-3."""
+    x = rng.normal(rng.normal(0, 2, (1, 4, 1)), 1, (32, 4, 784)).astype(np.float32)
+    dy = rng.normal(1, 1e-3, x.shape).astype(np.float32)
+    gamma, beta = rng.normal(1, 0.5, 4), rng.normal(0, 1, 4)
+    found = fastbn.backward(dy, fastbn.forward(x, gamma, beta, **more)[1])[1]
+    exact = fastbn.reference.backward(dy, fastbn.reference.forward(x, gamma, beta, **more)[1])[1]
+    np.testing.assert_allclose(found, exact, rtol=0, atol=2e-6 * np.abs(exact).max())
+
+
+def test_no_channels(rng):
+    x = rng.normal(0, 1, (4, 0, 3)).astype(np.float32)
+    for more in ({"groups": 2}, {"weights": np.ones(4)}, {"activation": "relu"}):
+        for run in (fastbn, fastbn.reference):
+            y, saved = run.forward(x, **more)
+            assert [a.shape for a in run.backward(y, saved)] == [(4, 0, 3), (0,), (0,)]
 
 
 def test_a_mask_is_the_compacted_array(rng):
@@ -512,6 +583,11 @@ WRONG = {
         {"weights": [1, -1, 1, 1]},
         ValueError,
         r"weights has -1; expected finite numbers of 0 or more",
+    ),
+    "weights too small for squares": (
+        {"weights": [1e-31] * 4},
+        ValueError,
+        r"weights has 1e-31 as its largest.*Divide",
     ),
     "weights of NaN": ({"weights": [1, np.nan, 1, 1]}, ValueError, r"weights has nan"),
     "weights of another shape": (

@@ -133,17 +133,17 @@ def _forward(
         by_set[1] = 0.0 if beta is None else beta
     if y is None:
         y = np.empty((0, 0, 0), np.float32 if _is_whole(x.dtype) else x.dtype)
-    how, extras = None, _NO_EXTRAS[:4]
+    how, extras = None, _NO_EXTRAS[:5]
     if more is not None:
         weights = more.weights if stages & SUM or more.masked != "normalize" else None
         how, value = _how(more, False, more.residual is None and (weights is None or more.masked == "normalize"))
-        extras = _order(more), value, more.residual, weights
+        extras = _order(more), value, more.residual, weights, None if weights is None else more.mass
     _carry_out(forward_item, (x, y), (table, affine, float(eps)), 4, stages, how, more, extras, sizes)
 
 
 _NO_ORDER = _NO_CLAIMS = np.zeros(0, np.int64)
 _PLAINLY = (0.0, 1.0, 0.0, 0.0)
-_NO_EXTRAS: tuple[Any, ...] = (_NO_ORDER, _PLAINLY, None, None, None, None)  # of backward; of forward the first four
+_NO_EXTRAS: tuple[Any, ...] = (_NO_ORDER, _PLAINLY, None, None, None, None)  # of backward; of forward the first five
 
 
 def _order(more: Any) -> np.ndarray:
@@ -234,8 +234,9 @@ def _backward_with(
         target = np.empty(dy.shape, dy.dtype) if dx is None else dx  # dresidual alone is rare: it costs a buffer
     how, extras = _gradient_extras(more, frozen)
     stages = (SUM | FINISH if summed else 0) | (MAP if mapped else 0)
-    _carry_back((dy, x, target), table, grads, (None, dbeta), stages, how, more, extras, SIZES)
-    if dgamma is not None:
+    own = not frozen and more.weights is None  # then x less its mean adds up to 0, not to what rounding left of it
+    _carry_back((dy, x, target), table, grads, (dgamma if own else None, dbeta), stages, how, more, extras, SIZES)
+    if dgamma is not None and not own:
         with np.errstate(all="ignore"):
             dgamma[...] = _products(x, grads, more) * table[3]
 
@@ -373,7 +374,7 @@ def _twins(item: Any, dtype: np.dtype[Any], result: np.dtype[Any], how: Any, kin
     row, reals = array(integer, 1, "C"), array(real, 1, "C")
     sums = reals if dtype.itemsize == 8 else array(numba.types.float32, 1, "C")
     arrays, layouts = {
-        forward_item: ((given, written, numbers, numbers, real, part), (read, None)),
+        forward_item: ((given, written, numbers, numbers, real, part), (read, None, reals)),
         backward_item: (
             (read, given, written, numbers, numbers, numbers, sums, sums, part),
             (read, None, written, reals),

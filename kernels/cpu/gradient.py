@@ -18,7 +18,6 @@ from .lanes import (
     blank,
     choose_rows,
     count_nonzero,
-    first,
     four_of,
     give,
     give_rows,
@@ -27,7 +26,6 @@ from .lanes import (
     nothing,
     some_of,
     spread,
-    spread_of,
     take,
     where_at_most,
     where_less,
@@ -53,6 +51,7 @@ from .schedule import (
     few_of,
     lent,
     listed,
+    mass_or,
     mean_of,
     memory_of,
     near_enough,
@@ -323,11 +322,6 @@ def _hand_on(lenses, waiting):  # type: ignore[no-untyped-def]
             waiting[i, c] = lenses[i, c]
 
 
-@formula
-def _mass_of(mass, g):  # type: ignore[no-untyped-def]
-    return 0.0 if mass is None else first(spread_of(mass, 0, g))
-
-
 @part()
 def _backward_units(
     k, items, dy, x, dx, stats, affine, grads, dgamma, dbeta, part, claims, plan, stage, starts, order, how, r, w,
@@ -366,7 +360,7 @@ def _backward_units(
             if stage & MAP:
                 if stage & SUM or cell != ready:
                     rare = _backward_numbers(
-                        s0, c0, xs, stats, affine, grads, own, memory, how, rs, ws, _mass_of(mass, g)
+                        s0, c0, xs, stats, affine, grads, own, memory, how, rs, ws, mass_or(mass, g, 0.0)
                     )
                     ready = cell
                 if in_turn and rare == 0:

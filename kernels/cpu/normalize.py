@@ -23,6 +23,7 @@ from .lanes import (
     root,
     spread,
     take,
+    where_less,
     where_nonzero,
 )
 from .parts import part
@@ -45,6 +46,7 @@ from .schedule import (
     few_of,
     lent,
     listed,
+    mass_or,
     mean_in,
     mean_of,
     memory_of,
@@ -132,9 +134,17 @@ def _about(totals, c, g, count, w):  # type: ignore[no-untyped-def]
 @formula
 def _first_of(pivot, totals, part, c, g, count, w):  # type: ignore[no-untyped-def]
     zero, (n, mean, q) = spread(0.0), _about(totals, c, g, count, w)
-    kept = where_nonzero(near_enough(mean, q, n, 0.5, SINGLE), n, zero)
+    near = near_enough(mean, q, n, 0.5, SINGLE)
+    kept = where_nonzero(near if w is None else _unless_light(near, q, n), n, zero)
     give_rows(part, 0, c, g, (kept, take(pivot, 0, c, g, zero), mean, q - mean * (mean * n)))
     return kept
+
+
+def _unless_light(near, q, n):  # type: ignore[no-untyped-def]
+    """In a formula: 0 where squares by weight leave 1e-30 to 1e30, or weights are so small that these may be lost."""
+    zero = nothing(n)
+    inside = where_less(spread(1e-30), q, where_less(q, spread(1e30), near, zero), zero)
+    return where_less(n, spread(1e-6), zero, where_nonzero(q, inside, near))
 
 
 @part()
@@ -183,25 +193,29 @@ def _replace(merged, part, all_of_it):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _forward_finish(s0, g, stats, part, eps, summed, count, w):  # type: ignore[no-untyped-def]
+def _forward_finish(s0, g, stats, part, eps, summed, count):  # type: ignore[no-untyped-def]
     """For g channels of a tile, from s0 of the table on: mean and variance, unless the table has them. All 0 of no
-    weight."""
+    weight.
+
+    `count` is the exact sum of weights. That in `part` was added in float32: equal weights round alike in all lanes, by
+    which the variance was off by 3e-7.
+    """
     for c in range(0, g, LANES):
         k = min(LANES, g - c)
         moments = (spread(0.0), spread(0.0), spread(0.0), spread(0.0))
         for p in range(part.shape[0] if summed else 0):
             moments = joined_moments(*moments, *four_of(place(part, p), 0, c, k))
         if summed:
-            _give_moments(stats, s0 + c, k, moments, count, w)
+            _give_moments(stats, s0 + c, k, moments, count)
             _give_invstd(stats, s0 + c, k, moments[0], eps)
         else:
             _give_invstd(stats, s0 + c, k, spread(1.0), eps)
 
 
 @formula
-def _give_moments(stats, s, k, moments, count, w):  # type: ignore[no-untyped-def]
+def _give_moments(stats, s, k, moments, count):  # type: ignore[no-untyped-def]
     n, hi, lo, m2 = moments
-    give_rows(stats, 0, s, k, (*settle(hi, lo), where_nonzero(n, mean_in(m2, n, count, w), nothing(n))))
+    give_rows(stats, 0, s, k, (*settle(hi, lo), where_nonzero(n, m2 * (1.0 / count), nothing(n))))
 
 
 @formula
@@ -250,7 +264,9 @@ def _forward_map(p0, p1, c0, ca, x, y, rare, summed, plan, memory, how, r, w, or
 
 
 @part()
-def _forward_units(k, items, x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w, memory):  # type: ignore[no-untyped-def]
+def _forward_units(
+    k, items, x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w, mass, memory
+):  # type: ignore[no-untyped-def]
     """What there is for item k to do; in a part, as Numba writes a page of code for each array that may own memory."""
     keep_whole()
     pieces, tiles = part_sizes(x.shape, plan)
@@ -277,8 +293,8 @@ def _forward_units(k, items, x, y, stats, affine, eps, part, claims, plan, stage
                     _forward_sum(p, c0, xs, sums, own, memory, ws, order_of, waiting, ys, how, rs)
                 waiting = np.int64(-1)
             if stage & FINISH:
-                count = float(xs.shape[0] * xs.shape[2])
-                _forward_finish(s0, channels, stats, sums, eps, part.shape[0] > 0, count, ws)
+                count = mass_or(mass, g, float(xs.shape[0] * xs.shape[2]))
+                _forward_finish(s0, channels, stats, sums, eps, part.shape[0] > 0, count)
             if stage & MAP:
                 if stage & SUM or cell != ready:  # a tile's map is cut into many units where there is nothing else
                     rare = _forward_numbers(
@@ -307,22 +323,25 @@ def _forward_units(k, items, x, y, stats, affine, eps, part, claims, plan, stage
 
 @compiled
 def forward_item(
-    k, items, x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w, every
+    k, items, x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w, mass, every
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """x, y (O, C, I), stats (4, G C), affine (2, G C), part (cells or items, P, 4, channels of a tile).
 
-    y is not touched without the MAP stage. starts (G + 1,), order (O,) or (0,), r (O, C, I) and w (O, 1, I) or None.
+    y is not touched without the MAP stage. starts (G + 1,), order (O,) or (0,), r (O, C, I), w (O, 1, I) and mass (G,)
+    or None.
     """
     keep_whole()
     if k < 0:
-        by_all(every, items, (x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w, every))
+        by_all(
+            every, items, (x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w, mass, every)
+        )
         return
     wants = 2 if absent(w) else 3, np.int64(3), np.int64(6)
     owned = memory_of(borrowed(affine), borrowed(x), borrowed(y), plan, stage, wants, not absent(w))
     memory = lent(borrowed(owned), borrowed(x), borrowed(y), plan, stage, wants, not absent(w))
     _forward_units(
         k, items, borrowed(x), borrowed(y), borrowed(stats), borrowed(affine), eps, borrowed(part), borrowed(claims),
-        plan, stage, borrowed(starts), borrowed(order), how, borrowed(r), borrowed(w), memory,
+        plan, stage, borrowed(starts), borrowed(order), how, borrowed(r), borrowed(w), borrowed(mass), memory,
     )  # fmt: skip
     fence()
     hold(owned)

@@ -28,11 +28,13 @@ from .lanes import (
     LANES,
     before_line,
     blank,
+    first,
     give,
     narrowest,
     nothing,
     pointer,
     spread,
+    spread_of,
     take,
     where_at_most,
     where_less,
@@ -214,6 +216,12 @@ def counted_in(totals, c, g, count, w):  # type: ignore[no-untyped-def]
 def mean_in(sums, n, count, w):  # type: ignore[no-untyped-def]
     """Sums over how many values they have: `count`, or those of lanes n, if not 0. Sixteen divisions take 32 cycles."""
     return sums * (1.0 / count) if w is None else where_nonzero(n, sums / n, nothing(n))
+
+
+@formula
+def mass_or(mass, g, count):  # type: ignore[no-untyped-def]
+    """The sum of a set's weights; without weights `count`."""
+    return count if mass is None else first(spread_of(mass, 0, g))
 
 
 @part()
