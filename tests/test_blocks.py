@@ -94,7 +94,7 @@ def test_vectors_in_the_machine_code():
     x = np.ones(64, np.float32)
     block_moments(x)
     block_normalize(x, x.copy(), 0.0, 0.0, 1.0, 0.0)
-    from fastbn.kernels.cpu.blocks import run_sums
+    from fastbn.kernels.cpu.sums import run_sums
 
     for function in (run_sums, block_normalize):
         assembly = "".join(function.inspect_asm().values())

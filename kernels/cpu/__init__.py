@@ -3,10 +3,11 @@
 formulas  what is without loops, written by Python while Numba compiles
 lanes     sixteen numbers at a time, and the element formats
 activations  residuals, activations and masks, sixteen numbers at a time
-blocks    sums and maps over one contiguous run; the building blocks for your own @njit code
+sums, maps  a vector of them, of x or of dy and x
 rows      a block of runs inside one channel (NCHW)
 in_turn   rows of a tile mapped while those of the next one are summed
 columns   a block of rows across the channels (NHWC)
+blocks    the building blocks for your own @njit code, and how sums merge
 schedule  units of work, pivots and sums
 coefficients  what maps are given of a channel
 normalize, gradient  the two kernels: sums, what they make of a channel, maps

@@ -1,8 +1,7 @@
 """The building blocks: sums and maps over one contiguous run, and the merging of sums.
 
-`block_*` and `merge_*` take arrays and numbers, compute in float64, and are callable from any @njit code. The `run_*`
-functions under them take pointers and compute in float32 or float64 lanes, by the type of the pivot or of the
-coefficients; the schedules use them directly.
+`block_*` and `merge_*` take arrays and numbers, compute in float64, and are callable from any @njit code; under
+them are the sums and maps of the schedules.
 
 Sums are sums of deviations from a pivot near the mean: small and exact, however large the mean (two-pass with
 correction: Chan, Golub & LeVeque 1983). They merge by Chan's formula in float64, with the mean as an unevaluated
@@ -13,124 +12,12 @@ import numpy as np
 from numba import njit
 
 from .activations import plain
-from .formulas import either, formula
-from .lanes import (
-    LANES,
-    before_line,
-    count_nonzero,
-    fetch,
-    fma,
-    load,
-    load_part,
-    nothing,
-    pointer,
-    reserve,
-    save,
-    save_part,
-    spread,
-    stream,
-    total,
-    where_less,
-    where_nonzero,
-)
+from .formulas import formula
+from .lanes import LANES, count_nonzero, load, nothing, pointer, spread, total, where_less, where_nonzero
 from .parts import part
-from .sums import CHAIN, add_chains, fetch_step, no_chains, step_of, with_rest, with_step
-from .views import hold
-
-AHEAD = 64 * LANES  # elements: reading 103 MB took 3.0 ms without fetching, 2.5 with
-SOON = 16 * LANES  # elements ahead of a store: infer of 26 MB that no cache had took 2.1 ms without reserving, 1.5 with
-
-
-@part()
-def run_sums(sources, r, w, n, near, sums, line, how, lens, then):  # type: ignore[no-untyped-def]
-    """Lanes of sums, `line` bytes apart, += those of n elements. Behind them, those from then[n] on are fetched."""
-    held, step, i = no_chains(near), step_of(near), 0
-    while i < n:
-        stop = min(n, i + CHAIN * step)
-        after = sources if i + AHEAD < n else then
-        while i + step <= stop:
-            fetch_step(after, i + AHEAD, near)
-            held = with_step(held, sources, r, w, i, i, how, near, lens)
-            i += step
-        while i < stop:  # twice at most
-            held = with_rest(held, sources, r, w, i, i, stop - i, how, near, lens)
-            i += LANES
-        if i < n:
-            add_chains(w, sums, line, held)
-            held = no_chains(near)
-    add_chains(w, sums, line, held)
-
-
-@formula
-def write(y, i, lanes, past):  # type: ignore[no-untyped-def]
-    """As `save`, or past the caches."""
-
-    def plainly() -> None:
-        reserve(y, i + SOON)
-        save(y, i, lanes)
-
-    either(past, lambda: stream(y, i, lanes), plainly)
-
-
-@formula
-def paired(x, h, a, al, b, bl):  # type: ignore[no-untyped-def]
-    """(a d + b) + (al d + bl), d = x - h, of lanes or of numbers: a and b as pairs, off by 1 eps at most.
-
-    Forward's map, and where backward seeks the kink of what forward has made: they must agree to the bit.
-    """
-    d = x - h
-    return fma(d, a, b) + fma(d, al, bl)
-
-
-@formula
-def through(how, x, h, a, al, b, bl):  # type: ignore[no-untyped-def]
-    """`paired`; without the second halves where results are of 16 bits."""
-    return fma(x - h, a, b) if how.short else paired(x, h, a, al, b, bl)
-
-
-@part()
-def run_normalize(x, y, n, hi, a, b, past, ahead):  # type: ignore[no-untyped-def]
-    """n elements of y = a (x - hi) + b in float64; stored past the caches if `past`. y may be x.
-
-    `ahead` points to n elements that will be read next; they are fetched.
-    """
-    h, a, b = spread(hi), spread(a), spread(b)
-    i = 0
-    if past:
-        i = min(n, before_line(y))
-    if i > 0:  # a masked store of nothing still held up the stores behind it: 0.22 against 0.09 ns an element
-        save_part(y, 0, i, fma(load_part(x, 0, i, h) - h, a, b))
-    while i + LANES <= n:
-        fetch(ahead, i)
-        v = fma(load(x, i, h) - h, a, b)
-        write(y, i, v, past)
-        i += LANES
-    if i < n:
-        fetch(ahead, i)
-        save_part(y, i, n - i, fma(load_part(x, i, n - i, h) - h, a, b))
-
-
-@part()
-def run_gradient(dy, x, dx, n, ghi, hi, a, b, c, past, ahead_dy, ahead_x):  # type: ignore[no-untyped-def]
-    """n elements of dx = a (dy - ghi) + (b (x - hi) + c) in float64. dx may be dy or x."""
-    gh, h, a, b, c = spread(ghi), spread(hi), spread(a), spread(b), spread(c)
-    i = 0
-    if past:
-        i = min(n, before_line(dx))
-    if i > 0:
-        g, d = load_part(dy, 0, i, gh) - gh, load_part(x, 0, i, h) - h
-        save_part(dx, 0, i, fma(g, a, fma(d, b, c)))
-    while i + LANES <= n:
-        fetch(ahead_dy, i)
-        fetch(ahead_x, i)
-        v = fma(load(dy, i, gh) - gh, a, fma(load(x, i, h) - h, b, c))
-        write(dx, i, v, past)
-        i += LANES
-    if i < n:
-        fetch(ahead_dy, i)
-        fetch(ahead_x, i)
-        g, d = load_part(dy, i, n - i, gh) - gh, load_part(x, i, n - i, h) - h
-        save_part(dx, i, n - i, fma(g, a, fma(d, b, c)))
+from .rows import map_runs
+from .sums import run_sums
+from .views import borrowed, hold
 
 
 @formula
@@ -247,18 +134,24 @@ def block_comoments(dy, x, hi):  # type: ignore[no-untyped-def]
     return pivot, s / n, t / n, p - s * t / n
 
 
+@part()
+def _map(sources, target, n, numbers):  # type: ignore[no-untyped-def]
+    of_one = np.int64(0), np.int64(1)
+    map_runs(sources, target, (None, None, None), n, *of_one, numbers, False, sources, plain(), spread(0.0))
+
+
 @njit(error_model="numpy")
 def block_normalize(x, y, hi, lo, scale, beta):  # type: ignore[no-untyped-def]
     """y (n,) = scale ((x - hi) - lo) + beta; both contiguous. y may be x."""
-    run, a = _run(x), np.float64(scale)
-    run_normalize(run, _run(y), x.size, np.float64(hi), a, beta - a * lo, False, run)
+    lens = np.array([[float(hi)], [float(scale)], [beta - float(scale) * lo]])
+    _map((_run(x),), _run(y), x.size, (borrowed(lens), None, None))
+    hold(lens)
 
 
 @njit(error_model="numpy")
 def block_gradient(dy, x, dx, ghi, glo, hi, lo, a, b):  # type: ignore[no-untyped-def]
     """dx (n,) = a ((dy - ghi) - glo) + b ((x - hi) - lo); all contiguous. dx may be dy or x."""
-    runs, target = (_run(dy), _run(x)), _run(dx)
-    rest = -(np.float64(a) * glo + np.float64(b) * lo)
-    run_gradient(
-        *runs, target, dy.size, np.float64(ghi), np.float64(hi), np.float64(a), np.float64(b), rest, False, *runs
-    )
+    rest = -(float(a) * glo + float(b) * lo)
+    line = np.array([[float(ghi)], [float(hi)], [float(a)], [float(b)], [rest]])
+    _map((_run(dy), _run(x)), _run(dx), dy.size, (borrowed(line), borrowed(line), borrowed(line)))
+    hold(line)

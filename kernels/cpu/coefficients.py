@@ -3,7 +3,6 @@
 import math
 
 from .activations import has_edge, looks
-from .blocks import through
 from .formulas import (
     formula,
     full,
@@ -24,6 +23,7 @@ from .lanes import (
     where_less,
     where_nonzero,
 )
+from .maps import through
 from .parts import by_type, nothing_of, part
 from .views import corner, row
 

@@ -12,7 +12,6 @@ import numpy as np
 from numba import types
 
 from .activations import absent, bend, bent, counted, finished, line, loaded, loaded_part, put, put_part
-from .blocks import through, write
 from .formulas import formula
 from .lanes import (
     LANES,
@@ -34,13 +33,13 @@ from .lanes import (
     where_nonzero,
     wide,
 )
-from .maps import fetch_all, gradient_rows, load_parts, loads, pointers_of, rows_of, shift_all
+from .maps import fetch_all, gradient_rows, load_parts, loads, pointers_of, rows_of, shift_all, through, write
 from .parts import by_type, part, unless_none
 from .rows import EXACT, PAST, index
 from .sums import add_sums, no_sums, with_first, with_values
 
 FULL = 1024  # columns of a row from which it is stored past the caches alone: its ends are parts of lines
-ROWS = 16  # whose sums stay in registers; no more are added in float32 (see `blocks.CHAIN`)
+ROWS = 16  # whose sums stay in registers; no more are added in float32 (see `sums.CHAIN`)
 
 
 @part()

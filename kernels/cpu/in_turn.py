@@ -2,12 +2,11 @@
 
 from numba import types
 
-from .blocks import AHEAD
 from .lanes import LANES, before_line
 from .maps import joined_numbers, map_one, map_part, numbers_of, shift_all, sizes_of
 from .parts import by_type, nothing_of, part, unless_none
 from .rows import PAST, at, at_all, block, lanes_of, lens, pivots_of, repeated
-from .sums import CHAIN, add_chains, fetch_step, no_chains, step_of, with_rest, with_step
+from .sums import AHEAD, CHAIN, add_chains, fetch_step, no_chains, step_of, with_rest, with_step
 
 
 @unless_none(0, lambda *args: None)

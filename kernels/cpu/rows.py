@@ -11,7 +11,6 @@ scratch run, and results are scattered from one.
 import numpy as np
 
 from .activations import absent
-from .blocks import AHEAD, run_sums
 from .formulas import formula
 from .lanes import (
     LANES,
@@ -41,6 +40,7 @@ from .maps import (
     sizes_of,
 )
 from .parts import by_type, part, unless_none
+from .sums import AHEAD, run_sums
 
 # Constants go to parts as runtime values below (`np.int64(0)`): Numba compiles them again for each literal.
 

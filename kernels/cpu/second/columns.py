@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from ..blocks import write
 from ..formulas import formula
 from ..lanes import LANES, before_line, fetch, keep_whole, load, load_part, pointer, save_part, shifted, spread, total
+from ..maps import write
 from ..parts import part
 from ..rows import index
 from .runs import NO_R, NO_Z, PAST, SKIP, added, keep, none_of, results

@@ -1,6 +1,5 @@
 """Sums and maps of second order along runs inside a channel, in float64 lanes."""
 
-from ..blocks import AHEAD, write
 from ..formulas import formula
 from ..lanes import (
     LANES,
@@ -18,9 +17,10 @@ from ..lanes import (
     spread_of,
     where_nonzero,
 )
+from ..maps import write
 from ..parts import part
 from ..rows import gathered, index, scatter
-from ..sums import add_lanes
+from ..sums import AHEAD, add_lanes
 
 PAST, GATHER, FROZEN, SKIP, KEEP, NO_R, NO_Z, PIVOTED = 1, 2, 4, 8, 16, 32, 64, 128  # SKIP, KEEP: for weights of 0
 
