@@ -125,9 +125,10 @@ def forward(
     weights : bools or numbers of 0 or more, optional
         How much each position counts in mean and variance: ``mean = sum w x / sum w``, and so on. Of x's shape with 1
         (or nothing) for the channels, or 1 where it is the same for all; (N,) is one for each sample. True and False
-        are a mask: x is normalized as if the positions with 0 were not there, whatever they hold. On a GPU they are an
-        array beside x, copied once, and negative numbers or NaN are not looked for, as that would wait for the device:
-        results are meaningless there. `saved.moments` waits for the device then, as its count is the sum of weights.
+        are a mask: x is normalized as if the positions with 0 were not there, whatever they hold. The largest must be
+        1e-30 to 1e30, so that squares by weight stay in range. On a GPU they are an array beside x, copied once, and
+        wrong numbers are not looked for, as that would wait for the device: results are meaningless there.
+        `saved.moments` waits for the device then, as its count is the sum of weights.
     masked : "normalize", "zero" or "keep"
         What y holds where the weight is 0: what it would hold elsewhere, 0, or x. Where all weights are 0, there are no
         statistics, and what is normalized is beta.

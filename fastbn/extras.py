@@ -207,7 +207,7 @@ def _weights(where: str, weights: Any, x: Any, axes: tuple[int, ...]) -> Any:
     if not np.all(checked >= 0) or not np.all(np.isfinite(checked)):
         bad = checked[~(np.isfinite(checked) & (checked >= 0))][0]
         raise ValueError(f"{where}: weights has {bad:g}; expected finite numbers of 0 or more")
-    most = float(np.max(array, initial=0))
+    most = float(np.max(array, initial=0))  # beyond these limits float32 loses squares by weight, or them altogether
     if most > 0 and not 1e-30 <= most <= 1e30:
         raise ValueError(
             f"{where}: weights has {most:g} as its largest; expected 1e-30 to 1e30. Divide them by it, as "

@@ -125,6 +125,7 @@ def fold(
         raise ValueError(f"{where}: weight has shape {weight.shape}; expected {first} for kind={kind!r}")
     if not isinstance(groups, (int, np.integer)) or groups < 1 or (kind == "linear" and groups != 1):
         raise ValueError(f"{where}: groups is {describe(groups)}; expected 1 or more, and 1 for kind='linear'")
+    groups = int(groups)  # a narrow one would overflow in what follows
     if weight.shape[0] % groups:
         raise ValueError(f"{where}: weight has shape {weight.shape}, whose first axis {groups} groups don't divide")
     if order == "before":

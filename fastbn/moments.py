@@ -92,7 +92,7 @@ class Moments:
 
     def exact(self, ddof: int = 0, copy: bool = True) -> tuple[Any, Any]:
         """Mean and variance in float64, whatever the data were; without `copy` not to be written to."""
-        free = self.count - ddof
+        free = self.count - int(ddof)  # an unsigned one would wrap
         mean = self._mean()
         if copy and self._lo is None:
             mean = family_of_values(mean).copy(mean)

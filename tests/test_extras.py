@@ -77,7 +77,8 @@ def run_both(rng, shape, axis, dtype, *, frozen=False, residual=False, offset=3.
     gamma, beta = rng.normal(1, 0.5, channels).astype(np.float32), rng.normal(0, 1, channels).astype(np.float32)
     more = {k: v for k, v in more.items() if v is not None}
     if residual:
-        more["residual"] = rng.normal(0, 1, shape).astype(dtype)
+        given = rng.normal(0, 1, shape if residual is True else residual).astype(dtype)
+        more["residual"] = np.broadcast_to(given, shape)
     if frozen:
         groups = more.get("groups")
         sets = (
@@ -143,6 +144,15 @@ def test_activations(activation, dtype, rng):
     for shape, axis in SHAPES.values():
         for residual, frozen in itertools.product((False, activation == "relu"), (False, True)):
             check(rng, shape, axis, dtype, activation=activation, residual=residual, frozen=frozen)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("shape", [(8, 5, 7, 33), (200, 33), (4, 9, 9, 3)], ids=str)
+def test_a_residual_that_is_repeated(shape, frozen, rng):
+    """Channels last, where its rows lie on each other: a step of 0 was taken for no residual, and others were read."""
+    one = (1,) * (len(shape) - 2)
+    for rows in ((1, *one), (shape[0], *one), (1, *shape[1:-1])):
+        check(rng, shape, -1, DTYPES[0], activation="relu", residual=(*rows, shape[-1]), frozen=frozen)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

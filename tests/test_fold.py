@@ -230,6 +230,14 @@ def test_errors(call, error, match):
         call()
 
 
+def test_groups_of_a_narrow_type(rng):
+    """300 outputs and a uint8 of 2 overflowed."""
+    weight, bias, numbers = rng.normal(size=(300, 2, 3)), rng.normal(size=300), statistics(rng, 300)
+    found, want = (fastbn.fold(weight, bias, *numbers, kind="conv", groups=n) for n in (np.uint8(2), 2))
+    for a, b in zip(found, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_why_padding_is_refused(rng):
     """Folded with a padding all the same, the border is wrong, by as much as anything, and the middle right."""
     torch = pytest.importorskip("torch")

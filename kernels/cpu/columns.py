@@ -36,7 +36,7 @@ from .lanes import (
 from .maps import fetch_all, gradient_rows, load_parts, loads, pointers_of, rows_of, shift_all, through, write
 from .parts import by_type, part, unless_none
 from .rows import EXACT, PAST, index
-from .sums import add_sums, no_sums, with_first, with_values
+from .sums import add_sums, load_about, load_parts_about, no_sums, with_first, with_values
 
 FULL = 1024  # columns of a row from which it is stored past the caches alone: its ends are parts of lines
 ROWS = 16  # whose sums stay in registers; no more are added in float32 (see `sums.CHAIN`)
@@ -94,13 +94,6 @@ def _in_step(r, rows, order):  # type: ignore[no-untyped-def]
 def _later(a, offset):  # type: ignore[no-untyped-def]
     """A pointer, `offset` bytes on; None of None."""
     return None if a is None else shifted(a, offset)
-
-
-@unless_none(0, lambda *args: (None, 0))
-def _weight(w, r, plan, order):  # type: ignore[no-untyped-def]
-    """A pointer to the weight of row r, and bytes to that of the next one."""
-    place, step, _ = _row(w, r, np.int64(0), plan, order)
-    return place, step
 
 
 @formula
@@ -214,16 +207,6 @@ def _lens_at(lenses, j):  # type: ignore[no-untyped-def]
     return None if lenses is None else tuple(load_own(p, j) for p in rows_of(lenses, 3))
 
 
-@formula
-def _loaded_at(sources, j, near):  # type: ignore[no-untyped-def]
-    return tuple(load(s, j, h) for s, h in zip(sources, near, strict=True))
-
-
-@formula
-def _parts_at(sources, j, k, near):  # type: ignore[no-untyped-def]
-    return tuple(load_part(s, j, k, h) for s, h in zip(sources, near, strict=True))
-
-
 @part()
 def _add(sources, steps, res, step_r, w, step_w, rows, n, near, sums, how, lenses, ahead, steps_ahead):  # type: ignore[no-untyped-def]
     """Columns of sums (M, W) float64 += over some rows of n columns, in lanes of the type of near (1 or 2, W)."""
@@ -238,13 +221,13 @@ def _add(sources, steps, res, step_r, w, step_w, rows, n, near, sums, how, lense
                 if i >= n:
                     ahead, i = shift_all(ahead, steps_ahead, 1), 0
                 values, e = (
-                    _loaded_at(shift_all(sources, steps, r), j, pivots),
+                    load_about(shift_all(sources, steps, r), j, pivots),
                     loaded(_later(res, r * step_r), j, like),
                 )
                 held = with_values(held, values, e, _weight_at(w, step_w, r, like), how, pivots, lens)
         else:  # lanes behind the last column belong to none of this tile, but to some of the next one
             for r in range(rows):
-                values = _parts_at(shift_all(sources, steps, r), j, k, pivots)
+                values = load_parts_about(shift_all(sources, steps, r), j, k, pivots)
                 e, f = loaded_part(_later(res, r * step_r), j, k, like), _weight_at(w, step_w, r, like)
                 held = with_first(held, k, values, e, f, how, pivots, lens)
         add_sums(w, pointer(sums, 8 * j), sums.strides[0], held)
@@ -263,7 +246,7 @@ def columns_sums(sources, res, w, k, c0, channels, near, sums, plan, few, how, l
     while r < r1:
         runs, steps, left = _rows_of(sources, r, c0, plan, order)
         run_r, step_r, _ = _part_of(res, r, c0, plan, order)
-        weight, step_w = _weight(w, r, plan, order)
+        weight, step_w, _ = _part_of(w, r, np.int64(0), plan, order)
         n = _width(r, shape, channels, plan)
         rows = min(ROWS, left, r1 - r)
         if rows > 1 and _width(r + rows - 1, shape, channels, plan) != n:
@@ -427,8 +410,8 @@ def columns_map(sources, target, beside, k, c0, channels, numbers, rare, plan, h
         run, step, _ = _row(target, r0, c0, plan, order)
         run_r, step_r, _ = _part_of(r, r0, c0, plan, order)
         run_dr, step_dr, _ = _part_of(dr, r0, c0, plan, order)
-        weight, step_w = _weight(w, r0, plan, order)
-        gapless = step == width * target.itemsize and step_r in (0, step) and step_dr in (0, step)
+        weight, step_w, _ = _part_of(w, r0, np.int64(0), plan, order)
+        gapless = step == width * target.itemsize and (absent(r) or step_r == step) and (absent(dr) or step_dr == step)
         gapless = gapless and steps[0] == width * sources[0].itemsize and steps[-1] == width * sources[-1].itemsize
         count = min(left, r1 - r0)
         at_once = count if gapless and together else 1

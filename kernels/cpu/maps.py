@@ -125,7 +125,7 @@ def joined_numbers(n, p, q):  # type: ignore[no-untyped-def]
 
 @formula
 def is_rare(numbers, c):  # type: ignore[no-untyped-def]
-    """Not 0 where the fast numbers of a channel won't do."""
+    """Not 0 where the fast numbers of a channel won't do. Gradients' numbers in float64 have no such row, as all do."""
     return 0.0 if numbers[1] is None else first(spread_of(numbers[1], 5, c))
 
 

@@ -59,6 +59,8 @@ from .schedule import (
 )
 from .views import borrowed, corner, hold, outer, place, rest, row
 
+LIGHT = 1e-6  # the sum of a piece's weights
+
 
 @part()
 def _forward_sum(p, c0, x, part, plan, memory, w, order, cm, y, how, r):  # type: ignore[no-untyped-def]
@@ -141,10 +143,11 @@ def _first_of(pivot, totals, part, c, g, count, w):  # type: ignore[no-untyped-d
 
 
 def _unless_light(near, q, n):  # type: ignore[no-untyped-def]
-    """In a formula: 0 where squares by weight leave 1e-30 to 1e30, or weights are so small that these may be lost."""
+    """In a formula: 0 where squares by weight leave 1 / SINGLE to SINGLE, and where weights are light: then squares of
+    0 may have been lost, for deviations of which the data's own squares are still in range."""
     zero = nothing(n)
-    inside = where_less(spread(1e-30), q, where_less(q, spread(1e30), near, zero), zero)
-    return where_less(n, spread(1e-6), zero, where_nonzero(q, inside, near))
+    inside = where_less(spread(1.0 / SINGLE), q, where_less(q, spread(SINGLE), near, zero), zero)
+    return where_less(n, spread(LIGHT), zero, where_nonzero(q, inside, near))
 
 
 @part()
@@ -197,8 +200,8 @@ def _forward_finish(s0, g, stats, part, eps, summed, count):  # type: ignore[no-
     """For g channels of a tile, from s0 of the table on: mean and variance, unless the table has them. All 0 of no
     weight.
 
-    `count` is the exact sum of weights. That in `part` was added in float32: equal weights round alike in all lanes, by
-    which the variance was off by 3e-7.
+    `count`: of values, or the exact sum of their weights. That in `part` was added in float32: equal weights round
+    alike in all lanes, by which the variance was off by 2.5e-7.
     """
     for c in range(0, g, LANES):
         k = min(LANES, g - c)

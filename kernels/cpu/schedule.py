@@ -10,10 +10,10 @@ a span of pieces: that is how few tiles feed many threads.
 
 **Sums** of float32 and half data are taken in float32 lanes around a pivot, the mean of the piece's first values: small
 deviations, whatever the mean. The piece's channel is summed again in float64, block by block, where those values
-weren't like the rest (the pivot is more than one standard deviation off), where squares leave 1e-30 to 1e30, where one
-value has much of the variance (backward), and where something isn't finite. Float64 data and channels of few values
-(nothing averages the last additions out) go that way at once: a block is summed around the pivot of the last one, and
-where it is like none before, around its own mean.
+weren't like the rest (the pivot is more than one standard deviation off), where squares, by weight too, leave 1e-30 to
+1e30, where one value has much of the variance (backward), and where something isn't finite. Float64 data and channels
+of few values (nothing averages the last additions out) go that way at once: a block is summed around the pivot of the
+last one, and where it is like none before, around its own mean.
 """
 
 import math

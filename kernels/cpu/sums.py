@@ -25,6 +25,18 @@ def add_lanes(sums, lanes):  # type: ignore[no-untyped-def]
 
 
 @formula
+def load_about(sources, i, near):  # type: ignore[no-untyped-def]
+    """As `load`, of each."""
+    return tuple(load(s, i, h) for s, h in zip(sources, near, strict=True))
+
+
+@formula
+def load_parts_about(sources, i, n, near):  # type: ignore[no-untyped-def]
+    """The first n of them, and pivots in the lanes behind."""
+    return tuple(load_part(s, i, n, h) for s, h in zip(sources, near, strict=True))
+
+
+@formula
 def no_sums(near):  # type: ignore[no-untyped-def]
     """Before there are any."""
     return (nothing(near[0]),) * (3 if len(near) == 1 else 5)
@@ -119,14 +131,14 @@ def with_step(held, sources, r, w, i, i_w, how, near, lens):  # type: ignore[no-
 
 
 def _with_loaded(held, sources, r, w, i, i_w, how, near, lens):  # type: ignore[no-untyped-def]
-    values = [load(s, i, h) for s, h in zip(sources, near, strict=True)]
+    values = load_about(sources, i, near)
     return with_values(held, values, loaded(r, i, near[-1]), loaded(w, i_w, near[-1]), how, near, lens)
 
 
 @formula
 def with_rest(held, sources, r, w, i, i_w, k, how, near, lens):  # type: ignore[no-untyped-def]
     """The sums with the first k of those."""
-    values = [load_part(s, i, k, h) for s, h in zip(sources, near, strict=True)]
+    values = load_parts_about(sources, i, k, near)
     e, f = loaded_part(r, i, k, near[-1]), loaded_part(w, i_w, k, near[-1])
     return with_first(held[0], k, values, e, f, how, near, lens), *held[1:]
 
