@@ -3,10 +3,7 @@
 import math
 
 from .activations import has_edge, looks
-from .formulas import (
-    formula,
-    full,
-)
+from .formulas import formula, full
 from .lanes import (
     LANES,
     count_nonzero,

@@ -7,10 +7,7 @@ from .blocks import joined_comoments, settle
 from .coefficients import backward_coefficients, columns_of, lenses_of
 from .columns import columns_map, spread_column, spread_columns
 from .compile import compiled
-from .formulas import (
-    formula,
-    full,
-)
+from .formulas import formula, full
 from .in_turn import rows_two
 from .items import by_all, fence
 from .lanes import (
@@ -73,9 +70,10 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order,
     k0, k1 = p * plan[3], min((p + 1) * plan[3], plan[2])
     g = min(plan[1], x.shape[1] - c0)
     numbers, all_sums, near64, singles, near, scratch = memory
+    room = scratch[2][0]
     totals, sums = corner(numbers, 5, 5, g), corner(all_sums, 0, 5, tile_width(g, plan))
     pivot, hi = row(singles, 0, g), row(singles, 1, g)
-    lenses, spread_lenses = corner(numbers, 10, 3, g), columns_of(how, r, rest(near64, 5), rest(near, 8))
+    lenses = corner(numbers, 10, 3, g), columns_of(how, r, rest(near64, 5), rest(near, 8))
     both, beside, used = (dy, x), (r, w, dr), used_of(how, r, w, x, numbers, rest(singles, 2))
     waiting, like = (numbers, used, rest(numbers, 20)), read_as(how, r, spread(narrowest(x)), spread(used[0, 0]))
     mine = place(part, p)
@@ -90,19 +88,13 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order,
             give(hi, 0, c, some, take(stats, 0, s0 + c, some, spread(0.0)))
         if plan[0]:
             spread_column(hi, near[1], plan)
-        _mean_of_dy(
-            dy, x, k0, c0, pivot, hi, totals, sums, near, scratch, plan, few, how, r, w, order, lenses, spread_lenses
-        )
+        _mean_of_dy(dy, x, k0, c0, pivot, hi, totals, sums, near, scratch, plan, few, how, r, w, order, lenses)
         n = 0.0
         for k in range(k0, k1):
             if cm >= 0:
-                rows_two(
-                    both, dx, beside, k, c0, w, (pivot, hi), lenses, sums, plan, cm, waiting, how, like, scratch[2][0]
-                )
+                rows_two(both, dx, beside, k, c0, w, (pivot, hi), lenses[0], sums, plan, cm, waiting, how, like, room)
             else:
-                add_block(
-                    both, r, w, k, c0, (pivot, hi), near, sums, plan, scratch, ALL, how, lenses, spread_lenses, order
-                )
+                add_block(both, r, w, k, c0, (pivot, hi), near, sums, plan, scratch, ALL, how, lenses, order)
             n += count_of(k, x.shape, plan, ALL)
         by_channel(sums, totals, plan)
         again = _first(s0, pivot, hi, totals, stats, mine, n, float(x.shape[0] * x.shape[2]))
@@ -112,30 +104,19 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order,
         blank(merged, merged.shape[0])
         if plan[0]:
             spread_column(hi64, near64[1], plan)
-        _mean_of_dy(
-            dy, x, k0, c0, mean, hi64, totals, sums, near64, scratch, plan, few_in_double(x, plan, w), how, r, w, order,
-            lenses, spread_lenses,
-        )  # fmt: skip
+        few = few_in_double(x, plan, w)
+        _mean_of_dy(dy, x, k0, c0, mean, hi64, totals, sums, near64, scratch, plan, few, how, r, w, order, lenses)
         n, share = 0.0, share_of(x, 0.25)
         for k in range(k0, k1):
             if cm >= 0 and plan[7] & EXACT:
-                rows_two(
-                    both, dx, beside, k, c0, w, (mean, hi64), lenses, sums, plan, cm, waiting, how, like, scratch[2][0]
-                )
+                rows_two(both, dx, beside, k, c0, w, (mean, hi64), lenses[0], sums, plan, cm, waiting, how, like, room)
             else:
-                add_block(
-                    both, r, w, k, c0, (mean, hi64), near64, sums, plan, scratch, ALL, how, lenses, spread_lenses, order
-                )
+                add_block(both, r, w, k, c0, (mean, hi64), near64, sums, plan, scratch, ALL, how, lenses, order)
             by_channel(outer(sums, 0, IN_DOUBLE), outer(totals, 0, IN_DOUBLE), plan)
             m = count_of(k, x.shape, plan, ALL)
             if _join(mean, totals, merged, far, n, m, share):
-                _mean_of_dy(
-                    dy, x, k, c0, own, hi64, totals, sums, near64, scratch, plan, ALL, how, r, w, order, lenses,
-                    spread_lenses,
-                )  # fmt: skip
-                add_block(
-                    both, r, w, k, c0, (own, hi64), near64, sums, plan, scratch, ALL, how, lenses, spread_lenses, order
-                )
+                _mean_of_dy(dy, x, k, c0, own, hi64, totals, sums, near64, scratch, plan, ALL, how, r, w, order, lenses)
+                add_block(both, r, w, k, c0, (own, hi64), near64, sums, plan, scratch, ALL, how, lenses, order)
                 by_channel(outer(sums, 0, IN_DOUBLE), outer(totals, 0, IN_DOUBLE), plan)
                 for c in range(0, g, LANES):
                     some = min(LANES, g - c)
@@ -220,25 +201,26 @@ def _replace(merged, part, n, all_of_it):  # type: ignore[no-untyped-def]
 
 
 @by_type
-def _mean_of_dy(*args):  # type: ignore[no-untyped-def]
+def _mean_of_dy(
+    dy, x, k, c0, pivot, hi, totals, sums, near, scratch, plan, few, how, r, w, order, lenses
+):  # type: ignore[no-untyped-def]  # fmt: skip
     """As `mean_of`, of dy f'(z) where there is an activation."""
-    return _mean_of_dy_itself if args[12].simple else _mean_of_dy_bent
+    return _mean_of_dy_itself if how.simple else _mean_of_dy_bent
 
 
 def _mean_of_dy_itself(
-    dy, x, k, c0, pivot, hi, totals, sums, near, scratch, plan, few, how, r, w, order, lenses, spread_lenses
+    dy, x, k, c0, pivot, hi, totals, sums, near, scratch, plan, few, how, r, w, order, lenses
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     own = scratch[1], scratch[1], scratch[2]  # dy's type, not x's
     mean_of(dy, k, c0, pivot, outer(totals, 0, 2), outer(sums, 0, 2), near, own, plan, few, None, order)
 
 
 def _mean_of_dy_bent(
-    dy, x, k, c0, pivot, hi, totals, sums, near, scratch, plan, few, how, r, w, order, lenses, spread_lenses
+    dy, x, k, c0, pivot, hi, totals, sums, near, scratch, plan, few, how, r, w, order, lenses
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     blank(pivot, 1)
     blank(near, 1)
-    both = dy, x
-    add_block(both, r, w, k, c0, (pivot, hi), near, sums, plan, scratch, few, how, lenses, spread_lenses, order)
+    add_block((dy, x), r, w, k, c0, (pivot, hi), near, sums, plan, scratch, few, how, lenses, order)
     by_channel(sums, totals, plan)
     n = count_of(k, x.shape, plan, few)
     divide(pivot, totals, n, None)

@@ -69,11 +69,8 @@ def _forward_sum(p, c0, x, part, plan, memory, w, order, cm, y, how, r):  # type
     g = min(plan[1], x.shape[1] - c0)
     numbers, all_sums, near64, singles, near, scratch = memory
     depth = all_sums.shape[0]
-    totals, sums, pivot = (
-        corner(numbers, 6, depth, g),
-        corner(all_sums, 0, depth, tile_width(g, plan)),
-        row(singles, 0, g),
-    )
+    totals, pivot = corner(numbers, 6, depth, g), row(singles, 0, g)
+    sums = corner(all_sums, 0, depth, tile_width(g, plan))
     seen, mine = _unless_unused(how, w), place(part, p)
     beside, like = (r, seen, None), spread(singles[2, 0])
     waiting = numbers, fast_numbers(how, r, seen, rest(singles, 2)), None
@@ -282,12 +279,8 @@ def _forward_units(
             outers, c0 = starts[g + 1] - starts[g], t * plan[1]
             n0 = start_of(order, starts[g])
             s0, channels = g * x.shape[1] + c0, min(plan[1], x.shape[1] - c0)
-            xs, ys, rs, ws = (
-                outer(x, n0, outers),
-                outer(y, n0, outers),
-                outer(r, n0, outers),
-                outer(w, n0, outers),
-            )
+            xs, ys = outer(x, n0, outers), outer(y, n0, outers)
+            rs, ws = outer(r, n0, outers), outer(w, n0, outers)
             own, order_of = planned(xs.shape, plan), listed(order, starts[g], outers)
             p0, p1 = max(0, first - cell * pieces), min(pieces, last - cell * pieces)
             sums = place(part, k if stage & SUM and stage & FINISH else cell)

@@ -153,21 +153,21 @@ def count_of(k, shape, plan, few):  # type: ignore[no-untyped-def]
 
 
 @part()
-def add_block(sources, r, w, k, c0, pivots, near, sums, plan, scratch, few, how, lenses, lenses_by_column, order):  # type: ignore[no-untyped-def]
+def add_block(sources, r, w, k, c0, pivots, near, sums, plan, scratch, few, how, lenses, order):  # type: ignore[no-untyped-def]
     """sums (M, W) += those of block k of the channels from c0 on, or of `few` values of it.
 
-    pivots (G,) of each source, and near, which has them by column; lenses (3, G), and by column, or None.
+    pivots (G,) of each source, and near, which has them by column; lenses (3, G), and by column, or None and None.
     """
     if plan[0]:
-        columns_sums(sources, r, w, k, c0, pivots[0].size, near, sums, plan, few, how, lenses_by_column, order)
+        columns_sums(sources, r, w, k, c0, pivots[0].size, near, sums, plan, few, how, lenses[1], order)
     else:
-        rows_sums(sources, r, w, k, c0, pivots, sums, plan, scratch, few, how, lenses, order)
+        rows_sums(sources, r, w, k, c0, pivots, sums, plan, scratch, few, how, lenses[0], order)
 
 
 @part()
 def deviations(x, k, c0, pivot, sums, near, scratch, plan, few, w, order):  # type: ignore[no-untyped-def]
     """The same, of x alone."""
-    add_block((x,), None, w, k, c0, (pivot,), near, sums, plan, scratch, few, None, None, None, order)
+    add_block((x,), None, w, k, c0, (pivot,), near, sums, plan, scratch, few, None, (None, None), order)
 
 
 @part()
