@@ -11,13 +11,12 @@ A tile is some neighbouring channels, a block some rows of it.
 import numpy as np
 from numba import types
 
-from .activations import absent, bend, bent, counted, finished, line, loaded, loaded_part, put, put_part
+from .activations import absent, loaded, loaded_part, put, put_part
 from .formulas import formula
 from .lanes import (
     LANES,
     before_line,
     blank,
-    fma,
     give,
     joined,
     keep_whole,
@@ -33,7 +32,17 @@ from .lanes import (
     where_nonzero,
     wide,
 )
-from .maps import fetch_all, gradient_rows, load_parts, loads, pointers_of, rows_of, shift_all, through, write
+from .maps import (
+    exact_at,
+    fast_at,
+    fetch_all,
+    load_parts,
+    loads,
+    pointers_of,
+    rows_of,
+    shift_all,
+    write,
+)
 from .parts import by_type, part, unless_none
 from .rows import EXACT, PAST, index
 from .sums import add_sums, load_about, load_parts_about, no_sums, with_first, with_values
@@ -258,80 +267,24 @@ def columns_sums(sources, res, w, k, c0, channels, near, sums, plan, few, how, l
         r += rows
 
 
-# A map, of lanes that have a column each: `numbers` are pointers to the rows of `maps`' matrices here.
-
-
 @by_type
 def _mapped(how, values, j, numbers, mode, r, w):  # type: ignore[no-untyped-def]
-    """Lanes of y and None, or of dx and of dy f'(z), from column j on."""
-    if len(values) == 2:
-        return _slope
-    return _normalized_with if isinstance(numbers[1], types.NoneType) else _normalized
+    """Lanes of y and None, or of dx and of dy f'(z), from column j on; numbers are `pointers_of` those of `maps`."""
+    return _in_double if isinstance(numbers[1], types.NoneType) else _fast_or_not
 
 
-def _normalized(how, values, j, numbers, mode, r, w):  # type: ignore[no-untyped-def]
+def _in_double(how, values, j, numbers, mode, r, w):  # type: ignore[no-untyped-def]
+    return exact_at(how, values, j, numbers, r, w)
+
+
+def _fast_or_not(how, values, j, numbers, mode, r, w):  # type: ignore[no-untyped-def]
     if mode == EXACT:
-        return _normalized_exactly(how, values, j, numbers, r, w), None
-    z = _through(how, values, j, numbers)
-    if mode == 0:
-        return wide(bend(how, z)), None
-    return _one_or_other(how, values, j, numbers, z, r, w), None
-
-
-def _normalized_with(how, values, j, numbers, mode, r, w):  # type: ignore[no-untyped-def]
-    return _normalized_exactly(how, values, j, numbers, r, w), None
-
-
-@formula
-def _through(how, values, j, numbers):  # type: ignore[no-untyped-def]
-    return through(how, *values, *(load_own(p, j) for p in numbers[1][:5]))
-
-
-def _double(v, j, numbers):  # type: ignore[no-untyped-def]
-    """In a formula: a (x - h) + b in float64."""
-    h, a, b = (load_own(p, j) for p in numbers[0])
-    return fma(wide(v) - h, a, b)
-
-
-@formula
-def _one_or_other(how, values, j, numbers, z, r, w):  # type: ignore[no-untyped-def]
-    """z, or in float64 where the fast numbers won't do."""
-    (v,) = values
-    z = where_nonzero(wide(load(numbers[1][5], j, v)), _double(v, j, numbers), wide(z))
-    return wide(finished(how, z, v, r, w))
-
-
-@formula
-def _normalized_exactly(how, values, j, numbers, r, w):  # type: ignore[no-untyped-def]
-    (v,) = values
-    return wide(finished(how, _double(v, j, numbers), v, r, w))
-
-
-def _slope(how, values, j, numbers, mode, r, w):  # type: ignore[no-untyped-def]
-    bowed, d = _bowed(how, values, j, numbers, r, w)
-    if mode == EXACT:
-        return _line(how, values, bowed, d, j, numbers, w), bowed
-    s = _fast_line(how, values, bowed, d, j, numbers, r, w)
+        return exact_at(how, values, j, numbers, r, w)
+    result, bowed = fast_at(how, values, j, numbers, r, w)
     if mode != 0:
-        s = where_nonzero(wide(load_own(numbers[1][5], j)), _line(how, values, bowed, d, j, numbers, w), s)
-    return s, bowed
-
-
-@formula
-def _bowed(how, values, j, numbers, r, w):  # type: ignore[no-untyped-def]
-    bowed, d = bent(how, *values, *(load_own(p, j) for p in numbers[2]), r)
-    return counted(how, bowed, w), d
-
-
-@formula
-def _line(how, values, bowed, d, j, numbers, w):  # type: ignore[no-untyped-def]
-    return wide(line(how, values[0], bowed, d, tuple(load_own(p, j) for p in numbers[0]), w))
-
-
-@formula
-def _fast_line(how, values, bowed, d, j, numbers, r, w):  # type: ignore[no-untyped-def]
-    rows = [numbers[1][i] for i in gradient_rows(how, r, w, numbers[1][0])]
-    return wide(line(how, values[0], bowed, d, tuple(load_own(p, j) for p in rows), w))
+        exact, _ = exact_at(how, values, j, numbers, r, w)
+        result = where_nonzero(wide(load_own(numbers[1][5], j)), exact, result)
+    return result, bowed
 
 
 @formula

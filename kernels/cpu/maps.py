@@ -17,6 +17,7 @@ from .lanes import (
     fma,
     joined,
     load,
+    load_own,
     load_part,
     pointer,
     reserve,
@@ -176,3 +177,23 @@ def pointers_of(numbers):  # type: ignore[no-untyped-def]
     if lenses is None:
         return rows_of(doubles, 3), None if fast is None else rows_of(fast, 6), None
     return rows_of(doubles, 5), rows_of(fast, 8), rows_of(lenses, 3)
+
+
+@formula
+def fast_at(how, values, j, numbers, r, w):  # type: ignore[no-untyped-def]
+    """As `map_one` computes it, in float64, by the fast numbers of the columns from j on."""
+    _, fast, lenses = numbers
+    rows = range(5) if lenses is None else gradient_rows(how, r, w, fast[0])
+    return _mapped_at(how, values, j, [fast[i] for i in rows], lenses, r, w)
+
+
+@formula
+def exact_at(how, values, j, numbers, r, w):  # type: ignore[no-untyped-def]
+    """The same by those in float64."""
+    return _mapped_at(how, values, j, numbers[0], numbers[2], r, w)
+
+
+def _mapped_at(how, values, j, own, lenses, r, w):  # type: ignore[no-untyped-def]
+    p = [tuple(load_own(row, j) for row in rows) for rows in (own, lenses) if rows is not None]
+    result, bowed = _mapped(how, values, p, r, w)
+    return wide(result), bowed
