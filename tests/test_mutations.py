@@ -294,7 +294,7 @@ MUTANTS = [
         "lo left in the mean of x - hi",
         "sums[j].e -= off[j];",
         "sums[j].e -= 0;",
-        "RUNS", True, BLOCK, "wrong dgamma",
+        "RUNS", True, BLOCK, "wrong", "normalize",
     ),
     Mutant(
         "gamma forgotten",

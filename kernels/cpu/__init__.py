@@ -235,7 +235,9 @@ def _backward_with(
         target = np.empty(dy.shape, dy.dtype) if dx is None else dx  # dresidual alone is rare: it costs a buffer
     how, extras = _gradient_extras(more, frozen)
     stages = (SUM | FINISH if summed else 0) | (MAP if mapped else 0)
-    own = not frozen and more.weights is None  # then x less its mean adds up to 0, not to what rounding left of it
+    # x less its mean adds up to 0, and the kernel's own dgamma has nothing of what rounding left of that. Not so by
+    # weights, nor of an x had back from y.
+    own = not frozen and more.weights is None and not more.inverse
     _carry_back((dy, x, target), table, grads, (dgamma if own else None, dbeta), stages, how, more, extras, SIZES)
     if dgamma is not None and not own:
         with np.errstate(all="ignore"):
