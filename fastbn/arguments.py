@@ -169,6 +169,11 @@ def finite(value: Any) -> float | None:
         return None
 
 
+def whole(count: float) -> float:
+    """A count as an int, unless it is a sum of weights that isn't one."""
+    return int(count) if float(count).is_integer() else count
+
+
 def check_eps(function: str, eps: Any) -> float:
     if type(eps) is float and 0.0 < eps < math.inf:  # nearly every call
         return eps

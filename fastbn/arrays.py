@@ -118,6 +118,10 @@ class Family:
 
     kind = "NumPy array"
 
+    def __reduce__(self) -> str:
+        """Each is one of its kind, and is told by that: statistics that were copied or pickled too."""
+        return next(name for name, value in globals().items() if value is self)
+
     @property
     def xp(self) -> Any:
         """Where `where`, `isfinite` and `expm1` are found, which are called alike in all libraries."""

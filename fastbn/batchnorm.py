@@ -293,13 +293,20 @@ def _backward(where: str, dy: Any, saved: Saved, need: Any, out: Any, reduce_par
             f"{where}: saved has no x, which `out` overwrote; expected x for dgamma, and for dx in training or "
             "with an activation. Give forward an `out` of its own, or backward need=(False, False, True)"
         )
+    if saved._overwritten:
+        raise ValueError(
+            f"{where}: saved has no residual, which `out` overwrote; expected it, as the activation's slopes "
+            "depend on it. Give forward and backward an `out` of its own"
+        )
     channels = channels_of(saved._shape, saved._axes)
     numbers = number_type(dtype.itemsize)
     dx = dr = None
+    residual = _residual_of(asked)
 
     def large(name: str, given: Any, apart: dict[str, Any]) -> Any:
         if given is not None:
             may_be = {"dy": given_dy, "x": x} if name == "dx" else {"dy": given_dy}
+            may_be["residual"] = residual
             return check_out(where, f"out ({name})", given, saved._shape, dtype, given_dy, may_be, apart, caller)
         if like is not None:
             return like.family.like(like, like.strides)
@@ -309,7 +316,7 @@ def _backward(where: str, dy: Any, saved: Saved, need: Any, out: Any, reduce_par
         dx = large("dx", given_dx, {})
     if need_dr:
         dr = large("dresidual", given_dr, {"x": x, "dx": dx})
-    apart = {"dy": given_dy, "x": x, "dx": dx, "dresidual": dr}
+    apart = {"dy": given_dy, "x": x, "dx": dx, "dresidual": dr, "residual": residual}
     if need_dgamma and given_dgamma is not None:
         given_dgamma = check_out(
             where, "out (dgamma)", given_dgamma, channels.shape, numbers, given_dy, {}, apart, caller
@@ -328,6 +335,8 @@ def _backward(where: str, dy: Any, saved: Saved, need: Any, out: Any, reduce_par
         run_backward_with(where, given_dy, read, dx, dr, saved, dgamma, dbeta)
     if given_dx is not None and dx is not None and x is not None and same_memory(dx, x):
         saved._x = None
+    if residual is not None:
+        saved._overwritten = any(a is not None and same_memory(a, residual) for a in (dx, dr))
     if like is not None:
         dx, dr = own(dx), own(dr)
     found: tuple[Any, ...] = (
@@ -525,10 +534,17 @@ def _forward(
         kept = y
     elif out is not None and same_memory(x, y):
         kept = None
+    residual = _residual_of(asked)
+    overwritten = residual is not None and out is not None and same_memory(residual, y)
     y = own(y) if caller is None else caller.result(y, out)
     saved = Saved(kept, x, axes, table, frozen is not None, asked, masses, lost, units, caller)
-    saved._shared = shared
+    saved._shared, saved._overwritten = shared, overwritten
     return y, saved
+
+
+def _residual_of(asked: Asked | None) -> Any:
+    """Where gradients depend on it, else None."""
+    return None if asked is None or asked.activation == "" else asked.residual
 
 
 def _shared_statistics(

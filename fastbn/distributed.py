@@ -28,7 +28,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from .arguments import describe, finite
+from .arguments import describe, finite, whole
 from .arrays import family_of_values, place_of
 
 Result = TypeVar("Result")
@@ -473,10 +473,9 @@ def allreduced(moments: Any, comm: Any) -> Pending[Any]:
     def finish(found: np.ndarray) -> Any:
         count = float(found[_COUNT])
         hi, lo, m2 = found[HEADER:].reshape(3, *moments.shape)
-        whole = int(count) if isinstance(moments.count, int) or count.is_integer() else count
         hi, lo, m2 = (family.put(a, device) for a in (hi, lo, m2))
         dtype = np.float64 if found[_FIRST + _DTYPE] == _DTYPES.index("float64") else np.float32
-        return moments.found(whole, hi, m2, dtype, lo)
+        return moments.found(whole(count), hi, m2, dtype, lo)  # weighted on another rank, it may be a fraction
 
     return ranks.start(where, MOMENTS, rows, moments.count, rows.shape[1], moments.dtype, 0.0).then(finish)
 

@@ -144,7 +144,8 @@ class BatchNorm:
         if self._saved is None:
             raise RuntimeError("fastbn.BatchNorm.backward: no forward pass came before; call bn(x) first")
         dx: Array
-        dx, dgamma, dbeta, *rest = backward(dy, self._saved, out=out, reduce_params=self.reduce_params)
+        need = {} if self._saved._units is None else {"need": (False, True, True)}  # whole numbers have no gradient
+        dx, dgamma, dbeta, *rest = backward(dy, self._saved, out=out, reduce_params=self.reduce_params, **need)
         self.dresidual = rest[0] if rest else None
         dgamma, dbeta = seen(dgamma), seen(dbeta)
         if self.accumulate:

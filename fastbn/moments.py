@@ -92,6 +92,8 @@ class Moments:
 
     def exact(self, ddof: int = 0, copy: bool = True) -> tuple[Any, Any]:
         """Mean and variance in float64, whatever the data were; without `copy` not to be written to."""
+        if not isinstance(ddof, (int, np.integer)):
+            raise TypeError(f"fastbn.Moments: ddof is {describe(ddof)}; expected a whole number")
         free = self.count - int(ddof)  # an unsigned one would wrap
         mean = self._mean()
         if copy and self._lo is None:

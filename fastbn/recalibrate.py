@@ -148,6 +148,7 @@ def _items(where: str, batches: Any, axis: Axis, chunk: int | None) -> tuple[Ite
     """What to go through, and how much it is, if that is known."""
     if chunk is not None and (not isinstance(chunk, (int, np.integer)) or chunk < 1):
         raise ValueError(f"{where}: chunk is {describe(chunk)}; expected a number of rows, 1 or more, or None")
+    chunk = None if chunk is None else int(chunk)  # a narrow one would wrap
     if callable(batches) and not hasattr(batches, "__iter__"):
         batches = batches()
     if isinstance(batches, np.ndarray) or on_device(batches) is not None or hasattr(batches, "__dlpack__"):

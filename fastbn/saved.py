@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .arguments import Axis, check_array, check_axis, dtype_of
+from .arguments import Axis, check_array, check_axis, dtype_of, whole
 from .arrays import FLOAT32, FLOAT64, Span, family_of_values
 from .distributed import Shared
 from .extras import Asked, ask
@@ -28,7 +28,7 @@ class Saved:
 
     __slots__ = (
         *("_asked", "_axes", "_caller", "_like", "_lost", "_masses", "_shape", "_shared", "_strides", "_table"),
-        *("_units", "_way", "_x", "dtype", "frozen"),
+        *("_overwritten", "_units", "_way", "_x", "dtype", "frozen"),
     )
 
     def __init__(
@@ -52,6 +52,7 @@ class Saved:
         self._masses = masses
         self._lost = lost  # with save="y": the channels that can't be had back from y, and their x
         self._units = units  # scale and zero point of whole numbers
+        self._overwritten = False  # whether an `out` went over the residual, which the slopes of an activation need
         self._way: Any = None  # of a plain call on NumPy arrays: `fastbn.plain`
         self._shared: Shared | None = None  # with `comm`: the ranks whose batch this is a part of
 
@@ -102,7 +103,7 @@ def moments_of(
         if units is not None:
             mean, lo, var = units[0] * ((mean + lo) - units[1]), None, units[0] ** 2 * var
         if asked is None or masses is None:
-            count, shape = channels.values if total is None else int(total), channels.shape
+            count, shape = channels.values if total is None else whole(total), channels.shape
             lo = None if lo is None else lo.reshape(shape)
             return _found(count, mean.reshape(shape), var.reshape(shape), kind, lo)
         shape = asked.sets, *channels.shape

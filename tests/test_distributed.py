@@ -174,6 +174,23 @@ def in_threads(number, work):
     return out
 
 
+def test_a_count_that_is_a_fraction_is_that_of_all_ranks(rng):
+    """Weights on one rank alone: the others took 4.3 for 4, and their running statistics went another way."""
+    x, w = rng.normal(rng.normal(0, 2, 3), 1, (6, 3)), rng.uniform(0.1, 1, 6)
+
+    def work(rank, comm):
+        mine, weights = (x, w) if rank == 0 else (x[:0], None)
+        _, saved = fastbn.forward(mine, weights=weights, comm=comm)
+        summed = fastbn.moments(mine, weights=weights).allreduce(comm)
+        return saved.moments, summed
+
+    (one, other), (same, again) = in_threads(2, work)
+    assert one.count == same.count == other.count == again.count == pytest.approx(w.sum(), rel=1e-15)
+    np.testing.assert_array_equal(one.var(), same.var())
+    alone = fastbn.normalize(x, fastbn.moments(x, weights=w))[1].moments
+    assert alone.count == fastbn.moments(x, weights=w).count
+
+
 WARNING_STATE = ("one_value_on_each_rank", "one_value_in_all")  # is the process's, not a thread's
 
 

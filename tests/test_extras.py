@@ -155,6 +155,34 @@ def test_a_residual_that_is_repeated(shape, frozen, rng):
         check(rng, shape, -1, DTYPES[0], activation="relu", residual=(*rows, shape[-1]), frozen=frozen)
 
 
+def test_a_residual_that_is_overwritten(rng):
+    """The slopes of an activation need it: backward says that it is gone; without an activation it isn't needed."""
+    many = rng.normal(0, 1, (41, 6)).astype(np.float32)
+    x, dy = rng.normal(rng.normal(0, 2, 6), 1, (2, 40, 6)).astype(np.float32)
+    gamma, beta = rng.normal(1, 0.5, 6), rng.normal(0, 1, 6)
+    for activation in ("relu", None):
+        r = many[:-1].copy()
+        want, saved = fastbn.forward(x, gamma, beta, residual=r, activation=activation)
+        right = fastbn.backward(dy, saved)
+        y, saved = fastbn.forward(x, gamma, beta, residual=r, activation=activation, out=r)
+        assert y is r
+        np.testing.assert_array_equal(y, want)
+        if activation is None:
+            np.testing.assert_allclose(fastbn.backward(dy, saved)[0], right[0], atol=1e-6)
+            continue
+        with pytest.raises(ValueError, match=r"saved has no residual, which `out` overwrote"):
+            fastbn.backward(dy, saved)
+        _, saved = fastbn.forward(x, gamma, beta, residual=many[:-1], activation=activation)
+        with pytest.raises(ValueError, match=r"out \(dx\) overlaps residual in memory"):
+            fastbn.backward(dy, saved, out=(many[1:], None, None))
+        with pytest.raises(ValueError, match=r"out \(dresidual\) overlaps residual in memory"):
+            fastbn.backward(dy, saved, out=(None, None, None, many[1:]))
+        found = fastbn.backward(dy, saved, out=(many[:-1], None, None))
+        np.testing.assert_array_equal(found[0], right[0])
+        with pytest.raises(ValueError, match=r"saved has no residual, which `out` overwrote"):
+            fastbn.backward(dy, saved)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_of_the_references(activation, rng, backend):
     if backend == "cpu":
@@ -641,6 +669,19 @@ def test_errors(more, error, match, rng):
     with pytest.raises(error, match=match):
         fastbn.forward(x, out=out, **more)
     assert (out == 7).all()
+
+
+def test_a_layer_of_whole_numbers(rng):
+    """They have no gradient; its parameters have."""
+    q, dy = rng.integers(0, 255, (40, 3)).astype(np.uint8), rng.normal(0, 1, (40, 3)).astype(np.float32)
+    layer = fastbn.BatchNorm(3)
+    layer.gamma[:], layer.beta[:] = rng.normal(1, 0.5, 3), rng.normal(0, 1, 3)
+    layer(q)
+    assert layer.backward(dy) is None
+    _, saved = fastbn.forward(q, layer.gamma, layer.beta)
+    _, dgamma, dbeta = fastbn.backward(dy, saved, need=(False, True, True))
+    np.testing.assert_array_equal(layer.dgamma, dgamma)
+    np.testing.assert_array_equal(layer.dbeta, dbeta)
 
 
 def test_a_layer_with_an_activation(rng, backend):

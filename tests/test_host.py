@@ -385,3 +385,16 @@ for name in ("torch", "jax", "ml_dtypes", "cupy"):
     assert name not in sys.modules, name
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_residual_of_pytorch_that_is_overwritten(rng):
+    torch = pytest.importorskip("torch")
+    x, r = torch.from_numpy(rng.normal(1, 2, (2, 6, 4)).astype(np.float32))
+    _, saved = fastbn.forward(x, residual=r, activation="silu")
+    fastbn.backward(x, saved, out=(torch.empty_like(x), None, None))
+    fastbn.backward(x, saved, out=(None, None, None, r))
+    with pytest.raises(ValueError, match="saved has no residual"):
+        fastbn.backward(x, saved)
+    _, saved = fastbn.forward(x, residual=r, activation="silu", out=r)
+    with pytest.raises(ValueError, match="saved has no residual"):
+        fastbn.backward(x, saved)

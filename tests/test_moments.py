@@ -102,6 +102,11 @@ def test_var_of_too_few_values_is_nan_in_silence(count, ddof):
         assert np.isnan(m.exact(number)[1]).all()
 
 
+def test_a_ddof_that_is_no_whole_number():
+    with pytest.raises(TypeError, match=r"ddof is float 0.5; expected a whole number"):
+        fastbn.moments(np.ones((4, 3))).var(0.5)
+
+
 @pytest.mark.usefixtures("backend")
 def test_one_value_has_variance_0(rng):
     x = rng.normal(7, 2, (1, 3)).astype(np.float32)

@@ -230,3 +230,13 @@ def test_errors_change_nothing(rng, make, call, error, match):
 def test_targets_that_are_none(target):
     with pytest.raises(ValueError, match=r"recalibrate: channels is .*; expected their number"):
         recalibrate([X], target)
+
+
+def test_a_chunk_of_a_narrow_type(rng):
+    """100 + 100 rows are more than an int8 holds: the last ones were left out."""
+    x = rng.normal(5, 2, (127, 2))
+    for chunk in (np.int8(100), np.uint8(100)):
+        np.testing.assert_array_equal(
+            fastbn.recalibrate(x, 2, chunk=chunk).mean, fastbn.recalibrate(x, 2, chunk=100).mean
+        )
+        assert fastbn.recalibrate(x, 2, chunk=chunk).count == 127

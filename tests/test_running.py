@@ -1,5 +1,7 @@
 """RunningStats against the recursion written by hand in float64."""
 
+import copy
+import pickle
 import re
 
 import numpy as np
@@ -404,3 +406,18 @@ def test_errors_of_using_change_nothing(rng, use, error, match):
         use(running)
     np.testing.assert_array_equal(running.exact(), before[0])
     assert (running.batches, running.dtype) == before[1:]
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))], ids=["copied", "pickled"])
+def test_copies_go_on(way, rng):
+    """What tells an array's library is one object, which a copy had another one of: it took nothing in."""
+    layer = fastbn.BatchNorm(4)
+    x, more = rng.normal(rng.normal(0, 3, 4), 2, (2, 30, 4)).astype(np.float32)
+    layer(x)
+    other = way(layer)
+    for each in (layer, other):
+        each(more)
+    np.testing.assert_array_equal(other.running.mean, layer.running.mean)
+    np.testing.assert_array_equal(other.running.var, layer.running.var)
+    with pytest.raises(ValueError, match="read-only"):
+        other.running.mean[:] = 0
