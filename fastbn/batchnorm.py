@@ -121,7 +121,8 @@ def forward(
         not looked for, as that would wait for the device: y is NaN there.
     out : array of x's shape and dtype, optional
         Where y goes, without any other memory of that size. It may be x; then only the gradients that don't need
-        x can be had from `saved`, unless `save` is "y".
+        x can be had from `saved`, unless `save` is "y". It may be the residual; with an activation there are no
+        gradients then.
     weights : bools or numbers of 0 or more, optional
         How much each position counts in mean and variance: ``mean = sum w x / sum w``, and so on. Of x's shape with 1
         (or nothing) for the channels, or 1 where it is the same for all; (N,) is one for each sample. True and False
@@ -586,10 +587,11 @@ def _units(where: str, x: Any, scale: Any, zero_point: Any) -> tuple[float, floa
                 f"{where}: scale or zero_point is given with x of {dtype_of(x)}; expected them with whole numbers only"
             )
         return None
-    if (step := finite(scale)) is None or step <= 0 or (zero := finite(zero_point)) is None:
+    # Its square and that of its inverse are finite.
+    if (step := finite(scale)) is None or not 1e-150 <= step <= 1e150 or (zero := finite(zero_point)) is None:
         raise ValueError(
             f"{where}: scale is {describe(scale)} and zero_point {describe(zero_point)}; expected finite numbers, and "
-            "a scale above 0"
+            "a scale above 0, 1e-150 to 1e150"
         )
     return step, zero
 

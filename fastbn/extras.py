@@ -166,8 +166,13 @@ def ask(
                 f"{where}: residual is a {describe(residual)}; expected {result} of shape {x.shape}, like y. Convert it"
             )
     checked = None if weights is None else _weights(where, weights, x, axes)
+    if groups is not None and len(axes) == x.ndim:
+        raise ValueError(f"{where}: groups, and every axis of x, {x.shape}, is the channels'; expected one of samples")
     parted = None if groups is None else _groups(where, groups, x.shape[samples])
     return Asked(name, parameter, residual, checked, masked, samples, parted, save)
+
+
+_MOST = float(np.finfo(np.float32).max)
 
 
 def check_activation(where: str, activation: Any) -> tuple[str, float]:
@@ -186,7 +191,7 @@ def check_activation(where: str, activation: Any) -> tuple[str, float]:
     if given is None:
         return name, usual or 0.0
     number = finite(given)
-    if usual is None or number is None:
+    if usual is None or number is None or abs(number) > _MOST:
         what = "which takes no parameter" if usual is None else "expected a finite number as its parameter"
         raise ValueError(f"{where}: activation is {describe(activation)}, {what}")
     return name, number

@@ -76,6 +76,7 @@ def _host(value: Any) -> np.ndarray:
         value = value.value  # NumPy warns of a Keras variable's own conversion, of a tensor's it doesn't
     if hasattr(value, "detach"):
         value = value.detach().cpu()
+        value = value.float() if value.dtype.itemsize == 2 else value  # NumPy has no bfloat16
     return np.asarray(value)
 
 

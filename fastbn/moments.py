@@ -61,6 +61,8 @@ class Moments:
         self.shape: tuple[int, ...] = tuple(np.shape(mean))
         self.count = _checked_count("fastbn.Moments", count)
         self.dtype: np.dtype[Any] = np.dtype(dtype)
+        if self.dtype not in (np.float32, np.float64):
+            raise ValueError(f"fastbn.Moments: dtype is {self.dtype}; expected float32 or float64")
         self._hi = check_channels("fastbn.Moments", "mean", mean, self.shape, mean).reshape(self.shape)
         self._lo: Any = None  # the mean is hi + lo; None is 0
         self._m2 = check_variances("fastbn.Moments", m2, self.shape, "m2", mean).reshape(self.shape)

@@ -138,6 +138,8 @@ def pieces(x: Any, axes: tuple[int, ...], rows: int | None = None) -> Iterator[A
 
 def _cut(x: Any, axes: tuple[int, ...], rows: int | None) -> tuple[int, int]:
     axis = next((a for a in range(x.ndim) if a not in axes), 0)
+    if len(axes) == x.ndim:  # one sample, whose channels stay together
+        return 0, max(1, x.shape[0])
     if rows is None:
         size = np.prod(x.shape, dtype=float) / max(1, x.shape[axis]) * x.dtype.itemsize
         rows = max(1, int(_PIECE / max(1, size)))

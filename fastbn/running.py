@@ -204,6 +204,8 @@ class RunningStats:
         (array([2.], dtype=float32), array([2.], dtype=float32))
         """
         self._check("replace", moments)
+        if not isinstance(batches, (int, np.integer)) or batches < 1:
+            raise ValueError(f"fastbn.RunningStats.replace: batches is {describe(batches)}; expected 1 or more")
         if moments.count <= self.ddof:
             raise ValueError(
                 f"fastbn.RunningStats.replace: moments has a count of {moments.count}; expected more than "
@@ -212,7 +214,7 @@ class RunningStats:
         mean, var = moments.exact(self.ddof)
         self._meet(mean)
         self.dtype = np.promote_types(self.dtype, moments.dtype)
-        self.batches = self.variances = batches
+        self.batches = self.variances = int(batches)
         self._skips = None
         if self.on_nonfinite == "skip":
             taken, where = moments.finite(), self._family.xp.where

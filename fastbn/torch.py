@@ -215,6 +215,12 @@ def batch_norm(
     count = input.numel() // (input.shape[1] or 1)
     if count == 1:
         raise ValueError(f"{where}: one value per channel in training (input of shape {tuple(input.shape)}); pass more")
+    for what, running in (("running_mean", running_mean), ("running_var", running_var)):
+        if running is not None and (running.shape != input.shape[1:2] or not running.is_floating_point()):
+            raise ValueError(
+                f"{where}: {what} is a {describe(running)}; expected floats of shape {tuple(input.shape[1:2])}, for "
+                "each channel one"
+            )
     y, table = _normalize(input, weight, bias, None, None, eps, name, parameter)
     if count and running_mean is not None:
         _mix(running_mean, table, [0, 1], 1.0, momentum)
@@ -335,6 +341,7 @@ def convert(model: nn.Module, fuse: bool = False) -> nn.Module:
     With `fuse`, an activation that follows one in a torch.nn.Sequential is computed in the same pass (ReLU, LeakyReLU,
     ReLU6, ELU, SiLU, GELU, Sigmoid, Tanh, Hardswish), and its module does nothing any more: what lies between the two
     is neither written nor kept for the backward pass. Not where either has hooks, or stands in more than one place.
+    What puts another module in the place of one of them (convert_sync_batchnorm) loses the activation: `revert` first.
 
     >>> import torch, fastbn.torch
     >>> fastbn.torch.convert(torch.nn.BatchNorm1d(4)).__class__

@@ -452,6 +452,14 @@ def test_whole_numbers(name, dtype, rng):
         fastbn.backward(dy, saved)
 
 
+@pytest.mark.parametrize("scale", [1e200, 1e-170, 0.0, np.inf])
+def test_units_whose_squares_overflow(scale, rng):
+    q = rng.integers(0, 255, (6, 5)).astype(np.uint8)
+    for call in (fastbn.forward, fastbn.moments, lambda q, scale: fastbn.infer(q, [5.0] * 5, [1.0] * 5, scale=scale)):
+        with pytest.raises(ValueError, match=r"scale is .* a scale above 0, 1e-150 to 1e150"):
+            call(q, scale=scale)
+
+
 def test_moments_of_no_whole_numbers(rng):
     """Their mean is 0, not that of units: -scale zero_point."""
     q, units = rng.integers(0, 255, (6, 5)).astype(np.uint8), {"scale": 1 / 255, "zero_point": 113}
@@ -645,6 +653,12 @@ WRONG = {
     "groups of text": ({"groups": "two"}, TypeError, r"groups is str 'two'"),
     "an unknown activation": ({"activation": "swish"}, ValueError, r"activation is str 'swish'; expected one of relu,"),
     "a parameter that isn't taken": ({"activation": ("relu", 1.0)}, ValueError, r"which takes no parameter"),
+    "groups of no samples": ({"groups": 2, "axis": (0, 1, 2)}, ValueError, r"every axis of x, \(4, 3, 5\)"),
+    "a parameter past float32": (
+        {"activation": ("elu", 1e39)},
+        ValueError,
+        r"expected a finite number as its parameter",
+    ),
     "a parameter of NaN": ({"activation": ("elu", np.nan)}, ValueError, r"expected a finite number as its parameter"),
     "y kept of relu": (
         {"activation": "relu", "save": "y"},

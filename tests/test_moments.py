@@ -102,6 +102,12 @@ def test_var_of_too_few_values_is_nan_in_silence(count, ddof):
         assert np.isnan(m.exact(number)[1]).all()
 
 
+def test_a_dtype_that_moments_cannot_have():
+    for dtype in (int, np.float16):
+        with pytest.raises(ValueError, match=r"dtype is .*; expected float32 or float64"):
+            Moments(3, [1.5], [2.0], dtype=dtype)
+
+
 def test_a_ddof_that_is_no_whole_number():
     with pytest.raises(TypeError, match=r"ddof is float 0.5; expected a whole number"):
         fastbn.moments(np.ones((4, 3))).var(0.5)

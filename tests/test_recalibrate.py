@@ -240,3 +240,11 @@ def test_a_chunk_of_a_narrow_type(rng):
             fastbn.recalibrate(x, 2, chunk=chunk).mean, fastbn.recalibrate(x, 2, chunk=100).mean
         )
         assert fastbn.recalibrate(x, 2, chunk=chunk).count == 127
+
+
+def test_channels_are_not_cut(rng):
+    """With every axis among the channels' there is one sample."""
+    x = rng.normal(0, 1, (6, 4))
+    found = fastbn.recalibrate(x, (6, 4), axis=(0, 1), chunk=2)
+    assert found.count == 1
+    np.testing.assert_array_equal(found.mean, x)

@@ -421,3 +421,21 @@ def test_copies_go_on(way, rng):
     np.testing.assert_array_equal(other.running.var, layer.running.var)
     with pytest.raises(ValueError, match="read-only"):
         other.running.mean[:] = 0
+
+
+@pytest.mark.parametrize("batches", [0, -3, 2.5])
+def test_batches_that_are_no_number_of_them(batches):
+    running = RunningStats(2)
+    with pytest.raises(ValueError, match=r"batches is .*; expected 1 or more"):
+        running.replace(fastbn.moments(np.float32([[1, 2], [3, 5]])), batches=batches)
+    running.replace(fastbn.moments(np.float32([[1, 2], [3, 5]])), batches=np.uint8(255))
+    running.update(fastbn.moments(np.float32([[2, 2], [3, 4]])))
+    assert running.batches == 256
+
+
+def test_from_a_module_of_bfloat16():
+    torch = pytest.importorskip("torch")
+    module = torch.nn.BatchNorm1d(3).bfloat16()
+    running = RunningStats.from_torch(module)
+    np.testing.assert_array_equal(running.mean, 0)
+    np.testing.assert_array_equal(running.var, 1)

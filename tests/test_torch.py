@@ -411,3 +411,13 @@ def test_the_modules_of_the_comparison_are_fastbns():
     assert ours.BatchNorm2d in kinds["fastbn"] - kinds["PyTorch"]
     assert ours.Fused in kinds["fused"] - kinds["fastbn"]
     assert nn.BatchNorm2d in kinds["PyTorch"] - kinds["fastbn"]
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(3), torch.zeros(4, dtype=torch.int64), torch.zeros(3, 4)], ids=str)
+def test_running_statistics_that_do_not_fit(wrong):
+    """None of them is written to."""
+    x, right = torch.randn(6, 4), torch.full((4,), 2.0)
+    for mean, var in ((right, wrong), (wrong, right)):
+        with pytest.raises(ValueError, match=r"running_(mean|var) is a .*; expected floats of shape \(4,\)"):
+            ours.batch_norm(x, mean, var, None, None, True, 0.1, 1e-5)
+    assert (right == 2).all()
