@@ -12,7 +12,7 @@ import numpy as np
 from numba import types
 
 from .activations import absent, loaded, loaded_part, put, put_part
-from .formulas import formula
+from .formulas import called, formula
 from .lanes import (
     LANES,
     before_line,
@@ -33,11 +33,11 @@ from .lanes import (
     wide,
 )
 from .maps import (
-    exact_at,
-    fast_at,
     fetch_all,
+    in_double,
     load_parts,
     loads,
+    map_at,
     pointers_of,
     rows_of,
     shift_all,
@@ -187,33 +187,18 @@ def _ahead(a, here, step, r, c0, plan, order):  # type: ignore[no-untyped-def]
     return place, step
 
 
-@by_type
+@formula
 def _ahead_of(sources, here, steps, r, c0, plan, order):  # type: ignore[no-untyped-def]
     """As `_ahead`, of each."""
-    return _ahead_of_one if len(sources) == 1 else _ahead_of_two
-
-
-def _ahead_of_one(sources, here, steps, r, c0, plan, order):  # type: ignore[no-untyped-def]
-    x, step = _ahead(sources[0], here[0], steps[0], r, c0, plan, order)
-    return (x,), (step,)
-
-
-def _ahead_of_two(sources, here, steps, r, c0, plan, order):  # type: ignore[no-untyped-def]
-    dy, step_dy = _ahead(sources[0], here[0], steps[0], r, c0, plan, order)
-    x, step_x = _ahead(sources[1], here[1], steps[1], r, c0, plan, order)
-    return (dy, x), (step_dy, step_x)
+    rows = [called(_ahead, *own, r, c0, plan, order) for own in zip(sources, here, steps, strict=True)]
+    return tuple(zip(*rows, strict=True))
 
 
 @formula
-def _near_at(near, j, sources):  # type: ignore[no-untyped-def]
-    """Pivots from column j on, of each."""
-    return tuple(load_own(p, j) for p in rows_of(near, len(sources)))
-
-
-@formula
-def _lens_at(lenses, j):  # type: ignore[no-untyped-def]
-    """h, a, b of z = a (x - h) + b, from column j on."""
-    return None if lenses is None else tuple(load_own(p, j) for p in rows_of(lenses, 3))
+def _about(near, lenses, j, sources):  # type: ignore[no-untyped-def]
+    """From column j on, the pivots of each, and h, a, b of z = a (x - h) + b."""
+    pivots = tuple(load_own(p, j) for p in rows_of(near, len(sources)))
+    return pivots, None if lenses is None else tuple(load_own(p, j) for p in rows_of(lenses, 3))
 
 
 @part()
@@ -221,19 +206,17 @@ def _add(sources, steps, res, step_r, w, step_w, rows, n, near, sums, how, lense
     """Columns of sums (M, W) float64 += over some rows of n columns, in lanes of the type of near (1 or 2, W)."""
     i = 0  # what is fetched is so in the order of memory
     for j in range(0, n, LANES):
-        pivots, lens, k = _near_at(near, j, sources), _lens_at(lenses, j), n - j
-        held, like = no_sums(pivots), pivots[-1]
+        pivots, lens = _about(near, lenses, j, sources)
+        held, like, k = no_sums(pivots), pivots[-1], n - j
         if j + LANES <= n:
             for r in range(rows):
                 fetch_all(ahead, i)
                 i += LANES
                 if i >= n:
                     ahead, i = shift_all(ahead, steps_ahead, 1), 0
-                values, e = (
-                    load_about(shift_all(sources, steps, r), j, pivots),
-                    loaded(_later(res, r * step_r), j, like),
-                )
-                held = with_values(held, values, e, _weight_at(w, step_w, r, like), how, pivots, lens)
+                values = load_about(shift_all(sources, steps, r), j, pivots)
+                e, f = loaded(_later(res, r * step_r), j, like), _weight_at(w, step_w, r, like)
+                held = with_values(held, values, e, f, how, pivots, lens)
         else:  # lanes behind the last column belong to none of this tile, but to some of the next one
             for r in range(rows):
                 values = load_parts_about(shift_all(sources, steps, r), j, k, pivots)
@@ -274,15 +257,15 @@ def _mapped(how, values, j, numbers, mode, r, w):  # type: ignore[no-untyped-def
 
 
 def _in_double(how, values, j, numbers, mode, r, w):  # type: ignore[no-untyped-def]
-    return exact_at(how, values, j, numbers, r, w)
+    return map_at(how, values, j, in_double(numbers), r, w)
 
 
 def _fast_or_not(how, values, j, numbers, mode, r, w):  # type: ignore[no-untyped-def]
     if mode == EXACT:
-        return exact_at(how, values, j, numbers, r, w)
-    result, bowed = fast_at(how, values, j, numbers, r, w)
+        return map_at(how, values, j, in_double(numbers), r, w)
+    result, bowed = map_at(how, values, j, numbers, r, w)
     if mode != 0:
-        exact, _ = exact_at(how, values, j, numbers, r, w)
+        exact, _ = map_at(how, values, j, in_double(numbers), r, w)
         result = where_nonzero(wide(load_own(numbers[1][5], j)), exact, result)
     return result, bowed
 
@@ -301,6 +284,16 @@ def _within(j, width):  # type: ignore[no-untyped-def]
     return j
 
 
+@formula
+def _map_part(sources, target, beside, i, k, j, weight, numbers, mode, how, like):  # type: ignore[no-untyped-def]
+    """k elements from i on, whose first is in column j."""
+    r, _, dr = beside
+    values = load_parts(sources, i, k, like)
+    result, bowed = called(_mapped, how, values, j, numbers, mode, loaded_part(r, i, k, like), weight)
+    save_part(target, i, k, result)
+    put_part(dr, i, k, bowed)
+
+
 @part()
 def _map_run(sources, target, beside, n, width, last, numbers, mode, past, ahead, how, like, step_w):  # type: ignore[no-untyped-def]
     """n elements from column 0 on, of rows 0 to `last` of `width` columns without a gap; with weights, of a vector at
@@ -309,10 +302,7 @@ def _map_run(sources, target, beside, n, width, last, numbers, mode, past, ahead
     if past:
         i = min(n, before_line(target))
     if i > 0:
-        values, e, f = load_parts(sources, 0, i, like), loaded_part(r, 0, i, like), _weight_at(w, step_w, 0, like)
-        result, bowed = _mapped(how, values, np.int64(0), numbers, mode, e, f)
-        save_part(target, 0, i, result)
-        put_part(dr, 0, i, bowed)
+        _map_part(sources, target, beside, 0, i, 0, _weight_at(w, step_w, 0, like), numbers, mode, how, like)
     j = _within(i, width)
     while i + LANES <= n:
         for _ in range(min((width - j + LANES - 1) // LANES, (n - i) // LANES)):
@@ -325,28 +315,15 @@ def _map_run(sources, target, beside, n, width, last, numbers, mode, past, ahead
         if j >= width:
             j, row = _within(j, width), row + 1
     if i < n:
-        k, f = n - i, _weights_from(w, step_w, row, min(row + 1, last), width - j, like)
-        values, e = load_parts(sources, i, k, like), loaded_part(r, i, k, like)
-        result, bowed = _mapped(how, values, j, numbers, mode, e, f)
-        save_part(target, i, k, result)
-        put_part(dr, i, k, bowed)
+        f = _weights_from(w, step_w, row, min(row + 1, last), width - j, like)
+        _map_part(sources, target, beside, i, n - i, j, f, numbers, mode, how, like)
 
 
-@by_type
+@formula
 def _rows_of(sources, r, c0, plan, order):  # type: ignore[no-untyped-def]
     """As `_row`, of each."""
-    return _row_of_one if len(sources) == 1 else _row_of_two
-
-
-def _row_of_one(sources, r, c0, plan, order):  # type: ignore[no-untyped-def]
-    x, step, left = _row(sources[0], r, c0, plan, order)
-    return (x,), (step,), left
-
-
-def _row_of_two(sources, r, c0, plan, order):  # type: ignore[no-untyped-def]
-    dy, step_dy, left = _row(sources[0], r, c0, plan, order)
-    x, step_x, _ = _row(sources[1], r, c0, plan, order)
-    return (dy, x), (step_dy, step_x), left
+    places, steps, left = zip(*[called(_row, a, r, c0, plan, order) for a in sources], strict=True)
+    return places, steps, left[0]
 
 
 @part()

@@ -3,7 +3,8 @@
 A formula is called with `Value`s, which know their types, and writes LLVM's code for what is done to them. It decides
 by type as Python decides (`if w is None`), its loops unroll, and a tuple is a tuple.
 
-Numbers that meet lanes are in all of them. A formula may call formulas, and what is made by `intrinsic` here.
+Numbers that meet lanes are in all of them. A formula may call formulas, what is made by `intrinsic` here, and by
+`called` parts, which have loops.
 """
 
 import contextlib
@@ -225,6 +226,18 @@ def formula(function: Callable[..., Any]) -> Any:
     made._function = function
     made._register()
     return made
+
+
+def called(function: Any, *args: Any) -> Any:
+    """In a formula: what a part, or a choice by type, gives."""
+    writer, values = _writers[-1], [_value(a) for a in args]
+    kinds = tuple([types.unliteral(v.kind) for v in values])
+    signature = writer.typing.resolve_function_type(writer.typing.resolve_value_type(function), kinds, {})
+    code = None
+    if writer.builder is not None:
+        codes = [_cast(writer, *pair) for pair in zip(values, signature.args, strict=True)]
+        code = writer.context.get_function(writer.typing.resolve_value_type(function), signature)(writer.builder, codes)
+    return _taken(signature.return_type, code)
 
 
 def either(flag: Value, then: Callable[[], Any], otherwise: Callable[[], Any]) -> None:

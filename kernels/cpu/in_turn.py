@@ -17,7 +17,7 @@ def _weights_of(w, o, i0, n, channels, scratch):  # type: ignore[no-untyped-def]
 
 @part()
 def _row_two(
-    sources, target, beside, m, n, past, how, numbers, like, row, row_r, row_w, runs, count, then, pivots, lenses, sums
+    sources, target, beside, m, n, past, how, numbers, like, summed, r, w, runs, count, then, pivots, lenses, sums
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """A map of m elements, runs of n, as `map_runs`, and sums of `runs` runs of other channels as `run_sums`.
 
@@ -39,21 +39,21 @@ def _row_two(
             while j < to:
                 stop = min(to, j + CHAIN * step)
                 while j + step <= stop:
-                    after = row if j + reach < size else then
+                    after = summed if j + reach < size else then
                     fetch_step(after, j + reach, near)
-                    held = with_step(held, row, row_r, row_w, j, j - start, how, near, own)
+                    held = with_step(held, summed, r, w, j, j - start, how, near, own)
                     j += step
                     if i + step <= end:
                         for _ in range(step // LANES):
                             map_one(sources, target, beside, i, i - end + n, past, how, like, p)
                             i += LANES
                 while j < stop:
-                    held = with_rest(held, row, row_r, row_w, j, j - start, stop - j, how, near, own)
+                    held = with_rest(held, summed, r, w, j, j - start, stop - j, how, near, own)
                     j += LANES
                 if j < to:
-                    add_chains(row_w, lanes, sums.strides[0], held)
+                    add_chains(w, lanes, sums.strides[0], held)
                     held = no_chains(near)
-            add_chains(row_w, lanes, sums.strides[0], held)
+            add_chains(w, lanes, sums.strides[0], held)
         while i + LANES <= end:
             map_one(sources, target, beside, i, i - end + n, past, how, like, p)
             i += LANES

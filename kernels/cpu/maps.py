@@ -101,19 +101,24 @@ def in_double(numbers):  # type: ignore[no-untyped-def]
     return doubles, None if lenses is None else doubles, lenses
 
 
-@formula
-def numbers_of(how, beside, numbers, c):  # type: ignore[no-untyped-def]
-    """What a map takes of channel c, in all lanes: five numbers, or a lens in float64; of gradients seven or five, and
-    a lens."""
+def _chosen(how, r, w, numbers):  # type: ignore[no-untyped-def]
+    """In a formula: which rows of which matrix a map takes. Three for a lens in float64, or five; of gradients seven or
+    five, and a lens."""
     doubles, fast, lenses = numbers
     if lenses is None:
-        return (lens(doubles, c) if fast is None else tuple(spread_of(fast, i, c) for i in range(5)),)
-    return tuple(spread_of(fast, i, c) for i in gradient_rows(how, *beside[:2], fast)), lens(lenses, c)
+        return [(doubles, range(3)) if fast is None else (fast, range(5))]
+    return [(fast, (0, 1, 2, 3, 4, 6, 7) if in_singles(how, r, w, _first(fast)) else range(5)), (lenses, range(3))]
 
 
-def gradient_rows(how, r, w, fast):  # type: ignore[no-untyped-def]
-    """In a formula: which of its numbers a gradient takes, seven or five."""
-    return (0, 1, 2, 3, 4, 6, 7) if in_singles(how, r, w, fast) else range(5)
+def _first(rows):  # type: ignore[no-untyped-def]
+    return rows[0] if isinstance(rows, tuple) else rows
+
+
+@formula
+def numbers_of(how, beside, numbers, c):  # type: ignore[no-untyped-def]
+    """What a map takes of channel c, in all lanes."""
+    r, w, _ = beside
+    return tuple(tuple(spread_of(matrix, i, c) for i in rows) for matrix, rows in _chosen(how, r, w, numbers))
 
 
 @formula
@@ -180,20 +185,8 @@ def pointers_of(numbers):  # type: ignore[no-untyped-def]
 
 
 @formula
-def fast_at(how, values, j, numbers, r, w):  # type: ignore[no-untyped-def]
-    """As `map_one` computes it, in float64, by the fast numbers of the columns from j on."""
-    _, fast, lenses = numbers
-    rows = range(5) if lenses is None else gradient_rows(how, r, w, fast[0])
-    return _mapped_at(how, values, j, [fast[i] for i in rows], lenses, r, w)
-
-
-@formula
-def exact_at(how, values, j, numbers, r, w):  # type: ignore[no-untyped-def]
-    """The same by those in float64."""
-    return _mapped_at(how, values, j, numbers[0], numbers[2], r, w)
-
-
-def _mapped_at(how, values, j, own, lenses, r, w):  # type: ignore[no-untyped-def]
-    p = [tuple(load_own(row, j) for row in rows) for rows in (own, lenses) if rows is not None]
+def map_at(how, values, j, numbers, r, w):  # type: ignore[no-untyped-def]
+    """As `map_one` computes it, in float64, by numbers of the columns from j on."""
+    p = [tuple(load_own(matrix[i], j) for i in rows) for matrix, rows in _chosen(how, r, w, numbers)]
     result, bowed = _mapped(how, values, p, r, w)
     return wide(result), bowed

@@ -11,7 +11,7 @@ scratch run, and results are scattered from one.
 import numpy as np
 
 from .activations import absent
-from .formulas import formula
+from .formulas import called, formula
 from .lanes import (
     LANES,
     before_line,
@@ -39,8 +39,9 @@ from .maps import (
     shift_all,
     sizes_of,
 )
-from .parts import by_type, part, unless_none
+from .parts import part, unless_none
 from .sums import AHEAD, run_sums
+from .views import row
 
 # Constants go to parts as runtime values below (`np.int64(0)`): Numba compiles them again for each literal.
 
@@ -172,18 +173,10 @@ def _then(a, run, o, n, order):  # type: ignore[no-untyped-def]
     return shifted(run, (index(order, o + 1) - index(order, o)) * a.strides[0] - n * a.itemsize)
 
 
-@by_type
+@formula
 def _then_all(sources, runs, o, n, order):  # type: ignore[no-untyped-def]
     """As `_then`, of each."""
-    return _then_one if len(sources) == 1 else _then_two
-
-
-def _then_one(sources, runs, o, n, order):  # type: ignore[no-untyped-def]
-    return (_then(sources[0], runs[0], o, n, order),)
-
-
-def _then_two(sources, runs, o, n, order):  # type: ignore[no-untyped-def]
-    return _then(sources[0], runs[0], o, n, order), _then(sources[1], runs[1], o, n, order)
+    return tuple(called(_then, a, run, o, n, order) for a, run in zip(sources, runs, strict=True))
 
 
 @part()
@@ -270,18 +263,14 @@ def _adjacent(a, n):  # type: ignore[no-untyped-def]
     return a.shape[1] == 1 or a.strides[1] == n * a.itemsize
 
 
-@by_type
+@formula
 def _gathered_all(sources, c, o0, o1, i0, n, order, scratch):  # type: ignore[no-untyped-def]
-    return _gathered_one if len(sources) == 1 else _gathered_two
-
-
-def _gathered_one(sources, c, o0, o1, i0, n, order, scratch):  # type: ignore[no-untyped-def]
-    return (gathered(sources[0], c, o0, o1, i0, n, order, scratch[0][0]),)
-
-
-def _gathered_two(sources, c, o0, o1, i0, n, order, scratch):  # type: ignore[no-untyped-def]
-    dy = gathered(sources[0], c, o0, o1, i0, n, order, scratch[1][0])
-    return dy, gathered(sources[1], c, o0, o1, i0, n, order, scratch[0][0])
+    """As `gathered`, of each: dy to the first run of y's type, x to its own."""
+    runs = (scratch[1], scratch[0])[-len(sources) :]
+    return tuple(
+        called(gathered, a, c, o0, o1, i0, n, order, row(run, 0, run.shape[1]))
+        for a, run in zip(sources, runs, strict=True)
+    )
 
 
 @part()
