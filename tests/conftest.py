@@ -7,6 +7,8 @@ import pytest
 
 import fastbn
 
+pytest.register_assert_rewrite("extras")  # its asserts show their values, as a test's own do
+
 
 @pytest.fixture(params=["cpu", "reference"])
 def backend(request):

@@ -11,7 +11,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from cases import CASES, DTYPES, TOLERANCE, eps
-from test_extras import GROUPS, SHAPES, WEIGHTS, groups_for, weights_for
+from extras import GROUPS, SHAPES, WEIGHTS, groups_for, weights_for
 from test_functions import draw, memory_order
 
 import fastbn

@@ -1,0 +1,72 @@
+"""Whole numbers with a scale and a zero point: against the reference on what they stand for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from extras import SHAPES, compare
+
+import fastbn
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+
+def test_units_that_would_turn_or_keep_whole_numbers_are_refused(rng):
+    q = rng.integers(0, 9, (8, 3), np.uint8)
+    for scale in (-1.0, 0.0, np.inf):
+        with pytest.raises(ValueError, match=r"scale is .*; expected finite numbers, and a scale above 0"):
+            fastbn.forward(q, scale=scale)
+    mask = rng.random(8) < 0.7
+    for units in ({"scale": 0.5}, {"zero_point": 3}):
+        with pytest.raises(ValueError, match=r"masked='keep' with a scale or a zero_point; expected 'normalize' or"):
+            fastbn.forward(q, weights=mask, masked="keep", **units)
+    y, _ = fastbn.forward(q, weights=mask, masked="keep")
+    np.testing.assert_array_equal(y[~mask], q[~mask])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("name", ["nchw", "nhwc narrow", "short runs"])
+def test_whole_numbers(name, dtype, rng):
+    """They are read as they are: y is that of scale (q - zero point), in float32, and so are moments."""
+    shape, axis = SHAPES[name]
+    info, scale, zero = np.iinfo(dtype), 0.037, 11.0
+    q = rng.integers(info.min, info.max, shape, dtype, endpoint=True)
+    gamma, beta = rng.normal(1, 0.5, shape[axis]), rng.normal(0, 1, shape[axis])
+    more = {"axis": axis, "scale": scale, "zero_point": zero}
+    y, saved = fastbn.forward(q, gamma, beta, **more)
+    x = scale * (q.astype(np.float64) - zero)
+    exact, kept = fastbn.reference.forward(x, gamma, beta, axis=axis)
+    assert y.dtype == np.float32
+    compare("y", y, exact, y.dtype)
+    for found in (saved.moments, fastbn.moments(q, **more)):
+        np.testing.assert_allclose(found.mean, kept.moments.mean, rtol=2e-7, atol=2e-7 * scale * info.max)
+        np.testing.assert_allclose(found.var(), kept.moments.var(), rtol=1e-6)
+    again = fastbn.infer(q, *kept.moments.exact(), gamma, beta, **more)
+    compare("infer", again, exact, y.dtype)
+    dy = rng.normal(0, 1, shape).astype(np.float32)
+    dx, dgamma, dbeta = fastbn.backward(dy, saved, need=(False, True, True))
+    _, want_gamma, want_beta = fastbn.reference.backward(dy, kept)
+    assert dx is None
+    n = q.size / len(dgamma)
+    assert np.abs(dgamma - want_gamma).max() <= 1e-6 * n
+    assert np.abs(dbeta - want_beta).max() <= 1e-6 * n
+    with pytest.raises(ValueError, match=r"dx of whole numbers .* no gradient.*need=\(False, True, True\)"):
+        fastbn.backward(dy, saved)
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-170, 0.0, np.inf])
+def test_units_whose_squares_overflow(scale, rng):
+    q = rng.integers(0, 255, (6, 5)).astype(np.uint8)
+    for call in (fastbn.forward, fastbn.moments, lambda q, scale: fastbn.infer(q, [5.0] * 5, [1.0] * 5, scale=scale)):
+        with pytest.raises(ValueError, match=r"scale is .* a scale above 0, 1e-150 to 1e150"):
+            call(q, scale=scale)
+
+
+def test_moments_of_no_whole_numbers(rng):
+    """Their mean is 0, not that of units: -scale zero_point."""
+    q, units = rng.integers(0, 255, (6, 5)).astype(np.uint8), {"scale": 1 / 255, "zero_point": 113}
+    _, saved = fastbn.forward(q, groups=np.array([2, 2, 2, 3, 3, 3]), **units)
+    for nothing in (saved.moments[0], fastbn.moments(q[:0], **units)):
+        assert nothing.count == 0
+        np.testing.assert_array_equal(nothing.mean, 0)
+    assert (np.abs(saved.moments[3].mean) > 0).all()
