@@ -159,8 +159,20 @@ def check_axis(function: str, x: Any, axis: Axis) -> tuple[int, ...]:
     return axes
 
 
+def integer(value: Any) -> int | None:
+    """`value` as an int, if it is one whole number: a narrow or unsigned one would wrap in what is done with it."""
+    value = _taken_out(value)
+    return int(value) if isinstance(value, (int, np.integer)) and not isinstance(value, bool) else None
+
+
+def _taken_out(value: Any) -> Any:
+    """The number in an array without axes, as `np.load` gives one back."""
+    return value[()] if isinstance(value, np.ndarray) and value.ndim == 0 else value
+
+
 def finite(value: Any) -> float | None:
     """`value` as a float, if it is one finite real number."""
+    value = _taken_out(value)
     if not isinstance(value, (int, float, np.floating, np.integer)):
         return None
     try:
@@ -269,9 +281,10 @@ def check_frozen(function: str, frozen: Any, shape: tuple[int, ...], x: Any = No
 def check_shape(function: str, channels: Any) -> tuple[int, ...]:
     """The channels' shape, from their number or their shape."""
     shape = tuple(channels) if isinstance(channels, (tuple, list)) else (channels,)
-    if not shape or not all(isinstance(n, (int, np.integer)) and n >= 0 for n in shape):
+    numbers = [n for n in map(integer, shape) if n is not None and n >= 0]
+    if not shape or len(numbers) < len(shape):
         raise ValueError(f"{function}: channels is {describe(channels)}; expected their number, or a tuple of numbers")
-    return tuple(int(n) for n in shape)
+    return tuple(numbers)
 
 
 def check_out(

@@ -380,7 +380,7 @@ def infer(
     if not (weights is groups is residual is activation is None and masked == "normalize"):
         more = (weights, masked, groups, residual, activation)
     y: Array | None = None
-    if more is None and type(x) is np.ndarray and type(axis) is int and scale == 1.0 and zero_point == 0.0:
+    if more is None and type(x) is np.ndarray and type(axis) is int and _is_unitless(scale, zero_point):
         y = infer_plainly(where, x, mean, var, gamma, beta, axis, eps, out)
     if y is None:
         y = _forward(where, x, gamma, beta, axis, eps, (mean, var), out, more, scale, zero_point)[0]
@@ -398,7 +398,7 @@ def moments(x: Any, *, axis: Axis = 1, weights: Any = None, scale: float = 1.0, 
     Moments(count=2, mean=[2, 10], var=[1, 0])
     """
     where = "fastbn.moments"
-    if type(x) is np.ndarray and type(axis) is int and weights is None and scale == 1.0 and zero_point == 0.0:
+    if type(x) is np.ndarray and type(axis) is int and weights is None and _is_unitless(scale, zero_point):
         way = way_of(x.shape, x.strides, x.dtype, axis)
         if way is not None and x.flags.aligned:
             return moments_plainly(where, way, x)
@@ -464,7 +464,7 @@ def _forward(
     more: tuple[Any, ...] | None, scale: float, zero_point: float, ranks: Ranks | None = None,
     known: Moments | None = None,
 ) -> tuple[Any, Saved]:  # fmt: skip
-    plain = more is None and ranks is None and scale == 1.0 and zero_point == 0.0
+    plain = more is None and ranks is None and _is_unitless(scale, zero_point)
     if plain and type(x) is np.ndarray and type(axis) is int:  # nearly always
         way = way_of(x.shape, x.strides, x.dtype, axis)
         if way is not None and x.flags.aligned:
@@ -579,10 +579,15 @@ def _shared_statistics(
     return shared, rows
 
 
+def _is_unitless(scale: Any, zero_point: Any) -> bool:
+    """Whether x stands for itself. What is no number, such as an array, is for `_units` to refuse."""
+    return type(scale) in (float, int) and scale == 1.0 and type(zero_point) in (float, int) and zero_point == 0.0
+
+
 def _units(where: str, x: Any, scale: Any, zero_point: Any) -> tuple[float, float] | None:
     """Scale and zero point of whole numbers; None for numbers that stand for themselves."""
     if isinstance(x, Span) or x.dtype.kind not in "iu":
-        if scale != 1.0 or zero_point != 0.0:
+        if finite(scale) != 1.0 or finite(zero_point) != 0.0:
             raise ValueError(
                 f"{where}: scale or zero_point is given with x of {dtype_of(x)}; expected them with whole numbers only"
             )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arguments import check_array, check_place, describe, finite
+from .arguments import check_array, check_place, describe, finite, integer
 from .arrays import FLOAT32, FLOAT64, NUMBA, Span
 from .host import check_host
 from .layout import Channels, Views
@@ -263,8 +263,7 @@ def _weights_there(where: str, weights: Span, x: Span, axes: tuple[int, ...]) ->
 
 
 def _groups(where: str, groups: Any, samples: int) -> Groups:
-    if isinstance(groups, (int, np.integer)) and not isinstance(groups, bool):
-        number = int(groups)
+    if (number := integer(groups)) is not None:
         if not 1 <= number <= max(1, samples):
             raise ValueError(
                 f"{where}: groups is {number}; expected a number of groups from 1 to {samples}, the number of samples"
@@ -289,8 +288,8 @@ def _groups(where: str, groups: Any, samples: int) -> Groups:
         starts = np.searchsorted(groups[order], np.arange(number + 1)).astype(np.int64)
         in_order = np.all(groups[1:] >= groups[:-1])  # differences of unsigned ids are never below 0
         return Groups(number, samples, None if in_order else order, starts)
-    if isinstance(groups, Sequence) and groups and all(isinstance(n, (int, np.integer)) and n >= 0 for n in groups):
-        listed = [int(n) for n in groups]  # the sum of NumPy's may wrap
+    listed = [n for n in map(integer, groups) if n is not None and n >= 0] if isinstance(groups, Sequence) else []
+    if listed and len(listed) == len(groups):
         if sum(listed) != samples:
             raise ValueError(
                 f"{where}: groups has sizes that add up to {sum(listed)}; expected {samples}, the number of samples. "

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .arguments import check_array, check_channels, check_eps, check_variances, describe
+from .arguments import check_array, check_channels, check_eps, check_variances, describe, integer
 
 _KINDS = "linear", "conv", "conv_transpose"
 
@@ -123,28 +123,28 @@ def fold(
     if kind != "linear" and weight.ndim < 3:
         first = "(out, in / groups, *window)" if kind == "conv" else "(in, out / groups, *window)"
         raise ValueError(f"{where}: weight has shape {weight.shape}; expected {first} for kind={kind!r}")
-    if not isinstance(groups, (int, np.integer)) or groups < 1 or (kind == "linear" and groups != 1):
+    parts = integer(groups)
+    if parts is None or parts < 1 or (kind == "linear" and parts != 1):
         raise ValueError(f"{where}: groups is {describe(groups)}; expected 1 or more, and 1 for kind='linear'")
-    groups = int(groups)  # a narrow one would overflow in what follows
-    if weight.shape[0] % groups:
-        raise ValueError(f"{where}: weight has shape {weight.shape}, whose first axis {groups} groups don't divide")
+    if weight.shape[0] % parts:
+        raise ValueError(f"{where}: weight has shape {weight.shape}, whose first axis {parts} groups don't divide")
     if order == "before":
         _check_before(where, kind, weight.shape[2:], padding)
     # (groups, out / groups, in / groups, window): every layout is a view of this one.
-    first, second, window = weight.shape[0] // groups, weight.shape[1], math.prod(weight.shape[2:])
-    grouped = weight.astype(np.float64).reshape(groups, first, second, window)
+    first, second, window = weight.shape[0] // parts, weight.shape[1], math.prod(weight.shape[2:])
+    grouped = weight.astype(np.float64).reshape(parts, first, second, window)
     if kind == "conv_transpose":
         grouped = grouped.swapaxes(1, 2)
-    outputs, inputs = groups * grouped.shape[1], groups * grouped.shape[2]
+    outputs, inputs = parts * grouped.shape[1], parts * grouped.shape[2]
     b = np.zeros(outputs) if bias is None else check_channels(where, "bias", bias, (outputs,))
     channels = outputs if order == "after" else inputs
     mean, _, scale, beta = _statistics(where, (channels,), mean, var, gamma, beta, eps)
     if order == "after":
-        folded = grouped * scale.reshape(groups, -1, 1, 1)
+        folded = grouped * scale.reshape(parts, -1, 1, 1)
         b = (b - mean) * scale + beta
     else:
-        folded = grouped * scale.reshape(groups, 1, -1, 1)
-        shift = (beta - mean * scale).reshape(groups, -1, 1)
+        folded = grouped * scale.reshape(parts, 1, -1, 1)
+        shift = (beta - mean * scale).reshape(parts, -1, 1)
         b = b + (grouped.sum(3) @ shift).reshape(-1)
     if kind == "conv_transpose":
         folded = folded.swapaxes(1, 2)
@@ -182,7 +182,7 @@ def _check_before(where: str, kind: str, window: tuple[int, ...], padding: Any) 
         sizes: tuple[Any, ...] = (0,) if padding == "valid" else tuple(n - 1 for n in window)
     else:
         sizes = tuple(padding) if isinstance(padding, (tuple, list)) else (padding,)
-    if not all(isinstance(n, (int, np.integer)) and n >= 0 for n in sizes):
+    if not all((number := integer(n)) is not None and number >= 0 for n in sizes):
         raise ValueError(f"{where}: padding is {describe(padding)}; expected numbers from 0, 'valid' or 'same'")
     if any(sizes):
         raise ValueError(

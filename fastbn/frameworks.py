@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arguments import check_shape, describe
+from .arguments import check_shape, describe, integer
 
 
 class Found(NamedTuple):
@@ -46,7 +46,7 @@ class Preset(NamedTuple):
 
     def read(self, source: Any) -> Found:
         """From channels, the framework's object, or a mapping with its names."""
-        if isinstance(source, (int, np.integer, tuple, list)):
+        if integer(source) is not None or isinstance(source, (tuple, list)):
             return Found(check_shape(self.where, source), self.momentum, self.eps)
         if isinstance(source, Mapping):
             inner = source.get("batch_stats", source)

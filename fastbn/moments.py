@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .arguments import check_channels, check_variances, describe, finite
+from .arguments import check_channels, check_variances, describe, finite, integer
 from .arrays import NUMBA, NUMPY, family_of_values, place_of
 
 _STATE = "count", "mean", "mean_lo", "m2", "dtype"
@@ -94,9 +94,9 @@ class Moments:
 
     def exact(self, ddof: int = 0, copy: bool = True) -> tuple[Any, Any]:
         """Mean and variance in float64, whatever the data were; without `copy` not to be written to."""
-        if not isinstance(ddof, (int, np.integer)):
+        if (number := integer(ddof)) is None:
             raise TypeError(f"fastbn.Moments: ddof is {describe(ddof)}; expected a whole number")
-        free = self.count - int(ddof)  # an unsigned one would wrap
+        free = self.count - number
         mean = self._mean()
         if copy and self._lo is None:
             mean = family_of_values(mean).copy(mean)
@@ -334,7 +334,7 @@ def _checked_count(function: str, value: Any) -> int | float:
         raise ValueError(
             f"{function}: count is {describe(value)}; expected a number of values, or of weights, 0 or more"
         )
-    return int(value) if isinstance(value, (int, np.integer)) else number
+    return number if (exact := integer(value)) is None else exact
 
 
 def _two_sum(a: Any, b: Any) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .arguments import Axis, check_axis, check_shape, describe
+from .arguments import Axis, check_axis, check_shape, describe, integer
 from .arrays import on_device
 from .batchnorm import moments
 from .distributed import ranks_of
@@ -148,9 +148,9 @@ def _cut(x: Any, axes: tuple[int, ...], rows: int | None) -> tuple[int, int]:
 
 def _items(where: str, batches: Any, axis: Axis, chunk: int | None) -> tuple[Iterable[Any], int | None]:
     """What to go through, and how much it is, if that is known."""
-    if chunk is not None and (not isinstance(chunk, (int, np.integer)) or chunk < 1):
-        raise ValueError(f"{where}: chunk is {describe(chunk)}; expected a number of rows, 1 or more, or None")
-    chunk = None if chunk is None else int(chunk)  # a narrow one would wrap
+    given, chunk = chunk, None if chunk is None else integer(chunk)
+    if given is not None and (chunk is None or chunk < 1):
+        raise ValueError(f"{where}: chunk is {describe(given)}; expected a number of rows, 1 or more, or None")
     if callable(batches) and not hasattr(batches, "__iter__"):
         batches = batches()
     if isinstance(batches, np.ndarray) or on_device(batches) is not None or hasattr(batches, "__dlpack__"):

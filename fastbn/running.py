@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from . import frameworks
-from .arguments import check_channels, check_eps, check_shape, check_variances, describe, finite
+from .arguments import check_channels, check_eps, check_shape, check_variances, describe, finite, integer
 from .arrays import NUMPY, Family, place_of
 from .moments import Moments, check_like
 
@@ -99,7 +99,8 @@ class RunningStats:
             if momentum != 0.1:
                 raise ValueError("fastbn.RunningStats: momentum and decay are both given; pass one of them")
             momentum = 1 - _weight("decay", decay)
-        if not isinstance(ddof, (int, np.integer)) or ddof < 0:
+        number = integer(ddof)
+        if number is None or number < 0:
             raise ValueError(f"fastbn.RunningStats: ddof is {describe(ddof)}; expected 0 or 1 (or more)")
         self.momentum = None if momentum is None else _weight("momentum", momentum)
         if on_nonfinite not in _GUARDS:
@@ -107,7 +108,7 @@ class RunningStats:
                 f"fastbn.RunningStats: on_nonfinite is {describe(on_nonfinite)}; "
                 "expected 'propagate', 'skip' or 'raise'"
             )
-        self.ddof = int(ddof)
+        self.ddof = number
         self.on_nonfinite = on_nonfinite
         self.debias = bool(debias)
         self.eps = 1e-5
@@ -204,7 +205,8 @@ class RunningStats:
         (array([2.], dtype=float32), array([2.], dtype=float32))
         """
         self._check("replace", moments)
-        if not isinstance(batches, (int, np.integer)) or batches < 1:
+        number = integer(batches)
+        if number is None or number < 1:
             raise ValueError(f"fastbn.RunningStats.replace: batches is {describe(batches)}; expected 1 or more")
         if moments.count <= self.ddof:
             raise ValueError(

@@ -237,3 +237,20 @@ def test_one_value_per_channel(dtype, backend, rng):
     np.testing.assert_array_equal(dx, 0)
     np.testing.assert_array_equal(dgamma, 0)
     np.testing.assert_array_equal(dbeta, dy[0].astype(dbeta.dtype))
+
+
+def test_numbers_without_axes(rng):
+    """As `np.load` gives them back."""
+    x, gamma = rng.normal(rng.normal(), 2, (20, 3)).astype(np.float32), rng.normal(1, 0.5, 3)
+    zero = np.array(0.25)
+    for got, want in (
+        (fastbn.forward(x, gamma, eps=zero)[0], fastbn.forward(x, gamma, eps=0.25)[0]),
+        (fastbn.moments(x).var(np.array(2, np.uint8)), fastbn.moments(x).var(2)),
+        (fastbn.forward(x.astype(np.int8), scale=zero)[0], fastbn.forward(x.astype(np.int8), scale=0.25)[0]),
+        (fastbn.forward(x, groups=np.array(4))[0], fastbn.forward(x, groups=4)[0]),
+    ):
+        np.testing.assert_array_equal(got, want)
+    layers = fastbn.BatchNorm(np.array(3), eps=zero, momentum=zero), fastbn.BatchNorm(3, eps=0.25, momentum=0.25)
+    for layer in layers:
+        layer(x)
+    np.testing.assert_array_equal(layers[0].running.mean, layers[1].running.mean)

@@ -62,6 +62,15 @@ def test_units_whose_squares_overflow(scale, rng):
             call(q, scale=scale)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("units", [{"scale": np.array([1.0, 0.5])}, {"zero_point": np.ones(3)}], ids=str)
+def test_units_that_are_no_numbers(units, dtype, rng):
+    x = rng.integers(0, 9, (4, 3)).astype(dtype)
+    for call in (fastbn.forward, fastbn.moments, lambda x, **units: fastbn.infer(x, np.zeros(3), np.ones(3), **units)):
+        with pytest.raises(ValueError, match="scale"):
+            call(x, **units)
+
+
 def test_moments_of_no_whole_numbers(rng):
     """Their mean is 0, not that of units: -scale zero_point."""
     q, units = rng.integers(0, 255, (6, 5)).astype(np.uint8), {"scale": 1 / 255, "zero_point": 113}
