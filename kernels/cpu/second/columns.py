@@ -1,13 +1,12 @@
 """The same of rows across the channels: column j of a tile of G channels belongs to channel (j // period) % G."""
 
-import numpy as np
-
 from ..formulas import formula
-from ..lanes import LANES, before_line, fetch, keep_whole, load, load_part, pointer, save_part, shifted, spread, total
-from ..maps import write
+from ..lanes import LANES, keep_whole, load, load_own, pointer, spread, total, wide
+from ..maps import fetch_all, load_parts, loads, rows_of, shift_all
 from ..parts import part
 from ..rows import index
-from .runs import NO_R, NO_Z, PAST, SKIP, added, keep, none_of, results
+from ..sums import load_about, load_parts_about
+from .runs import SKIP, added, borders_past, keep, none_of, results, runs_of, save_parts, stand_ins, write_all
 
 SUMS = 7
 ROWS = 8  # that are added in registers
@@ -51,6 +50,13 @@ def _find_rows(arrays, w, q, r0, rows, c0, order, starts, plan, places, weights)
 
 
 @part()
+def _borders(k, q, starts, plan):  # type: ignore[no-untyped-def]
+    """Block k of group q: folded rows from one to another."""
+    rows = (group_rows(q, starts, plan) + plan[8] - 1) // plan[8]
+    return k * plan[4], min((k + 1) * plan[4], rows)
+
+
+@part()
 def _some_rows(q, r, r1, channels, starts, plan):  # type: ignore[no-untyped-def]
     """How many folded rows from r on are of one width, 16 at most, and that width: the last one can be shorter."""
     left = group_rows(q, starts, plan)
@@ -62,105 +68,87 @@ def _some_rows(q, r, r1, channels, starts, plan):  # type: ignore[no-untyped-def
 
 
 @part()
-def _base(a, instead):  # type: ignore[no-untyped-def]
-    return pointer(instead, 0) if a.shape[0] == 0 else pointer(a, 0)
+def _sources_at(bases, places, i):  # type: ignore[no-untyped-def]
+    """Row i of u, g and x."""
+    return shift_all(bases, (places[0, i], places[1, i], places[2, i]), 1)
 
 
 @part()
-def columns_sums(u, g, x, w, r, z, order, starts, q, k, c0, channels, near, sums, plan, scratch, weights, places, few):  # type: ignore[no-untyped-def]
-    """Columns of sums (7, W) += those of block k, or of its first `few` rows; near (3, W) has the pivots by column."""
-    keep_whole()
-    rows_in_all = (group_rows(q, starts, plan) + plan[8] - 1) // plan[8]
-    first, end = k * plan[4], min((k + 1) * plan[4], rows_in_all)
-    end, skip, line = min(end, first + few), plan[9] & SKIP != 0, sums.strides[0]
-    us, gs, xs = _base(u, scratch[0]), _base(g, scratch[0]), _base(x, scratch[0])
-    like = spread(0.0)
-    all_near, all_sums = pointer(near, 0), pointer(sums, 0)
-    row = near.strides[0]
-    while first < end:
-        rows, n = _some_rows(q, first, end, channels, starts, plan)
-        _find_rows((u, g, x, r, z), w, q, first, rows, c0, order, starts, plan, places, weights)
-        skip_u, skip_g = places[0, rows - 1] - places[0, 0], places[1, rows - 1] - places[1, 0]
-        skip_x = places[2, rows - 1] - places[2, 0]
-        for j in range(0, n, LANES):
-            pu, pg = load(all_near, j, like), load(shifted(all_near, row), j, like)
-            hi = load(shifted(all_near, 2 * row), j, like)
-            t = none_of(like)
-            m = n - j
-            if m >= LANES:
-                for i in range(rows):
-                    ru, rg, rx = shifted(us, places[0, i]), shifted(gs, places[1, i]), shifted(xs, places[2, i])
-                    fetch(shifted(ru, skip_u), j)
-                    fetch(shifted(rg, skip_g), j)
-                    fetch(shifted(rx, skip_x), j)
-                    du, dg, dx = load(ru, j, like) - pu, load(rg, j, like) - pg, load(rx, j, like) - hi
-                    t = added(t, du, dg, dx, spread(np.float64(weights[i])), w, skip)
-            else:
-                for i in range(rows):
-                    du = load_part(shifted(us, places[0, i]), j, m, pu) - pu
-                    dg = load_part(shifted(gs, places[1, i]), j, m, pg) - pg
-                    dx = load_part(shifted(xs, places[2, i]), j, m, hi) - hi
-                    t = added(t, du, dg, dx, spread(np.float64(weights[i])), w, skip)
-            keep(t, w, shifted(all_sums, 8 * j), line)
-        first += rows
+def _targets_at(bases, places, i):  # type: ignore[no-untyped-def]
+    return shift_all(bases, (places[3, i], places[4, i]), 1)
 
 
 @formula
-def _eleven(co, row, j):  # type: ignore[no-untyped-def]
-    """The coefficients of the columns from j on, `row` bytes apart."""
-    return tuple(load(shifted(co, i * row), j, spread(0.0)) for i in range(11))
+def _weight(w, number):  # type: ignore[no-untyped-def]
+    """A row's, in all lanes."""
+    return None if w is None else wide(spread(number))
+
+
+@formula
+def _pivots_at(near, j):  # type: ignore[no-untyped-def]
+    return tuple(load_own(p, j) for p in rows_of(near, 3))
 
 
 @part()
-def _columns_map_row(u, g, x, w, lanes, r, z, n, co, row, flags):  # type: ignore[no-untyped-def]
-    like = lanes
-    past_r = past_z = False
-    j = 0
-    if flags & PAST and n >= 8 * LANES:
-        j = before_line(z if flags & NO_R else r)
-        past_r, past_z = flags & NO_R == 0, flags & NO_Z == 0 and before_line(z) == j
-        if j > 0:
-            one, two = results(
-                load_part(u, 0, j, like), load_part(g, 0, j, like), load_part(x, 0, j, like), lanes, w,
-                _eleven(co, row, 0), flags,
-            )  # fmt: skip
-            save_part(r, 0, j, one)
-            save_part(z, 0, j, two)
+def columns_sums(arrays, w, order, starts, q, k, c0, channels, near, sums, plan, scratch, weights, places, few):  # type: ignore[no-untyped-def]
+    """Columns of sums (7, W) += those of block k, or of its first `few` rows; near (3, W) has the pivots by column."""
+    keep_whole()
+    r, end = _borders(k, q, starts, plan)
+    end, skip = min(end, r + few), plan[9] & SKIP != 0
+    zeros, _ = stand_ins(scratch)
+    bases = runs_of(arrays[:3], 0, 0, 0, zeros)
+    while r < end:
+        rows, n = _some_rows(q, r, end, channels, starts, plan)
+        _find_rows(arrays, w, q, r, rows, c0, order, starts, plan, places, weights)
+        last = rows - 1  # what is fetched is as far behind a row as this one is behind the first
+        steps = places[0, last] - places[0, 0], places[1, last] - places[1, 0], places[2, last] - places[2, 0]
+        for j in range(0, n, LANES):
+            pivots = _pivots_at(near, j)
+            t, m = none_of(pivots[0]), n - j
+            for i in range(rows):
+                sources, weight = _sources_at(bases, places, i), _weight(w, weights[i])
+                if m >= LANES:
+                    fetch_all(shift_all(sources, steps, 1), j)
+                    t = added(t, load_about(sources, j, pivots), pivots, weight, skip)
+                else:
+                    t = added(t, load_parts_about(sources, j, m, pivots), pivots, weight, skip)
+            keep(t, w, pointer(sums, 8 * j), sums.strides[0])
+        r += rows
+
+
+@formula
+def _eleven(co, j):  # type: ignore[no-untyped-def]
+    """The coefficients of the columns from j on."""
+    return tuple(load_own(p, j) for p in rows_of(co, 11))
+
+
+@part()
+def _map_row(sources, weight, targets, n, co, like, flags):  # type: ignore[no-untyped-def]
+    j, past = borders_past(targets, n, flags)
+    if j > 0:
+        save_parts(targets, 0, j, results(load_parts(sources, 0, j, like), weight, _eleven(co, 0), flags))
     while j + LANES <= n:
-        one, two = results(load(u, j, like), load(g, j, like), load(x, j, like), lanes, w, _eleven(co, row, j), flags)
-        write(r, j, one, past_r)
-        write(z, j, two, past_z)
+        write_all(targets, j, results(loads(sources, j, like), weight, _eleven(co, j), flags), past)
         j += LANES
     if j < n:
-        m = n - j
-        one, two = results(
-            load_part(u, j, m, like), load_part(g, j, m, like), load_part(x, j, m, like), lanes, w,
-            _eleven(co, row, j), flags,
-        )  # fmt: skip
-        save_part(r, j, m, one)
-        save_part(z, j, m, two)
+        both = results(load_parts(sources, j, n - j, like), weight, _eleven(co, j), flags)
+        save_parts(targets, j, n - j, both)
 
 
 @part()
-def columns_map(u, g, x, w, r, z, order, starts, q, k, c0, channels, co, plan, scratch, weights, places):  # type: ignore[no-untyped-def]
+def columns_map(arrays, w, order, starts, q, k, c0, channels, co, plan, scratch, weights, places):  # type: ignore[no-untyped-def]
     """r and z of block k; co (11, W) by column."""
     keep_whole()
-    flags = plan[9]
-    rows_in_all = (group_rows(q, starts, plan) + plan[8] - 1) // plan[8]
-    first, end = k * plan[4], min((k + 1) * plan[4], rows_in_all)
-    us, gs, xs = _base(u, scratch[0]), _base(g, scratch[0]), _base(x, scratch[0])
-    rs, zs = _base(r, scratch[1]), _base(z, scratch[1])
-    all_co, row = pointer(co, 0), co.strides[0]
-    while first < end:
-        rows, n = _some_rows(q, first, end, channels, starts, plan)
-        _find_rows((u, g, x, r, z), w, q, first, rows, c0, order, starts, plan, places, weights)
+    r, end = _borders(k, q, starts, plan)
+    zeros, unread = stand_ins(scratch)
+    bases, all_targets = runs_of(arrays[:3], 0, 0, 0, zeros), runs_of(arrays[3:], 0, 0, 0, unread)
+    while r < end:
+        rows, n = _some_rows(q, r, end, channels, starts, plan)
+        _find_rows(arrays, w, q, r, rows, c0, order, starts, plan, places, weights)
         for i in range(rows):  # one behind the other: loads of a row 4 KB on would wait for this one's stores
-            _columns_map_row(
-                shifted(us, places[0, i]), shifted(gs, places[1, i]), shifted(xs, places[2, i]), w,
-                spread(np.float64(weights[i])), shifted(rs, places[3, i]), shifted(zs, places[4, i]), n, all_co, row,
-                flags,
-            )  # fmt: skip
-        first += rows
+            sources, targets = _sources_at(bases, places, i), _targets_at(all_targets, places, i)
+            _map_row(sources, _weight(w, weights[i]), targets, n, co, spread(0.0), plan[9])
+        r += rows
 
 
 @part()

@@ -27,14 +27,13 @@ def weight_of(_typing: Any, w: Any) -> Any:
 
 @part()
 def _block(arrays, w, order, starts, q, k, c0, near, memory, plan, few):  # type: ignore[no-untyped-def]
-    u, g, x, r, z = arrays
     sums, columns, scratch, weights, places = memory[1], memory[2], memory[3], memory[4], memory[5]
     if plan[0]:
         columns_sums(
-            u, g, x, w, r, z, order, starts, q, k, c0, near.shape[1], columns, sums, plan, scratch, weights, places, few
+            arrays, w, order, starts, q, k, c0, near.shape[1], columns, sums, plan, scratch, weights, places, few
         )
     else:
-        rows_sums(u, g, x, w, order, starts, q, k, c0, near, sums, plan, scratch, weights, few)
+        rows_sums(arrays[:3], w, order, starts, q, k, c0, near, sums, plan, scratch, weights, few)
 
 
 @part()
@@ -130,15 +129,12 @@ def _finish(q, c, table, tangents, sizes, part, co, ggamma, weighted, plan):  # 
 @part()
 def _map(arrays, w, order, starts, q, p, c0, g, co, memory, plan):  # type: ignore[no-untyped-def]
     """Piece p of a tile, backwards."""
-    u, g_, x, r, z = arrays
     columns, scratch, weights, places = memory[2], memory[3], memory[4], memory[5]
     for k in range((p + 1) * plan[3] // plan[2] - 1, p * plan[3] // plan[2] - 1, -1):
         if plan[0]:
-            columns_map(
-                u, g_, x, w, r, z, order, starts, q, k, c0, g, columns, plan, scratch, weights, places
-            )  # fmt: skip
+            columns_map(arrays, w, order, starts, q, k, c0, g, columns, plan, scratch, weights, places)
         else:
-            rows_map(u, g_, x, w, r, z, order, starts, q, k, c0, g, co[q], plan, scratch, weights)
+            rows_map(arrays[:3], w, arrays[3:], order, starts, q, k, c0, g, co[q], plan, scratch, weights)
 
 
 @part()

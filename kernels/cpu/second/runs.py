@@ -1,26 +1,24 @@
 """Sums and maps of second order along runs inside a channel, in float64 lanes."""
 
-from ..formulas import formula
+from ..activations import loaded, loaded_part
+from ..formulas import called, formula
 from ..lanes import (
     LANES,
     before_line,
-    fetch,
     fma,
     keep_whole,
-    load,
-    load_part,
     nothing,
     pointer,
     save_part,
     shifted,
-    spread,
     spread_of,
     where_nonzero,
 )
-from ..maps import write
-from ..parts import part
-from ..rows import gathered, index, scatter
-from ..sums import AHEAD, add_lanes
+from ..maps import fetch_all, load_parts, loads, write
+from ..parts import part, unless_none
+from ..rows import at, gathered, index, lanes_of, scatter
+from ..sums import AHEAD, add_lanes, load_about, load_parts_about
+from ..views import row
 
 PAST, GATHER, FROZEN, SKIP, KEEP, NO_R, NO_Z, PIVOTED = 1, 2, 4, 8, 16, 32, 64, 128  # SKIP, KEEP: for weights of 0
 
@@ -33,15 +31,16 @@ PAST, GATHER, FROZEN, SKIP, KEEP, NO_R, NO_Z, PIVOTED = 1, 2, 4, 8, 16, 32, 64, 
 
 
 @part()
-def added(t, u, g, d, lanes, w, skip):  # type: ignore[no-untyped-def]
-    """The lanes of the sums, and one vector more. Without weights (w is None) lanes don't count."""
+def added(t, values, near, w, skip):  # type: ignore[no-untyped-def]
+    """The lanes of the sums, and a vector more of u, g and x, with lanes of their weights or None."""
+    u, g, d = about(values, near)
     if w is None:
         return t[0] + u, t[1] + g, fma(u, d, t[2]), fma(g, d, t[3]), fma(g, u, t[4]), t[5], t[6]
     zero = nothing(u)
-    v = lanes * where_nonzero(lanes, u, zero)
-    vd = v * where_nonzero(lanes, d, zero)
+    v = w * where_nonzero(w, u, zero)
+    vd = v * where_nonzero(w, d, zero)
     if skip:
-        u, g, d = where_nonzero(lanes, u, zero), where_nonzero(lanes, g, zero), where_nonzero(lanes, d, zero)
+        u, g, d = where_nonzero(w, u, zero), where_nonzero(w, g, zero), where_nonzero(w, d, zero)
     return t[0] + v, t[1] + g, t[2] + vd, fma(g, d, t[3]), fma(g, u, t[4]), t[5] + u, t[6] + d
 
 
@@ -58,105 +57,118 @@ def keep(t, w, sums, line):  # type: ignore[no-untyped-def]
         add_lanes(shifted(sums, i * line), lanes)
 
 
-@part()
-def weights_at(w, run, i, n, like):  # type: ignore[no-untyped-def]
-    if w is None:
-        return nothing(like)
-    return load(run, i, like) if n >= LANES else load_part(run, i, n, nothing(like))
+@formula
+def about(values, near):  # type: ignore[no-untyped-def]
+    """Less their pivots."""
+    return tuple(v - h for v, h in zip(values, near, strict=True))
 
 
 @part()
-def _sum_run(u, g, x, w, run, n, pu, pg, hi, skip, sums, line):  # type: ignore[no-untyped-def]
-    """The lanes in memory += the sums over a run of n elements of one channel."""
-    pu, pg, hi = spread(pu), spread(pg), spread(hi)
-    t = none_of(pu)
-    i = 0
+def _sum_run(sources, w, n, near, skip, sums, line):  # type: ignore[no-untyped-def]
+    """The lanes in memory += the sums over a run of n elements of one channel, of u, g and x about pivots."""
+    t, i, like = none_of(near[0]), 0, near[0]
     while i + LANES <= n:
-        fetch(u, i + AHEAD)
-        fetch(g, i + AHEAD)
-        fetch(x, i + AHEAD)
-        t = added(
-            t, load(u, i, pu) - pu, load(g, i, pu) - pg, load(x, i, pu) - hi, weights_at(w, run, i, LANES, pu), w, skip
-        )
+        fetch_all(sources, i + AHEAD)
+        t = added(t, load_about(sources, i, near), near, loaded(w, i, like), skip)
         i += LANES
     if i < n:
-        m = n - i
-        du, dg, dx = load_part(u, i, m, pu) - pu, load_part(g, i, m, pg) - pg, load_part(x, i, m, hi) - hi
-        t = added(t, du, dg, dx, weights_at(w, run, i, m, pu), w, skip)
+        t = added(t, load_parts_about(sources, i, n - i, near), near, loaded_part(w, i, n - i, like), skip)
     keep(t, w, sums, line)
 
 
 @part()
-def results(u, g, d, lanes, w, co, flags):  # type: ignore[no-untyped-def]
+def results(values, w, co, flags):  # type: ignore[no-untyped-def]
     """r and z for lanes of u, g and x."""
-    v = u
-    if flags & PIVOTED:
-        v, g, d = u - co[0], g - co[1], d - co[2]
+    u = values[0]
+    v, g, d = about(values, co[:3]) if flags & PIVOTED else values
     r = fma(v, co[3], fma(d, co[4], co[5]))
     if flags & FROZEN:  # u and x don't count, and may be infinite; pivots are 0
         z = g * co[6]
     elif w is None:
         z = fma(g, co[6], fma(v, co[7], fma(d, co[8], co[9])))
     else:
-        z = fma(g, co[6], fma(lanes, fma(v, co[7], fma(d, co[8], co[9])), co[10]))
+        z = fma(g, co[6], fma(w, fma(v, co[7], fma(d, co[8], co[9])), co[10]))
     if w is not None and flags & SKIP:
         zero = nothing(u)
-        r, z = where_nonzero(lanes, r, u if flags & KEEP else zero), where_nonzero(lanes, z, zero)
+        r, z = where_nonzero(w, r, u if flags & KEEP else zero), where_nonzero(w, z, zero)
     return r, z
 
 
+@formula
+def save_parts(targets, i, n, lanes):  # type: ignore[no-untyped-def]
+    for target, values in zip(targets, lanes, strict=True):
+        save_part(target, i, n, values)
+
+
+@formula
+def write_all(targets, i, lanes, past):  # type: ignore[no-untyped-def]
+    for target, values, by in zip(targets, lanes, past, strict=True):
+        write(target, i, values, by)
+
+
 @part()
-def _map_run(u, g, x, w, run, r, z, n, co, flags):  # type: ignore[no-untyped-def]
+def borders_past(targets, n, flags):  # type: ignore[no-untyped-def]
+    """Elements before a line of r and of z, and whether each is stored past the caches from there on."""
+    if flags & PAST == 0 or n < 8 * LANES:
+        return 0, (False, False)
+    i, of_z = before_line(targets[0]), before_line(targets[1])
+    if flags & NO_R:
+        i = of_z
+    return i, (flags & NO_R == 0, flags & NO_Z == 0 and of_z == i)
+
+
+@part()
+def _map_run(sources, w, targets, n, co, flags):  # type: ignore[no-untyped-def]
     """r and z of a run of n elements of one channel."""
     like = co[0]
-    past_r = past_z = False
-    i = 0
-    if flags & PAST and n >= 8 * LANES:
-        i = before_line(z if flags & NO_R else r)
-        past_r, past_z = flags & NO_R == 0, flags & NO_Z == 0 and before_line(z) == i
-        if i > 0:
-            one, two = results(
-                load_part(u, 0, i, like), load_part(g, 0, i, like), load_part(x, 0, i, like),
-                weights_at(w, run, 0, i, like), w, co, flags,
-            )  # fmt: skip
-            save_part(r, 0, i, one)
-            save_part(z, 0, i, two)
+    i, past = borders_past(targets, n, flags)
+    if i > 0:
+        both = results(load_parts(sources, 0, i, like), loaded_part(w, 0, i, like), co, flags)
+        save_parts(targets, 0, i, both)
     while i + LANES <= n:
-        one, two = results(
-            load(u, i, like), load(g, i, like), load(x, i, like), weights_at(w, run, i, LANES, like), w, co, flags
-        )
-        write(r, i, one, past_r)
-        write(z, i, two, past_z)
+        both = results(loads(sources, i, like), loaded(w, i, like), co, flags)
+        write_all(targets, i, both, past)
         i += LANES
     if i < n:
-        m = n - i
-        one, two = results(
-            load_part(u, i, m, like), load_part(g, i, m, like), load_part(x, i, m, like),
-            weights_at(w, run, i, m, like), w, co, flags,
-        )  # fmt: skip
-        save_part(r, i, m, one)
-        save_part(z, i, m, two)
+        both = results(load_parts(sources, i, n - i, like), loaded_part(w, i, n - i, like), co, flags)
+        save_parts(targets, i, n - i, both)
 
 
 @part()
 def _run_of(a, o, c, i, instead):  # type: ignore[no-untyped-def]
-    """A pointer into an array, or to what stands in for one that isn't there."""
-    if a.shape[0] == 0:
-        return pointer(instead, 0)
-    return pointer(a, o * a.strides[0] + c * a.strides[1] + i * a.strides[2])
+    """A pointer into an array, or what stands in for one that isn't there."""
+    return instead if a.shape[0] == 0 else at(a, o, c, i)
 
 
-@part()
+@formula
+def runs_of(arrays, o, c, i, instead):  # type: ignore[no-untyped-def]
+    """The same of each."""
+    return tuple(called(_run_of, a, o, c, i, instead) for a in arrays)
+
+
+@formula
+def stand_ins(scratch):  # type: ignore[no-untyped-def]
+    """For sources and for targets that aren't there: zeros, which stay so, and a run that nobody reads."""
+    return pointer(scratch, 0), pointer(scratch, scratch.strides[0])
+
+
+@unless_none(0, lambda *args: None)
 def _weights_of(w, o, i, gathered, scratch):  # type: ignore[no-untyped-def]
-    if w is None or gathered:
-        return pointer(scratch, 0)
-    return pointer(w, (o * w.shape[2] + i) * w.itemsize)
+    return pointer(scratch, 0) if gathered else at(w, o, 0, i)
 
 
 @part()
 def _gather(a, c, order, o0, o1, i0, n, scratch):  # type: ignore[no-untyped-def]
     if a.shape[0] > 0:
         gathered(a, c, o0, o1, i0, n, order, scratch)
+    return pointer(scratch, 0)
+
+
+@formula
+def _gathered(arrays, c, order, o0, o1, i0, n, scratch):  # type: ignore[no-untyped-def]
+    """Values of a channel of each, in the first rows of scratch."""
+    runs = [row(scratch, k, scratch.shape[1]) for k in range(len(arrays))]
+    return tuple(called(_gather, a, c, order, o0, o1, i0, n, run) for a, run in zip(arrays, runs, strict=True))
 
 
 @part()
@@ -173,34 +185,38 @@ def rows_borders(k, q, starts, plan):  # type: ignore[no-untyped-def]
     return o0, min(o0 + plan[4], starts[q + 1]), i0, min(plan[6], plan[11] - i0)
 
 
+@formula
+def _near_of(near, c):  # type: ignore[no-untyped-def]
+    """A channel's pivots, each in all lanes."""
+    return tuple(spread_of(near, i, c) for i in range(3))
+
+
+@formula
+def _near_of(near, c):  # type: ignore[no-untyped-def]
+    """A channel's pivots, each in all lanes."""
+    return tuple(spread_of(near, i, c) for i in range(3))
+
+
 @part()
-def rows_sums(u, g, x, w, order, starts, q, k, c0, near, sums, plan, scratch, weights, few):  # type: ignore[no-untyped-def]
+def rows_sums(sources, w, order, starts, q, k, c0, near, sums, plan, scratch, weights, few):  # type: ignore[no-untyped-def]
     """Lanes of sums (7, 16 G) += those of block k, or of its first runs of `few` values at least."""
     keep_whole()
     o0, o1, i0, n = rows_borders(k, q, starts, plan)
     o1 = min(o1, o0 + (few + n - 1) // n)
-    skip, line = plan[9] & SKIP != 0, sums.strides[0]
-    if plan[9] & GATHER:
-        if o1 > o0:
-            gathered(w, 0, o0, o1, i0, n, order, weights)
-            for c in range(near.shape[1]):
-                _gather(u, c0 + c, order, o0, o1, i0, n, scratch[0])
-                _gather(g, c0 + c, order, o0, o1, i0, n, scratch[1])
-                _gather(x, c0 + c, order, o0, o1, i0, n, scratch[2])
-                _sum_run(
-                    pointer(scratch[0], 0), pointer(scratch[1], 0), pointer(scratch[2], 0),
-                    w, _weights_of(w, 0, 0, True, weights), (o1 - o0) * n, near[0, c], near[1, c], near[2, c], skip,
-                    pointer(sums, 8 * LANES * c), line,
-                )  # fmt: skip
-        return
-    for o in range(o0, o1):
-        place = index(order, o)
+    gather, zeros, _ = plan[9] & GATHER != 0, *stand_ins(scratch)
+    if gather:
+        gathered(w, 0, o0, o1, i0, n, order, weights)
+    count = max(1, o1 - o0) if gather else 1
+    for o in range(o0, o1, count):
+        p = index(order, o)
+        run_w = _weights_of(w, p, i0, gather, weights)
         for c in range(near.shape[1]):
-            _sum_run(
-                _run_of(u, place, c0 + c, i0, scratch[0]), _run_of(g, place, c0 + c, i0, scratch[0]),
-                _run_of(x, place, c0 + c, i0, scratch[0]), w, _weights_of(w, place, i0, False, weights), n,
-                near[0, c], near[1, c], near[2, c], skip, pointer(sums, 8 * LANES * c), line,
-            )  # fmt: skip
+            if gather:
+                runs = _gathered(sources, c0 + c, order, o0, o1, i0, n, scratch)
+            else:
+                runs = runs_of(sources, p, c0 + c, i0, zeros)
+            skip, line = plan[9] & SKIP != 0, sums.strides[0]
+            _sum_run(runs, run_w, count * n, _near_of(near, c), skip, lanes_of(sums, 0, c), line)
 
 
 @formula
@@ -210,32 +226,26 @@ def _eleven(co, c):  # type: ignore[no-untyped-def]
 
 
 @part()
-def rows_map(u, g, x, w, r, z, order, starts, q, k, c0, width, co, plan, scratch, weights):  # type: ignore[no-untyped-def]
+def rows_map(sources, w, targets, order, starts, q, k, c0, width, co, plan, scratch, weights):  # type: ignore[no-untyped-def]
     """r and z of block k for `width` channels from c0 on, backwards: what was read last is in cache."""
     keep_whole()
     o0, o1, i0, n = rows_borders(k, q, starts, plan)
-    flags = plan[9]
-    if flags & GATHER:
-        if o1 > o0:
-            gathered(w, 0, o0, o1, i0, n, order, weights)
-            for c in range(c0, c0 + width):
-                _gather(u, c, order, o0, o1, i0, n, scratch[0])
-                _gather(g, c, order, o0, o1, i0, n, scratch[1])
-                _gather(x, c, order, o0, o1, i0, n, scratch[2])
-                _map_run(
-                    pointer(scratch[0], 0), pointer(scratch[1], 0), pointer(scratch[2], 0),
-                    w, _weights_of(w, 0, 0, True, weights), pointer(scratch[3], 0), pointer(scratch[4], 0),
-                    (o1 - o0) * n, _eleven(co, c), flags & ~PAST,
-                )  # fmt: skip
-                _scatter(scratch[3], r, c, order, o0, o1, i0, n)
-                _scatter(scratch[4], z, c, order, o0, o1, i0, n)
-        return
-    for o in range(o1 - 1, o0 - 1, -1):
-        place = index(order, o)
+    flags, (zeros, unread) = plan[9], stand_ins(scratch)
+    gather = flags & GATHER != 0
+    if gather:
+        gathered(w, 0, o0, o1, i0, n, order, weights)
+        flags &= ~PAST
+    count = max(1, o1 - o0) if gather else 1
+    for o in range(o1 - count, o0 - 1, -count):
+        p = index(order, o)
+        run_w = _weights_of(w, p, i0, gather, weights)
         for c in range(c0, c0 + width):
-            _map_run(
-                _run_of(u, place, c, i0, scratch[0]), _run_of(g, place, c, i0, scratch[0]),
-                _run_of(x, place, c, i0, scratch[0]), w, _weights_of(w, place, i0, False, weights),
-                _run_of(r, place, c, i0, scratch[1]), _run_of(z, place, c, i0, scratch[1]), n, _eleven(co, c),
-                flags,
-            )  # fmt: skip
+            if gather:
+                runs = _gathered(sources, c, order, o0, o1, i0, n, scratch)
+                results = pointer(scratch, 3 * scratch.strides[0]), pointer(scratch, 4 * scratch.strides[0])
+            else:
+                runs, results = runs_of(sources, p, c, i0, zeros), runs_of(targets, p, c, i0, unread)
+            _map_run(runs, run_w, results, count * n, _eleven(co, c), flags)
+            if gather:
+                _scatter(scratch[3], targets[0], c, order, o0, o1, i0, n)
+                _scatter(scratch[4], targets[1], c, order, o0, o1, i0, n)
