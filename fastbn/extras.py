@@ -87,6 +87,8 @@ class Asked(NamedTuple):
         if isinstance(self.weights, Span):
             return self.weights.family.new((self.sets,), FLOAT64, self.weights.device)
         samples = shape[self.samples]
+        if self.weights is not None and self.groups is None:
+            return np.array([self.weights.sum(dtype=np.float64)])
         if self.weights is None:
             by_sample = np.full(samples, channels.values // max(1, samples), np.float64)
         else:
@@ -207,18 +209,22 @@ def _weights(where: str, weights: Any, x: Any, axes: tuple[int, ...]) -> Any:
     if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
         raise TypeError(f"{where}: weights is a {describe(array)}; expected bools, or real numbers of 0 or more")
     shape, full = _weights_shape(where, array.shape, x, axes)
+    if array.dtype.kind != "b":
+        _check_range(where, array)
     # In the type that x is computed in; where it has to be converted it is, to the size of x without its channels.
-    checked: Any = array.reshape(shape).astype(_weights_type(x))
-    if not np.all(checked >= 0) or not np.all(np.isfinite(checked)):
-        bad = checked[~(np.isfinite(checked) & (checked >= 0))][0]
+    return np.broadcast_to(array.reshape(shape).astype(_weights_type(x)), full)
+
+
+def _check_range(where: str, weights: np.ndarray) -> None:
+    least, most = (float(f(weights, initial=0)) for f in (np.min, np.max))  # NaN where there is one
+    if not (least >= 0 and most < np.inf):
+        bad = weights[~(np.isfinite(weights) & (weights >= 0))][0]
         raise ValueError(f"{where}: weights has {bad:g}; expected finite numbers of 0 or more")
-    most = float(np.max(array, initial=0))  # beyond these limits float32 loses squares by weight, or them altogether
-    if most > 0 and not 1e-30 <= most <= 1e30:
+    if most > 0 and not 1e-30 <= most <= 1e30:  # beyond, float32 loses squares by weight, or them altogether
         raise ValueError(
             f"{where}: weights has {most:g} as its largest; expected 1e-30 to 1e30. Divide them by it, as "
             "only their ratios count"
         )
-    return np.broadcast_to(checked, full)
 
 
 def _weights_type(x: Any) -> np.dtype[Any]:

@@ -29,6 +29,21 @@ def test_weights_and_groups(name, weights, groups, dtype, rng):
         check(rng, shape, axis, dtype, weights=w, groups=g, masked=masked, frozen=frozen)
 
 
+@pytest.mark.parametrize("dtype", [DTYPES[0], DTYPES[1], DTYPES[2]], ids=str)
+@pytest.mark.parametrize("groups", ["none", "ids"])
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((3001, 3), 1), ((700, 20), 1), ((301, 3, 5), 1), ((60, 200, 7), 1), ((5, 400, 4), -1), ((9, 70, 64), -1)],
+    ids=str,
+)
+def test_weights_that_are_laid_out_by_column(shape, axis, groups, dtype, rng):
+    """Where rows are folded, or a channel has more than a column: more rows than are laid out at once."""
+    beyond = [{"masked": "zero", "activation": "relu", "residual": True}] if dtype == DTYPES[0] else []
+    for more in ({}, {"masked": "keep"}, *beyond):
+        w, g = weights_for("positions", rng, shape, axis), groups_for(groups, rng, shape, axis)
+        check(rng, shape, axis, dtype, weights=w, groups=g, **more)
+
+
 @pytest.mark.parametrize("kind", ["u1", "u8", "i1"])
 def test_ids_and_sizes_of_any_whole_numbers(kind, rng):
     """Differences of unsigned ids are never below 0, and narrow sizes add up to less than they are."""

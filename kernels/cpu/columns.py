@@ -44,7 +44,7 @@ from .maps import (
     write,
 )
 from .parts import by_type, part, unless_none
-from .rows import EXACT, PAST, index
+from .rows import EXACT, PAST, at, index
 from .sums import add_sums, load_about, load_parts_about, no_sums, with_first, with_values
 
 FULL = 1024  # columns of a row from which it is stored past the caches alone: its ends are parts of lines
@@ -105,10 +105,49 @@ def _later(a, offset):  # type: ignore[no-untyped-def]
     return None if a is None else shifted(a, offset)
 
 
+@part()
+def _by_column(plan):  # type: ignore[no-untyped-def]
+    """Whether a row's columns have weights of their own: where it is folded, or a channel is more than a column."""
+    return plan[5] > 1 or plan[6] > 1
+
+
+@part()
+def weights_room(width, plan):  # type: ignore[no-untyped-def]
+    """Weights that are laid out at once: of ROWS rows by column, or sixteen alike for each row of a block."""
+    return (ROWS * width if _by_column(plan) else max(ROWS, plan[4]) * LANES) + LANES
+
+
+@unless_none(0, lambda *args: None)
+def _laid_out(w, r, rows, channels, plan, order, room):  # type: ignore[no-untyped-def]
+    """The weights of some folded rows from r on, one row behind the other, by column; or sixteen alike for each."""
+    inner, like, target, j = w.shape[2], spread(room[0]), pointer(room, 0), 0
+    k, end = r * plan[6], min((r + rows) * plan[6], _rows(w.shape, plan))
+    if plan[5] > 1:
+        for o in range(k, end):
+            lanes = load_part(at(w, index(order, o), 0, 0), 0, inner, like)
+            for _ in range(channels):
+                save(target, j, lanes)
+                j += inner
+        return target
+    width = channels if _by_column(plan) else np.int64(LANES)
+    while k < end:
+        o = k // inner if order.size > 0 else 0
+        i = k - o * inner
+        m = min(end - k, inner - i) if order.size > 0 else end - k  # weights are contiguous
+        source = shifted(at(w, index(order, o), 0, 0), i * w.itemsize)
+        for n in range(m):
+            lanes = spread_at(source, n, like)
+            save(target, j, lanes)
+            for c in range(LANES, width, LANES):
+                save(target, j + c, lanes)
+            j += width
+        k += m
+    return target
+
+
 @formula
-def _weight_at(w, step, r, like):  # type: ignore[no-untyped-def]
-    """The weight of row r from there on, in all lanes."""
-    return None if w is None else spread_at(shifted(w, r * step), 0, like)
+def _weights_at(w, i, like):  # type: ignore[no-untyped-def]
+    return None if w is None else load(w, i, like)
 
 
 @unless_none(0, lambda *args: (None, 0, 0))
@@ -202,8 +241,11 @@ def _about(near, lenses, j, sources):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _add(sources, steps, res, step_r, w, step_w, rows, n, near, sums, how, lenses, ahead, steps_ahead):  # type: ignore[no-untyped-def]
-    """Columns of sums (M, W) float64 += over some rows of n columns, in lanes of the type of near (1 or 2, W)."""
+def _add(sources, steps, res, step_r, w, step_w, by_column, rows, n, near, sums, how, lenses, ahead, steps_ahead):  # type: ignore[no-untyped-def]
+    """Columns of sums (M, W) float64 += over some rows of n columns, in lanes of the type of near (1 or 2, W).
+
+    Weights w are laid out, step_w elements for a row, `by_column` or not (1, 0).
+    """
     i = 0  # what is fetched is so in the order of memory
     for j in range(0, n, LANES):
         pivots, lens = _about(near, lenses, j, sources)
@@ -215,30 +257,32 @@ def _add(sources, steps, res, step_r, w, step_w, rows, n, near, sums, how, lense
                 if i >= n:
                     ahead, i = shift_all(ahead, steps_ahead, 1), 0
                 values = load_about(shift_all(sources, steps, r), j, pivots)
-                e, f = loaded(_later(res, r * step_r), j, like), _weight_at(w, step_w, r, like)
+                e, f = loaded(_later(res, r * step_r), j, like), _weights_at(w, r * step_w + j * by_column, like)
                 held = with_values(held, values, e, f, how, pivots, lens)
         else:  # lanes behind the last column belong to none of this tile, but to some of the next one
             for r in range(rows):
                 values = load_parts_about(shift_all(sources, steps, r), j, k, pivots)
-                e, f = loaded_part(_later(res, r * step_r), j, k, like), _weight_at(w, step_w, r, like)
+                e = loaded_part(_later(res, r * step_r), j, k, like)
+                f = _weights_at(w, r * step_w + j * by_column, like)
                 held = with_first(held, k, values, e, f, how, pivots, lens)
         add_sums(w, pointer(sums, 8 * j), sums.strides[0], held)
 
 
 @part()
-def columns_sums(sources, res, w, k, c0, channels, near, sums, plan, few, how, lenses, order):  # type: ignore[no-untyped-def]
+def columns_sums(sources, res, w, k, c0, channels, near, sums, plan, few, how, lenses, order, room):  # type: ignore[no-untyped-def]
     """Columns of sums (M, W) += those of the channels from c0 on; near has the pivots of each source, by column.
 
-    For all of block k, or for its first `few` rows. lenses (3, W + 16) has what `bent` takes, by column.
+    For all of block k, or for its first `few` rows. lenses (3, W + 16) has what `bent` takes, by column; weights are
+    laid out in `room`.
     """
     keep_whole()
+    by_column = np.int64(_by_column(plan))
     shape = sources[0].shape
     r, r1 = _borders(k, shape, plan)
     r1 = min(r1, r + few)
     while r < r1:
         runs, steps, left = _rows_of(sources, r, c0, plan, order)
         run_r, step_r, _ = _part_of(res, r, c0, plan, order)
-        weight, step_w, _ = _part_of(w, r, np.int64(0), plan, order)
         n = _width(r, shape, channels, plan)
         rows = min(ROWS, left, r1 - r)
         if rows > 1 and _width(r + rows - 1, shape, channels, plan) != n:
@@ -246,7 +290,10 @@ def columns_sums(sources, res, w, k, c0, channels, near, sums, plan, few, how, l
         ahead, steps_ahead = _ahead_of(
             sources, shift_all(runs, steps, rows), steps, r + rows, c0 + channels, plan, order
         )
-        _add(runs, steps, run_r, step_r, weight, step_w, rows, n, near, sums, how, lenses, ahead, steps_ahead)
+        weights, step_w = _laid_out(w, r, rows, channels, plan, order, room), n if by_column else LANES
+        _add(
+            runs, steps, run_r, step_r, weights, step_w, by_column, rows, n, near, sums, how, lenses, ahead, steps_ahead
+        )  # fmt: skip
         r += rows
 
 
@@ -271,9 +318,12 @@ def _fast_or_not(how, values, j, numbers, mode, r, w):  # type: ignore[no-untype
 
 
 @formula
-def _weights_from(w, step, row, then, left, like):  # type: ignore[no-untyped-def]
-    """The weight of a row in the first `left` lanes, that of row `then` in those behind them."""
-    return None if w is None else joined(left, _weight_at(w, step, row, like), _weight_at(w, step, then, like))
+def _weights_from(w, laid, i, row, then, left, like):  # type: ignore[no-untyped-def]
+    """Of the elements from i on: `left` of them are in `row`, those behind them in `then`."""
+    if w is None:
+        return None
+    along, step = laid
+    return joined(left, load(w, i * along + row * step, like), load(w, i * along + then * step, like))
 
 
 @part()
@@ -295,19 +345,21 @@ def _map_part(sources, target, beside, i, k, j, weight, numbers, mode, how, like
 
 
 @part()
-def _map_run(sources, target, beside, n, width, last, numbers, mode, past, ahead, how, like, step_w):  # type: ignore[no-untyped-def]
-    """n elements from column 0 on, of rows 0 to `last` of `width` columns without a gap; with weights, of a vector at
-    least."""
+def _map_run(sources, target, beside, n, width, last, numbers, mode, past, ahead, how, like, laid):  # type: ignore[no-untyped-def]
+    """n elements from column 0 on, of rows 0 to `last` of `width` columns without a gap.
+
+    Weights are `laid` out: (1, 0) by column, (0, LANES) by row, whose columns are a vector at least then.
+    """
     i, row, (r, w, dr) = 0, 0, beside
     if past:
         i = min(n, before_line(target))
     if i > 0:
-        _map_part(sources, target, beside, 0, i, 0, _weight_at(w, step_w, 0, like), numbers, mode, how, like)
+        _map_part(sources, target, beside, 0, i, 0, _weights_at(w, 0, like), numbers, mode, how, like)
     j = _within(i, width)
     while i + LANES <= n:
         for _ in range(min((width - j + LANES - 1) // LANES, (n - i) // LANES)):
             fetch_all(ahead, i)
-            f = _weights_from(w, step_w, row, min(row + 1, last), width - j, like)
+            f = _weights_from(w, laid, i, row, min(row + 1, last), width - j, like)
             result, bowed = _mapped(how, loads(sources, i, like), j, numbers, mode, loaded(r, i, like), f)
             write(target, i, result, past)
             put(dr, i, bowed)
@@ -315,7 +367,7 @@ def _map_run(sources, target, beside, n, width, last, numbers, mode, past, ahead
         if j >= width:
             j, row = _within(j, width), row + 1
     if i < n:
-        f = _weights_from(w, step_w, row, min(row + 1, last), width - j, like)
+        f = _weights_from(w, laid, i, row, min(row + 1, last), width - j, like)
         _map_part(sources, target, beside, i, n - i, j, f, numbers, mode, how, like)
 
 
@@ -327,29 +379,32 @@ def _rows_of(sources, r, c0, plan, order):  # type: ignore[no-untyped-def]
 
 
 @part()
-def columns_map(sources, target, beside, k, c0, channels, numbers, rare, plan, how, like, order):  # type: ignore[no-untyped-def]
+def columns_map(sources, target, beside, k, c0, channels, numbers, rare, plan, how, like, order, room):  # type: ignore[no-untyped-def]
     """Block k of the channels from c0 on; `rare`: for how many of them the fast numbers won't do."""
     keep_whole()
     shape, width, (r, w, dr) = target.shape, channels * plan[5] * plan[6], beside
     r0, r1 = _borders(k, shape, plan)
     past, mode = plan[7] & PAST != 0, EXACT if plan[7] & EXACT or rare == channels else 1 if rare else 0
-    rows, together = pointers_of(numbers), absent(w) or width >= LANES
+    rows, by_column = pointers_of(numbers), _by_column(plan)
+    together, most = absent(w) or by_column or width >= LANES, ROWS if by_column and not absent(w) else plan[4]
+    laid = (np.int64(1), np.int64(0)) if by_column else (np.int64(0), np.int64(LANES))
     reach = 1 + 1024 // width  # rows that are fetched ahead
     while r0 < r1:
         runs, steps, left = _rows_of(sources, r0, c0, plan, order)
         run, step, _ = _row(target, r0, c0, plan, order)
         run_r, step_r, _ = _part_of(r, r0, c0, plan, order)
         run_dr, step_dr, _ = _part_of(dr, r0, c0, plan, order)
-        weight, step_w, _ = _part_of(w, r0, np.int64(0), plan, order)
         gapless = step == width * target.itemsize and (absent(r) or step_r == step) and (absent(dr) or step_dr == step)
         gapless = gapless and steps[0] == width * sources[0].itemsize and steps[-1] == width * sources[-1].itemsize
         count = min(left, r1 - r0)
-        at_once = count if gapless and together else 1
+        at_once = min(count, most) if gapless and together else 1
         for i in range(0, count, at_once):
-            n = (at_once - 1) * width + _width(r0 + i + at_once - 1, shape, channels, plan)
-            own = _later(run_r, i * step_r), _later(weight, i * step_w), _later(run_dr, i * step_dr)
+            last = min(at_once, count - i) - 1
+            n = last * width + _width(r0 + i + last, shape, channels, plan)
+            weights = _laid_out(w, r0 + i, last + 1, channels, plan, order, room)
+            own = _later(run_r, i * step_r), weights, _later(run_dr, i * step_dr)
             _map_run(
-                shift_all(runs, steps, i), shifted(run, i * step), own, n, width, at_once - 1, rows, mode,
-                past and (at_once > 1 or width >= FULL), shift_all(runs, steps, i + reach), how, like, step_w,
+                shift_all(runs, steps, i), shifted(run, i * step), own, n, width, last, rows, mode,
+                past and (at_once > 1 or width >= FULL), shift_all(runs, steps, i + reach), how, like, laid,
             )  # fmt: skip
         r0 += count

@@ -258,7 +258,7 @@ def _forward_map(p0, p1, c0, ca, x, y, rare, summed, plan, memory, how, r, w, or
     for i in range(k1 - k0):
         k = k1 - 1 - i if summed else k0 + i
         if plan[0]:
-            columns_map((x,), y, (r, w, None), k, c0, g, of_columns, rare, plan, how, like, order)
+            columns_map((x,), y, (r, w, None), k, c0, g, of_columns, rare, plan, how, like, order, scratch[2][0])
         else:
             rows_map((x,), y, (r, w, None), k, c0, ca, of_rows, rare, plan, scratch, how, like, order)
 

@@ -44,6 +44,7 @@ class Sizes:
     most: int = 32  # channels of a tile of rows: their sums stay in L1
     far: tuple[int, int] = (256, 4_000_000)  # runs and bytes of a channel that no cache holds: 64 are a tile then
     columns: int = 1024  # columns of a tile: its sums and coefficients stay in L1 and L2
+    weighted: int = 128  # columns of a folded row that has weights, which are laid out by column, 16 rows at once
     height: int = 64  # rows of a block of columns: as many are added in a lane
     few: int = 256  # values of a channel below which all is done in float64
     serial: int = 500_000  # of `Plan.work`: less runs on one thread, which takes 40 us: a region costs 2 to 120
@@ -82,7 +83,7 @@ def plan_of(
     # Memory decides: across the channels where they are next to each other, else along the inner axis.
     each = list(zip(strides, items, strict=True))
     across = channels > 1 and all(s[1] == n and (inner == 1 or s[2] != n) for s, n in each)
-    short = 1 < inner < LANES and all(s[2] == n and s[1] == inner * n for s, n in each) and not special & WEIGHTED
+    short = 1 < inner < LANES and all(s[2] == n and s[1] == inner * n for s, n in each)
     flags |= PAST if size * sum(items) > sizes.past * len(items) * (1 if stages & SUM else 2) else 0
     passes = ((stages & SUM != 0) + (stages & MAP != 0)) * (3 if at else 2)  # backward's take half as long again
     work = size * max(4, itemsize) * passes // 2
@@ -140,8 +141,10 @@ def _by_columns(
     rows = outer if period > 1 else outer * inner
     fold, width = 1, channels * period
     folded = sizes.columns // max(1, len(strides) - 1)  # coefficients of a gradient are twice as large
+    if special & WEIGHTED:
+        folded = min(folded, sizes.weighted)
     across = [s[0] if period > 1 or inner == 1 else s[2] for s in strides]
-    gapless = all(s == width * n for s, n in zip(across, items, strict=True)) and not special
+    gapless = all(s == width * n for s, n in zip(across, items, strict=True)) and not special & ORDERED
     level = period > 1 or inner == 1 or outer == 1 or all(s[0] == inner * s[2] for s in strides)
     if gapless and level and 2 * width <= folded:
         fold = max(1, min(folded // width, rows // 16))

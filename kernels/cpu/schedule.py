@@ -21,7 +21,7 @@ import math
 import numpy as np
 
 from .activations import absent
-from .columns import columns_count, columns_sums, gather_columns, spread_column
+from .columns import columns_count, columns_sums, gather_columns, spread_column, weights_room
 from .formulas import formula
 from .items import claim
 from .lanes import (
@@ -75,7 +75,9 @@ def _columns(x, plan, stage, weighted):  # type: ignore[no-untyped-def]
     g = min(plan[1], x.shape[1])
     w = (tile_width(g, plan) + LANES - 1) // LANES * LANES
     scratch = plan[4] * plan[6] if plan[7] & GATHER else 0
-    weights = scratch if scratch > 0 else plan[6] + LANES if weighted and not plan[0] else 0
+    weights = 0
+    if weighted:
+        weights = weights_room(w, plan) if plan[0] else scratch if scratch > 0 else plan[6] + LANES
     return g, w if stage & SUM else 0, w if plan[0] else 0, scratch, weights
 
 
@@ -111,7 +113,7 @@ def lent(memory, x, y, plan, stage, wants, weighted):  # type: ignore[no-untyped
     merged sums, and the lens of a tile that waits to be mapped; (18, G) in the elements' type, 2 pivots, 8
     coefficients, and room to look for edges. As many as `wants` says: by column or lane, sums; by column, coefficients
     or pivots in float64, and in the elements' type, and room for `in_step`. Then what is gathered: of x, of all of y's
-    type, of weights, of which a run and its start again has room too.
+    type, of weights, of which a run and its start again has room too, or what columns lay out.
     """
     views, blank_to, _ = _lent(memory, x, y, plan, stage, wants, weighted)
     blank(corner(memory, 0, 1, blank_to // 8), 1)
@@ -159,7 +161,7 @@ def add_block(sources, r, w, k, c0, pivots, near, sums, plan, scratch, few, how,
     pivots (G,) of each source, and near, which has them by column; lenses (3, G), and by column, or None and None.
     """
     if plan[0]:
-        columns_sums(sources, r, w, k, c0, pivots[0].size, near, sums, plan, few, how, lenses[1], order)
+        columns_sums(sources, r, w, k, c0, pivots[0].size, near, sums, plan, few, how, lenses[1], order, scratch[2][0])
     else:
         rows_sums(sources, r, w, k, c0, pivots, sums, plan, scratch, few, how, lenses[0], order)
 
