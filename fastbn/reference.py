@@ -159,8 +159,7 @@ def backward(dy: np.ndarray, saved: Saved) -> tuple[np.ndarray, ...]:
         return _backward_with(dy, saved, saved.asked, channels)
     with np.errstate(all="ignore"):
         std = np.sqrt(saved.var + saved.eps)
-        dgamma = (dy * (saved.d / std)).sum(saved.axes).reshape(channels)
-        dbeta = dy.sum(saved.axes).reshape(channels)
+        dgamma, dbeta = (added(v, saved.axes).reshape(channels) for v in (dy * (saved.d / std), dy))
         if saved.moments is None:
             return saved.gamma / std * dy, dgamma, dbeta
         if dy.size == 0:

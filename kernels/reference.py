@@ -269,7 +269,7 @@ def _backward_with(
         t = table[:, part]
         terms = _, g, d, w, _ = _terms(dy, x, t, more, rows)
         with np.errstate(all="ignore"):
-            sums, products = g.sum((0, 2)), (g * d).sum((0, 2))
+            sums, products = _two_sums(g, d)
             if dbeta is not None:
                 dbeta[part] = sums
             if dgamma is not None:
@@ -281,10 +281,14 @@ def _backward_with(
             dx[rows] = _slopes(terms, t, sums, products, mass, frozen, more)
 
 
+def _two_sums(g: np.ndarray, d: np.ndarray) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        return np.stack([added(values, (0, 2))[0, :, 0] for values in (g, g * d)])
+
+
 def gradient_sums(dy: np.ndarray, x: np.ndarray, table: np.ndarray, more: Any = None) -> np.ndarray:
     _, g, d, _, _ = _terms(dy, x, table, more, slice(None))
-    with np.errstate(all="ignore"):
-        return np.stack([g.sum((0, 2)), (g * d).sum((0, 2))])
+    return _two_sums(g, d)
 
 
 def gradient_map(

@@ -18,6 +18,14 @@ SHAPES = {
     "across channels": ((8, 40, 7, 7), 1),
     "instance": ((6, 5, 30), (0, 1)),
 }
+NARROW = {  # weights are laid out by column, where rows are folded or a channel has more than a column: several times
+    "points": ((3001, 3), 1),
+    "narrow": ((700, 20), 1),
+    "folded runs": ((301, 3, 5), 1),
+    "wide runs": ((60, 200, 7), 1),
+    "sequences": ((5, 400, 4), -1),
+    "wide enough": ((9, 70, 64), -1),
+}
 WEIGHTS = "none", "mask", "samples", "positions"
 GROUPS = "none", "int", "sizes", "ids"
 

@@ -118,23 +118,24 @@ def weights_room(width, plan):  # type: ignore[no-untyped-def]
 
 
 @unless_none(0, lambda *args: None)
-def _laid_out(w, r, rows, channels, plan, order, room):  # type: ignore[no-untyped-def]
-    """The weights of some folded rows from r on, one row behind the other, by column; or sixteen alike for each."""
+def laid_out(w, k, end, start, channels, period, width, order, room):  # type: ignore[no-untyped-def]
+    """The weights of rows k to end (not folded) of a set that starts at `start`, one row behind the other.
+
+    By column, or `width` alike for each row. They are contiguous in w, but for outer indices with an order.
+    """
     inner, like, target, j = w.shape[2], spread(room[0]), pointer(room, 0), 0
-    k, end = r * plan[6], min((r + rows) * plan[6], _rows(w.shape, plan))
-    if plan[5] > 1:
+    if period > 1:
         for o in range(k, end):
-            lanes = load_part(at(w, index(order, o), 0, 0), 0, inner, like)
+            lanes = load_part(at(w, index(order, start + o), 0, 0), 0, inner, like)
             for _ in range(channels):
                 save(target, j, lanes)
                 j += inner
         return target
-    width = channels if _by_column(plan) else np.int64(LANES)
     while k < end:
         o = k // inner if order.size > 0 else 0
         i = k - o * inner
-        m = min(end - k, inner - i) if order.size > 0 else end - k  # weights are contiguous
-        source = shifted(at(w, index(order, o), 0, 0), i * w.itemsize)
+        m = min(end - k, inner - i) if order.size > 0 else end - k
+        source = shifted(at(w, index(order, start + o), 0, 0), i * w.itemsize)
         for n in range(m):
             lanes = spread_at(source, n, like)
             save(target, j, lanes)
@@ -145,8 +146,16 @@ def _laid_out(w, r, rows, channels, plan, order, room):  # type: ignore[no-untyp
     return target
 
 
+@part()
+def _weights_of(w, r, rows, shape, channels, plan, order, room):  # type: ignore[no-untyped-def]
+    """Those of some folded rows from r on, by column or sixteen alike."""
+    k, end = r * plan[6], min((r + rows) * plan[6], _rows(shape, plan))
+    width = channels if _by_column(plan) else np.int64(LANES)
+    return laid_out(w, k, end, np.int64(0), channels, plan[5], width, order, room)
+
+
 @formula
-def _weights_at(w, i, like):  # type: ignore[no-untyped-def]
+def weights_at(w, i, like):  # type: ignore[no-untyped-def]
     return None if w is None else load(w, i, like)
 
 
@@ -257,13 +266,13 @@ def _add(sources, steps, res, step_r, w, step_w, by_column, rows, n, near, sums,
                 if i >= n:
                     ahead, i = shift_all(ahead, steps_ahead, 1), 0
                 values = load_about(shift_all(sources, steps, r), j, pivots)
-                e, f = loaded(_later(res, r * step_r), j, like), _weights_at(w, r * step_w + j * by_column, like)
+                e, f = loaded(_later(res, r * step_r), j, like), weights_at(w, r * step_w + j * by_column, like)
                 held = with_values(held, values, e, f, how, pivots, lens)
         else:  # lanes behind the last column belong to none of this tile, but to some of the next one
             for r in range(rows):
                 values = load_parts_about(shift_all(sources, steps, r), j, k, pivots)
                 e = loaded_part(_later(res, r * step_r), j, k, like)
-                f = _weights_at(w, r * step_w + j * by_column, like)
+                f = weights_at(w, r * step_w + j * by_column, like)
                 held = with_first(held, k, values, e, f, how, pivots, lens)
         add_sums(w, pointer(sums, 8 * j), sums.strides[0], held)
 
@@ -290,7 +299,7 @@ def columns_sums(sources, res, w, k, c0, channels, near, sums, plan, few, how, l
         ahead, steps_ahead = _ahead_of(
             sources, shift_all(runs, steps, rows), steps, r + rows, c0 + channels, plan, order
         )
-        weights, step_w = _laid_out(w, r, rows, channels, plan, order, room), n if by_column else LANES
+        weights, step_w = _weights_of(w, r, rows, shape, channels, plan, order, room), n if by_column else LANES
         _add(
             runs, steps, run_r, step_r, weights, step_w, by_column, rows, n, near, sums, how, lenses, ahead, steps_ahead
         )  # fmt: skip
@@ -354,7 +363,7 @@ def _map_run(sources, target, beside, n, width, last, numbers, mode, past, ahead
     if past:
         i = min(n, before_line(target))
     if i > 0:
-        _map_part(sources, target, beside, 0, i, 0, _weights_at(w, 0, like), numbers, mode, how, like)
+        _map_part(sources, target, beside, 0, i, 0, weights_at(w, 0, like), numbers, mode, how, like)
     j = _within(i, width)
     while i + LANES <= n:
         for _ in range(min((width - j + LANES - 1) // LANES, (n - i) // LANES)):
@@ -401,7 +410,7 @@ def columns_map(sources, target, beside, k, c0, channels, numbers, rare, plan, h
         for i in range(0, count, at_once):
             last = min(at_once, count - i) - 1
             n = last * width + _width(r0 + i + last, shape, channels, plan)
-            weights = _laid_out(w, r0 + i, last + 1, channels, plan, order, room)
+            weights = _weights_of(w, r0 + i, last + 1, shape, channels, plan, order, room)
             own = _later(run_r, i * step_r), weights, _later(run_dr, i * step_dr)
             _map_run(
                 shift_all(runs, steps, i), shifted(run, i * step), own, n, width, last, rows, mode,

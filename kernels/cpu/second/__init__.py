@@ -53,6 +53,7 @@ class Sizes(NamedTuple):
     slab: int = 600_000  # bytes of three arrays' tile of rows
     line: int = 2048  # bytes of a tile of rows that follow each other in memory, at least
     columns: int = 256  # columns of a tile: their sums and coefficients stay in L1
+    weighted: int = 128  # columns of a folded row that has weights
     few: int = 512  # values of a channel that make a pivot
     serial: int = 65536  # elements below which all runs on one thread
     past: int = 30_000_000  # bytes of all arrays above which stores go past the caches
@@ -73,16 +74,16 @@ def _plan(
     if outer * channels * inner * itemsize * len(strides) > sizes.past:
         flags |= PAST
     across = channels > 1 and all(s[1] == itemsize and (inner == 1 or s[2] != itemsize) for s in strides)
-    short = 1 < inner < LANES and all(s[2] == itemsize and s[1] == inner * itemsize for s in strides) and not weighted
-    few_channels = weighted and channels < LANES  # whose rows can't be folded: each has its weight
-    if (across and not few_channels) or short:
+    short = 1 < inner < LANES and all(s[2] == itemsize and s[1] == inner * itemsize for s in strides)
+    if across or short:
         period = inner if short else 1
         rows, width = largest if short else largest * inner, channels * period
         gapless = all((s[0] if short or inner == 1 else s[2]) == width * itemsize for s in strides)
         level = short or inner == 1 or outer == 1 or all(s[0] == inner * s[2] for s in strides)
         fold = 1
-        if gapless and level and orderly and not weighted and 2 * width <= sizes.columns:
-            fold = max(1, min(sizes.columns // width, rows // ROWS))
+        most = min(sizes.columns, sizes.weighted) if weighted else sizes.columns
+        if gapless and level and orderly and 2 * width <= most:
+            fold = max(1, min(most // width, rows // ROWS))
         tile = channels if fold > 1 else max(1, min(channels, sizes.columns // period))
         blocks = ceil(ceil(rows, fold), HEIGHT)
         few = ceil(sizes.few, fold * period)

@@ -1,7 +1,10 @@
 """The same of rows across the channels: column j of a tile of G channels belongs to channel (j // period) % G."""
 
+import numpy as np
+
+from ..columns import laid_out, weights_at
 from ..formulas import formula
-from ..lanes import LANES, keep_whole, load, load_own, pointer, spread, total, wide
+from ..lanes import LANES, keep_whole, load, load_own, pointer, spread, total
 from ..maps import fetch_all, load_parts, loads, rows_of, shift_all
 from ..parts import part
 from ..rows import index
@@ -30,8 +33,8 @@ def _place(a, o, i, c0):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _find_rows(arrays, w, q, r0, rows, c0, order, starts, plan, places, weights):  # type: ignore[no-untyped-def]
-    """places (5, ROWS) <- offsets of folded rows, weights (ROWS,) <- theirs."""
+def _find_rows(arrays, q, r0, rows, c0, order, starts, plan, places):  # type: ignore[no-untyped-def]
+    """places (5, ROWS) <- offsets of folded rows."""
     inner = 1 if plan[7] > 1 else plan[11]
     row = r0 * plan[8]
     o = row // inner
@@ -41,8 +44,6 @@ def _find_rows(arrays, w, q, r0, rows, c0, order, starts, plan, places, weights)
         places[0, k], places[1, k] = _place(arrays[0], place, i, c0), _place(arrays[1], place, i, c0)
         places[2, k], places[3, k] = _place(arrays[2], place, i, c0), _place(arrays[3], place, i, c0)
         places[4, k] = _place(arrays[4], place, i, c0)
-        if w is not None:
-            weights[k] = w[place, 0, i]
         i += plan[8]
         while i >= inner:
             i -= inner
@@ -78,10 +79,24 @@ def _targets_at(bases, places, i):  # type: ignore[no-untyped-def]
     return shift_all(bases, (places[3, i], places[4, i]), 1)
 
 
-@formula
-def _weight(w, number):  # type: ignore[no-untyped-def]
-    """A row's, in all lanes."""
-    return None if w is None else wide(spread(number))
+@part()
+def weights_room(width, plan):  # type: ignore[no-untyped-def]
+    """Weights that are laid out at once: of ROWS rows by column, or sixteen alike for each."""
+    return ROWS * (width if _by_column(plan) else LANES) + LANES
+
+
+@part()
+def _by_column(plan):  # type: ignore[no-untyped-def]
+    return plan[7] > 1 or plan[8] > 1
+
+
+@part()
+def _weights_of(w, r, rows, q, channels, order, starts, plan, room):  # type: ignore[no-untyped-def]
+    """Those of some folded rows from r on, by column or sixteen alike; elements from a row's to the next one's."""
+    k, end = r * plan[8], min((r + rows) * plan[8], group_rows(q, starts, plan))
+    width = channels if _by_column(plan) else np.int64(LANES)
+    weights = laid_out(w, k, end, starts[q], channels, plan[7], width, order, room)
+    return weights, channels * plan[7] * plan[8] if _by_column(plan) else np.int64(LANES)
 
 
 @formula
@@ -95,18 +110,20 @@ def columns_sums(arrays, w, order, starts, q, k, c0, channels, near, sums, plan,
     keep_whole()
     r, end = _borders(k, q, starts, plan)
     end, skip = min(end, r + few), plan[9] & SKIP != 0
-    zeros, _ = stand_ins(scratch)
+    by_column, (zeros, _) = np.int64(_by_column(plan)), stand_ins(scratch)
     bases = runs_of(arrays[:3], 0, 0, 0, zeros)
     while r < end:
         rows, n = _some_rows(q, r, end, channels, starts, plan)
-        _find_rows(arrays, w, q, r, rows, c0, order, starts, plan, places, weights)
+        _find_rows(arrays, q, r, rows, c0, order, starts, plan, places)
+        seen, step_w = _weights_of(w, r, rows, q, channels, order, starts, plan, weights)
         last = rows - 1  # what is fetched is as far behind a row as this one is behind the first
         steps = places[0, last] - places[0, 0], places[1, last] - places[1, 0], places[2, last] - places[2, 0]
         for j in range(0, n, LANES):
             pivots = _pivots_at(near, j)
             t, m = none_of(pivots[0]), n - j
             for i in range(rows):
-                sources, weight = _sources_at(bases, places, i), _weight(w, weights[i])
+                sources = _sources_at(bases, places, i)
+                weight = weights_at(seen, i * step_w + j * by_column, pivots[0])
                 if m >= LANES:
                     fetch_all(shift_all(sources, steps, 1), j)
                     t = added(t, load_about(sources, j, pivots), pivots, weight, skip)
@@ -123,16 +140,18 @@ def _eleven(co, j):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _map_row(sources, weight, targets, n, co, like, flags):  # type: ignore[no-untyped-def]
+def _map_row(sources, w, i, by_column, targets, n, co, like, flags):  # type: ignore[no-untyped-def]
     j, past = borders_past(targets, n, flags)
     if j > 0:
-        save_parts(targets, 0, j, results(load_parts(sources, 0, j, like), weight, _eleven(co, 0), flags))
+        both = results(load_parts(sources, 0, j, like), weights_at(w, i, like), _eleven(co, 0), flags)
+        save_parts(targets, 0, j, both)
     while j + LANES <= n:
-        write_all(targets, j, results(loads(sources, j, like), weight, _eleven(co, j), flags), past)
+        weights = weights_at(w, i + j * by_column, like)
+        write_all(targets, j, results(loads(sources, j, like), weights, _eleven(co, j), flags), past)
         j += LANES
     if j < n:
-        both = results(load_parts(sources, j, n - j, like), weight, _eleven(co, j), flags)
-        save_parts(targets, j, n - j, both)
+        weights = weights_at(w, i + j * by_column, like)
+        save_parts(targets, j, n - j, results(load_parts(sources, j, n - j, like), weights, _eleven(co, j), flags))
 
 
 @part()
@@ -140,14 +159,15 @@ def columns_map(arrays, w, order, starts, q, k, c0, channels, co, plan, scratch,
     """r and z of block k; co (11, W) by column."""
     keep_whole()
     r, end = _borders(k, q, starts, plan)
-    zeros, unread = stand_ins(scratch)
+    by_column, (zeros, unread) = np.int64(_by_column(plan)), stand_ins(scratch)
     bases, all_targets = runs_of(arrays[:3], 0, 0, 0, zeros), runs_of(arrays[3:], 0, 0, 0, unread)
     while r < end:
         rows, n = _some_rows(q, r, end, channels, starts, plan)
-        _find_rows(arrays, w, q, r, rows, c0, order, starts, plan, places, weights)
+        _find_rows(arrays, q, r, rows, c0, order, starts, plan, places)
+        seen, step_w = _weights_of(w, r, rows, q, channels, order, starts, plan, weights)
         for i in range(rows):  # one behind the other: loads of a row 4 KB on would wait for this one's stores
             sources, targets = _sources_at(bases, places, i), _targets_at(all_targets, places, i)
-            _map_row(sources, _weight(w, weights[i]), targets, n, co, spread(0.0), plan[9])
+            _map_row(sources, seen, i * step_w, by_column, targets, n, co, spread(0.0), plan[9])
         r += rows
 
 

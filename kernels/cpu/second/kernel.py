@@ -12,7 +12,17 @@ from ..lanes import keep_whole
 from ..parts import part
 from ..schedule import FINISH, MAP, SUM
 from ..views import borrowed, carved, corner, hold, row
-from .columns import ROWS, SUMS, columns_map, columns_sums, group_rows, tile_width, to_channels, to_columns
+from .columns import (
+    ROWS,
+    SUMS,
+    columns_map,
+    columns_sums,
+    group_rows,
+    tile_width,
+    to_channels,
+    to_columns,
+    weights_room,
+)
 from .runs import FROZEN, GATHER, PIVOTED, rows_borders, rows_map, rows_sums
 
 COEFFICIENTS = 11
@@ -147,7 +157,7 @@ def _lent(memory, x, like, some, plan):  # type: ignore[no-untyped-def]
     sums, at = carved(memory, at, SUMS, width, 0.0)
     columns, at = carved(memory, at, COEFFICIENTS, width if plan[0] else 0, 0.0)
     scratch, at = carved(memory, at, 5, run if plan[9] & GATHER or some else 0, x)
-    gathered = run if plan[9] & GATHER else ROWS
+    gathered = weights_room(width, plan) if plan[0] else run
     weights, at = carved(memory, at, 1, gathered, like)
     places, at = carved(memory, at, 5, ROWS, np.int64(0))
     return (numbers, sums, columns, scratch, row(weights, 0, gathered), places), at
