@@ -321,6 +321,17 @@ def test_outliers(lib, rng, name, way):
     check_backward(problem, problem.backward(lib, problem.plan(True, *way), policy=2))
 
 
+@pytest.mark.parametrize(("name", "way"), ACCURATE, ids=lambda v: v if isinstance(v, str) else v[0])
+def test_dgamma_where_dy_is_nearly_one_number(lib, rng, name, way):
+    """x less its mean adds up to 0; by what rounding left of that, times the sum of dy, dgamma was off by 3e-3."""
+    shape, order, gaps, offset, *_ = CASES[name]
+    problem = Problem(rng, shape, "f", order, gaps, offset)
+    problem.dy = Array(rng.normal(0, 3) + 1e-3 * rng.standard_normal(shape), *problem.how)
+    result = problem.backward(lib, problem.plan(True, *way), policy=2)
+    dgamma = problem.truth.gradients(problem.dy.values)[0][1]
+    assert error_in_eps(result.dgamma, dgamma, abs(dgamma).max(), number_epsilon("f")) <= 2 * SUM_TOLERANCE
+
+
 @pytest.mark.parametrize("far", [3, 10, 1e3, 1e6])
 @pytest.mark.parametrize(("shape", "order"), [((296, 32, 1), "OIC"), ((1, 4, 5120), "OCI"), ((3, 4, 769), "OCI")])
 def test_first_values_far_from_the_rest(lib, rng, shape, order, far):
