@@ -99,7 +99,7 @@ class Diagnosis:
             (self.nan > 0, "NaN", "with NaN"),
             (self.inf > 0, "Inf", "with Inf"),
             (
-                ~self.constant & (self.offset > 3e3),
+                (self.minimum < self.maximum) & (self.offset > 3e3),
                 "offset",
                 "with |mean| above 3000 std, where E[x^2] - E[x]^2 fails in float32",
             ),

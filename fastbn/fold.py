@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .arguments import check_array, check_channels, check_eps, check_variances, describe, integer
+from .host import check_host
 
 _KINDS = "linear", "conv", "conv_transpose"
 
@@ -42,10 +43,10 @@ def affine(
     >>> scale.round(6).tolist(), shift.round(6).tolist()
     ([0.5, 3.0], [-2.5, 1.0])
     """
-    shape = np.shape(mean)
-    given = [np.asarray(a) for a in (mean, var, gamma, beta) if a is not None]
-    mean, _, scale, beta = _statistics("fastbn.affine", shape, mean, var, gamma, beta, eps)
-    single = all(a.dtype.itemsize <= 4 and a.dtype.kind not in "iub" for a in given)
+    where, shape, given = "fastbn.affine", np.shape(mean), (mean, var, gamma, beta)
+    mean, _, scale, beta = _statistics(where, shape, *given, eps)
+    dtypes = [np.asarray(check_host(where, "", a)).dtype for a in given if a is not None]
+    single = all(d.itemsize <= 4 and d.kind not in "iub" for d in dtypes)
     dtype = np.float32 if single else np.float64
     with np.errstate(over="ignore"):
         return scale.reshape(shape).astype(dtype), (beta - mean * scale).reshape(shape).astype(dtype)

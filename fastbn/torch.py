@@ -149,8 +149,10 @@ class _Eager(torch.autograd.Function):
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:
-    """Nobody watches: no compiler, no mode, no subclass."""
+    """Nobody watches: no compiler, no mode, no subclass; and the first one's memory holds its values."""
     if torch.compiler.is_compiling() or not all(type(a) in _PLAIN for a in tensors):
+        return False
+    if (first := tensors[0]) is None or first.is_meta or first.is_neg():
         return False
     return not (torch.jit.is_tracing() or is_in_torch_dispatch_mode())
 

@@ -95,6 +95,12 @@ def test_a_memory_map_by_pieces(rng, tmp_path, small_pieces):
     assert_right(diagnose(np.load(path, mmap_mode="r")), x, (1,))
 
 
+def test_one_value_beside_nans_is_no_offset(rng):
+    x = np.full((5, 2), np.nan, np.float32)
+    x[3, 0], x[:, 1] = rng.normal(3, 0.1), rng.normal(3, 1, 5)
+    assert list(fastbn.diagnose(x).findings) == ["NaN", ""]
+
+
 def test_moments_at_an_offset(rng):
     """The standard deviation of float32 data at 1e6 is that of fastbn.moments, not of squares."""
     x = rng.normal(1e6, 1, (200, 3)).astype(np.float32)

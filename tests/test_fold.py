@@ -137,6 +137,16 @@ def test_affine_is_as_wide_as_what_is_given(rng):
     assert {a.dtype for a in fastbn.affine([1, 2], [3, 4])} == {np.dtype(np.float64)}
 
 
+def test_affine_takes_tensors_of_bfloat16(rng):
+    torch = pytest.importorskip("torch")
+    mean, var, gamma, beta = (torch.tensor(a).bfloat16() for a in statistics(rng, 4))
+    found = fastbn.affine(mean, var, gamma, beta)
+    want = fastbn.affine(*(a.float().numpy() for a in (mean, var, gamma, beta)))
+    for a, b in zip(found, want, strict=True):
+        assert a.dtype == np.float32
+        np.testing.assert_array_equal(a, b)
+
+
 W, S = np.ones((6, 4, 3)), (np.zeros(6), np.ones(6), np.ones(6), np.zeros(6), 1e-5)
 BEFORE = {"kind": "conv", "order": "before"}
 S4 = (*(a[:4] for a in S[:4]), 1e-5)

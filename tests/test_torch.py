@@ -224,6 +224,32 @@ def test_compile_keeps_the_operators(training, momentum, backend):
     assert "fastbn.forward" in graphs[0].code
 
 
+def test_a_sign_that_is_kept_apart_from_memory():
+    """As the imaginary part of a conjugate has it: its memory holds the opposite."""
+    torch.manual_seed(3)
+    values = torch.complex(torch.randn(6, 3, 5), 2 + torch.randn(6, 3, 5))
+    module, results = fastbn.torch.BatchNorm1d(3), []
+    with torch.no_grad():
+        module.weight.normal_(1, 0.5)
+        module.bias.normal_()
+    for conjugate in (values.conj(), values.conj().resolve_conj()):
+        x = conjugate.imag.detach().requires_grad_()
+        y = module(x)
+        dy = torch.complex(torch.ones_like(y), x.detach() ** 2).conj()
+        y.backward(dy.imag if conjugate.is_conj() else dy.imag.resolve_neg())
+        results.append((y.detach(), x.grad))
+        module.reset_running_stats()
+    assert values.conj().imag.is_neg()
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_shapes_without_values():
+    module = fastbn.torch.BatchNorm2d(3).to("meta")
+    y = module(torch.empty(2, 3, 4, 5, device="meta"))
+    assert (y.shape, y.device.type) == ((2, 3, 4, 5), "meta")
+
+
 def test_wrong_arguments():
     x, *_ = tensors()
     with pytest.raises(ValueError, match=r"expected 4D input \(got 3D input\)"):
