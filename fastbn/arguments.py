@@ -24,7 +24,7 @@ Axis = int | Sequence[int]
 def describe(value: Any) -> str:
     """`float32 array of shape (2, 3)`, or the type and value of what is no array."""
     if isinstance(value, np.ndarray):
-        return f"{value.dtype} array of shape {value.shape}"
+        return f"{value.dtype} array of shape {value.shape}" + (f", {value}" if value.ndim == 0 else "")
     if isinstance(value, Span):
         return str(value)
     if (family := on_device(value)) is not None:

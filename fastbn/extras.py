@@ -205,7 +205,10 @@ def _weights(where: str, weights: Any, x: Any, axes: tuple[int, ...]) -> Any:
         return _weights_there(where, found, x, axes)
     if isinstance(weights, np.ma.MaskedArray):
         raise TypeError(f"{where}: weights is a masked array; expected a plain array. Pass ~weights.mask")
-    array = np.asarray(check_host(where, "weights", weights))
+    try:
+        array = np.asarray(check_host(where, "weights", weights))
+    except ValueError:
+        raise ValueError(f"{where}: weights is ragged; expected one real number for each sample or position") from None
     if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
         raise TypeError(f"{where}: weights is a {describe(array)}; expected bools, or real numbers of 0 or more")
     shape, full = _weights_shape(where, array.shape, x, axes)
@@ -216,6 +219,9 @@ def _weights(where: str, weights: Any, x: Any, axes: tuple[int, ...]) -> Any:
 
 
 def _check_range(where: str, weights: np.ndarray) -> None:
+    if weights.dtype.itemsize > 8 or weights.dtype.name == "bfloat16":
+        with np.errstate(over="ignore"):
+            weights = weights.astype(np.float64)
     least, most = (float(f(weights, initial=0)) for f in (np.min, np.max))  # NaN where there is one
     if not (least >= 0 and most < np.inf):
         bad = weights[~(np.isfinite(weights) & (weights >= 0))][0]

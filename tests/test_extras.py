@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 from extras import SHAPES, groups_for, weights_for
@@ -89,6 +90,14 @@ WRONG = {
         r"weights has 1e-31 as its largest.*Divide",
     ),
     "weights of NaN": ({"weights": [1, np.nan, 1, 1]}, ValueError, r"weights has nan"),
+    "weights of NaN in bfloat16": (
+        {"weights": np.array([1, np.nan, 1, 1], ml_dtypes.bfloat16)},
+        ValueError,
+        r"weights has nan",
+    ),
+    "weights past float64": ({"weights": np.full(4, np.longdouble("1e400"))}, ValueError, r"weights has inf"),
+    "ragged weights": ({"weights": [[1], [1, 2]]}, ValueError, r"forward: weights is ragged; expected"),
+    "eps without axes": ({"eps": np.array(-1.0)}, ValueError, r"eps is float64 array of shape \(\), -1\.0; expected"),
     "weights of another shape": (
         {"weights": np.ones((3, 1, 1))},
         ValueError,

@@ -42,7 +42,7 @@ from .columns import ROWS
 from .kernel import COEFFICIENTS, second_item
 from .runs import FROZEN, GATHER, KEEP, NO_R, NO_Z, PAST, PIVOTED, SKIP
 
-DEPTH = 9  # of partial sums
+DEPTH = 10  # of partial sums
 HEIGHT = 64  # folded rows of a block
 
 

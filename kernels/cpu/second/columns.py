@@ -11,7 +11,7 @@ from ..rows import index
 from ..sums import load_about, load_parts_about
 from .runs import SKIP, added, borders_past, keep, none_of, results, runs_of, save_parts, stand_ins, write_all
 
-SUMS = 7
+SUMS = 8
 ROWS = 8  # that are added in registers
 
 
@@ -106,7 +106,7 @@ def _pivots_at(near, j):  # type: ignore[no-untyped-def]
 
 @part()
 def columns_sums(arrays, w, order, starts, q, k, c0, channels, near, sums, plan, scratch, weights, places, few):  # type: ignore[no-untyped-def]
-    """Columns of sums (7, W) += those of block k, or of its first `few` rows; near (3, W) has the pivots by column."""
+    """Columns of sums (8, W) += those of block k, or of its first `few` rows; near (3, W) has the pivots by column."""
     keep_whole()
     r, end = _borders(k, q, starts, plan)
     end, skip = min(end, r + few), plan[9] & SKIP != 0
@@ -185,7 +185,7 @@ def to_columns(values, columns, plan):  # type: ignore[no-untyped-def]
 
 @part()
 def to_channels(sums, totals, plan):  # type: ignore[no-untyped-def]
-    """totals (7, G) <- the columns or lanes of sums, added up, and these <- 0."""
+    """totals (8, G) <- the columns or lanes of sums, added up, and these <- 0."""
     if plan[0] == 0:
         like = spread(0.0)
         for m in range(SUMS):

@@ -9,7 +9,8 @@ from ..compile import compiled
 from ..formulas import intrinsic
 from ..items import by_all, claim, fence
 from ..lanes import keep_whole
-from ..parts import part
+from ..parts import part, unless_none
+from ..rows import index
 from ..schedule import FINISH, MAP, SUM
 from ..views import borrowed, carved, corner, hold, row
 from .columns import (
@@ -23,7 +24,7 @@ from .columns import (
     to_columns,
     weights_room,
 )
-from .runs import FROZEN, GATHER, PIVOTED, rows_borders, rows_map, rows_sums
+from .runs import FROZEN, GATHER, PIVOTED, SKIP, rows_borders, rows_map, rows_sums
 
 COEFFICIENTS = 11
 
@@ -47,19 +48,48 @@ def _block(arrays, w, order, starts, q, k, c0, near, memory, plan, few):  # type
 
 
 @part()
+def _first_values(k, q, starts, plan):  # type: ignore[no-untyped-def]
+    """The first values of a channel in block k: from which outer index of the set to which, and n elements from i0 on.
+
+    Where columns are a channel each, rows are counted instead, one outer index's elements behind the other's.
+    """
+    if plan[0]:
+        inner = plan[11] if plan[7] > 1 else 1
+        rows = min(plan[10], plan[4]) * plan[8]
+        r0 = k * plan[4] * plan[8]
+        return r0, max(r0, min(r0 + rows, group_rows(q, starts, plan))), np.int64(0), inner
+    o0, o1, i0, n = rows_borders(k, q, starts, plan)
+    return o0 - starts[q], min(o1, o0 + (plan[10] + n - 1) // n) - starts[q], i0, n
+
+
+@unless_none(0, lambda *args: args[-1])
+def _with_weight(w, k, q, order, starts, plan, values):  # type: ignore[no-untyped-def]
+    """How many of the first `values` have weight, where others aren't counted."""
+    if plan[9] & SKIP == 0:
+        return values
+    first, last, i0, n = _first_values(k, q, starts, plan)
+    inner, count = 1 if plan[0] == 0 or plan[7] > 1 else plan[11], 0
+    for r in range(first, last):
+        o = r // inner
+        for i in range(i0 + r - o * inner, i0 + r - o * inner + n):
+            if w[index(order, starts[q] + o), 0, i] != 0:
+                count += 1
+    return count
+
+
+@part()
 def _pivots(arrays, w, order, starts, q, c0, table, near, totals, memory, plan):  # type: ignore[no-untyped-def]
-    """near (3, G) <- means of the first values of u and g, and hi; the same whichever piece asks."""
+    """near (3, G) <- means of the first values of u and g that count, and hi; the same whichever piece asks."""
     near[:] = 0.0
     if plan[0]:
         memory[2][:3] = 0.0
     if not plan[9] & FROZEN:
-        _block(arrays, w, order, starts, q, np.int64(0), c0, near, memory, plan, plan[10])
+        k = count = 0
+        while count == 0 and k < plan[3]:  # the first block in which something counts
+            first, last, _, n = _first_values(k, q, starts, plan)
+            count, k = _with_weight(w, k, q, order, starts, plan, (last - first) * n), k + 1
+        _block(arrays, w, order, starts, q, np.int64(k - 1), c0, near, memory, plan, plan[10])
         to_channels(memory[1], totals, plan)
-        if plan[0]:
-            count = min(min(plan[10], plan[4]) * plan[8], group_rows(q, starts, plan)) * plan[7]
-        else:
-            o0, o1, _, n = rows_borders(0, q, starts, plan)
-            count = min(o1 - o0, (plan[10] + n - 1) // n) * n
         for c in range(near.shape[1]):
             near[0, c], near[1, c] = totals[0 if w is None else 5, c] / max(1, count), totals[1, c] / max(1, count)
     for c in range(near.shape[1]):
@@ -70,7 +100,7 @@ def _pivots(arrays, w, order, starts, q, c0, table, near, totals, memory, plan):
 
 @part()
 def _sums(arrays, w, order, starts, q, p, c0, near, totals, memory, plan, part):  # type: ignore[no-untyped-def]
-    """part (9, C) of piece p: the sums and the pivots."""
+    """part (10, C) of piece p: the sums and the pivots."""
     for k in range(p * plan[3] // plan[2], (p + 1) * plan[3] // plan[2]):
         _block(arrays, w, order, starts, q, np.int64(k), c0, near, memory, plan, np.int64(1 << 62))
     to_channels(memory[1], totals, plan)
@@ -78,7 +108,7 @@ def _sums(arrays, w, order, starts, q, p, c0, near, totals, memory, plan, part):
     for c in range(near.shape[1]):
         for m in range(SUMS):
             part[at, m, c0 + c] = totals[m, c]
-        part[at, 7, c0 + c], part[at, 8, c0 + c] = near[0, c], near[1, c]
+        part[at, 8, c0 + c], part[at, 9, c0 + c] = near[0, c], near[1, c]
 
 
 @part()
@@ -95,14 +125,14 @@ def _coefficients(q, c, table, tangents, sizes, part, co, ggamma, weighted, plan
 @part()
 def _finish(q, c, table, tangents, sizes, part, co, ggamma, weighted, plan):  # type: ignore[no-untyped-def]
     """Coefficients (11, C) of a channel of a group, and dL/dgamma. The letters are those of this module's docstring."""
-    v = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    v = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     for i in range(q * plan[2], (q + 1) * plan[2]):
         v = (
             v[0] + part[i, 0, c], v[1] + part[i, 1, c], v[2] + part[i, 2, c], v[3] + part[i, 3, c],
-            v[4] + part[i, 4, c], v[5] + part[i, 5, c], v[6] + part[i, 6, c],
+            v[4] + part[i, 4, c], v[5] + part[i, 5, c], v[6] + part[i, 6, c], v[7] + part[i, 7, c],
         )  # fmt: skip
-    wu, g, wud, gd, gu, u, d = v
-    pu, pg = part[q * plan[2], 7, c], part[q * plan[2], 8, c]
+    wu, g, wud, gd, gu, u, d, wd = v
+    pu, pg = part[q * plan[2], 8, c], part[q * plan[2], 9, c]
     hi, lo, s, gamma = table[q, 0, c], table[q, 1, c], table[q, 3, c], table[q, 4, c]
     a, p = gamma * s, tangents[0, c]
     co[q, 0, c], co[q, 1, c], co[q, 2, c], co[q, 3, c] = pu, pg, hi, a
@@ -117,6 +147,8 @@ def _finish(q, c, table, tangents, sizes, part, co, ggamma, weighted, plan):  # 
         co[q, 4, c] = co[q, 6, c] = co[q, 7, c] = co[q, 8, c] = co[q, 9, c] = ggamma[q, c] = 0.0
         co[q, 5, c] = tangents[1, c]
         return
+    if weighted:  # the mean of d by weights, as exact as float64 has it: `pg d` would show the error of float32's
+        lo = wd / W
     mean = wu / W  # of u, less its pivot; deviations of x add up to 0
     E, D, A = (wud - lo * wu) / W, gd - lo * g, gu - mean * g
     if weighted:
@@ -153,7 +185,7 @@ def _lent(memory, x, like, some, plan):  # type: ignore[no-untyped-def]
     tile = plan[1]
     width = tile_width(tile, plan)
     run = max(plan[6], width) if plan[0] else plan[4] * plan[6] if plan[9] & GATHER else plan[6]
-    numbers, at = carved(memory, 0, 10, tile, 0.0)
+    numbers, at = carved(memory, 0, 11, tile, 0.0)
     sums, at = carved(memory, at, SUMS, width, 0.0)
     columns, at = carved(memory, at, COEFFICIENTS, width if plan[0] else 0, 0.0)
     scratch, at = carved(memory, at, 5, run if plan[9] & GATHER or some else 0, x)
@@ -182,7 +214,7 @@ def _second_units(arrays, w, order, starts, table, tangents, sizes, part, co, gg
         c0, p = rest // split * plan[1], rest % split
         p0, p1 = (0, plan[2]) if stage & FINISH else (p, p + 1)
         c1 = min(c0 + plan[1], channels)
-        near, totals = corner(memory[0], 0, 3, c1 - c0), corner(memory[0], 3, 7, c1 - c0)
+        near, totals = corner(memory[0], 0, 3, c1 - c0), corner(memory[0], 3, SUMS, c1 - c0)
         if stage & SUM:
             _pivots(arrays, w, order, starts, q, c0, table, near, totals, memory, plan)
             for p in range(p0, p1):
@@ -203,7 +235,7 @@ def second_item(
     k, items, u, g, x, r, z, w, order, starts, table, tangents, sizes, part, co, ggamma, claims, plan, stage, every
 ):  # type: ignore[no-untyped-def]
     """u, g, x, r, z (O, C, I), u, g, r, z or none of it; w (O, 1, I) or None; order (O,) or (0,), starts (Q + 1,),
-    table (Q, 6, C), tangents (2, C), sizes (2, Q): count and sum of weights; part (Q P, 9, C), co (Q, 11, C),
+    table (Q, 6, C), tangents (2, C), sizes (2, Q): count and sum of weights; part (Q P, 10, C), co (Q, 11, C),
     ggamma (Q, C)."""
     keep_whole()
     if k < 0:

@@ -22,7 +22,8 @@ from ..views import row
 
 PAST, GATHER, FROZEN, SKIP, KEEP, NO_R, NO_Z, PIVOTED = 1, 2, 4, 8, 16, 32, 64, 128  # SKIP, KEEP: for weights of 0
 
-# Sums: 0 w u, 1 g, 2 w u d, 3 g d, 4 g u; with weights also 5 u, 6 d; all less their pivots, which `part` has as 7, 8.
+# Sums: 0 w u, 1 g, 2 w u d, 3 g d, 4 g u; with weights also 5 u, 6 d, 7 w d; all less their pivots, which
+# `part` has as 8, 9.
 # Coefficients: 0 pivot of u, 1 of g, 2 hi; r = a u + b d + c: 3 a, 4 b, 5 c;
 # z = e g + k + w (f u + h d + l): 6 e, 7 f, 8 h, 9 l, 10 k.
 # A plan: 0 columns?, 1 channels of a tile, 2 pieces, 3 blocks of a group at most, 4 runs of a block or folded rows,
@@ -35,19 +36,19 @@ def added(t, values, near, w, skip):  # type: ignore[no-untyped-def]
     """The lanes of the sums, and a vector more of u, g and x, with lanes of their weights or None."""
     u, g, d = about(values, near)
     if w is None:
-        return t[0] + u, t[1] + g, fma(u, d, t[2]), fma(g, d, t[3]), fma(g, u, t[4]), t[5], t[6]
+        return t[0] + u, t[1] + g, fma(u, d, t[2]), fma(g, d, t[3]), fma(g, u, t[4]), t[5], t[6], t[7]
     zero = nothing(u)
-    v = w * where_nonzero(w, u, zero)
+    v, wd = w * where_nonzero(w, u, zero), w * where_nonzero(w, d, zero)
     vd = v * where_nonzero(w, d, zero)
     if skip:
         u, g, d = where_nonzero(w, u, zero), where_nonzero(w, g, zero), where_nonzero(w, d, zero)
-    return t[0] + v, t[1] + g, t[2] + vd, fma(g, d, t[3]), fma(g, u, t[4]), t[5] + u, t[6] + d
+    return t[0] + v, t[1] + g, t[2] + vd, fma(g, d, t[3]), fma(g, u, t[4]), t[5] + u, t[6] + d, t[7] + wd
 
 
 @formula
 def none_of(like):  # type: ignore[no-untyped-def]
     """The sums before there are any."""
-    return (nothing(like),) * 7
+    return (nothing(like),) * 8
 
 
 @formula
@@ -191,15 +192,9 @@ def _near_of(near, c):  # type: ignore[no-untyped-def]
     return tuple(spread_of(near, i, c) for i in range(3))
 
 
-@formula
-def _near_of(near, c):  # type: ignore[no-untyped-def]
-    """A channel's pivots, each in all lanes."""
-    return tuple(spread_of(near, i, c) for i in range(3))
-
-
 @part()
 def rows_sums(sources, w, order, starts, q, k, c0, near, sums, plan, scratch, weights, few):  # type: ignore[no-untyped-def]
-    """Lanes of sums (7, 16 G) += those of block k, or of its first runs of `few` values at least."""
+    """Lanes of sums (8, 16 G) += those of block k, or of its first runs of `few` values at least."""
     keep_whole()
     o0, o1, i0, n = rows_borders(k, q, starts, plan)
     o1 = min(o1, o0 + (few + n - 1) // n)
