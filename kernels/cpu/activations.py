@@ -501,14 +501,15 @@ def trained(how, v, hi):  # type: ignore[no-untyped-def]
 @formula
 def line(how, raw, bowed, v, p, w):  # type: ignore[no-untyped-def]
     """dx = a g + (b d + c), its second term by weight, for lanes of dy, of dy f'(z) and of x; p: the numbers."""
-    if len(p) == 7:
+    if w is None and len(p) == 7:
         return _line_in_singles(how, bowed, v, p)
-    d = trained(how, alike(v, p[1]), p[1]) - p[1]
-    g, d = alike(bowed, p[0]) - p[0], counted(how, d, w)
-    if w is None:
-        return fma(g, p[2], fma(d, p[3], p[4]))
-    second = where_nonzero(w, alike(w, g) * fma(d, p[3], p[4]), nothing(g))
-    return _unless_masked(how, alike(raw, g), fma(g, p[2], second), w)
+    own = _line_by_weight(how, bowed, v, p, w) if len(p) == 7 else None
+    if own is None:
+        g, d = alike(bowed, p[0]), trained(how, alike(v, p[1]), p[1]) - p[1]
+        if w is None:
+            return fma(g - p[0], p[2], fma(d, p[3], p[4]))
+        own = fma(g, p[2], where_nonzero(w, alike(w, g) * fma(d, p[3], p[4]), nothing(g)))
+    return _unless_masked(how, alike(raw, own), own, w)
 
 
 def _line_in_singles(how, bowed, v, p):  # type: ignore[no-untyped-def]
@@ -522,18 +523,31 @@ def _line_in_singles(how, bowed, v, p):  # type: ignore[no-untyped-def]
     return fma(g, a, second) + lost
 
 
-def in_singles(how: Any, r: Any, w: Any, singles: Any) -> bool:
+def _line_by_weight(how, g, v, p, w):  # type: ignore[no-untyped-def]
+    # Of c, which has the mean of dy here, the first number has what rounding takes away.
+    more_c, hi, a, b, c, al, bl = p
+    v = trained(how, v, hi)
+    d = v - hi
+    more_d = (v - d) - hi
+    line = fma(d, b, c)
+    second = w * line
+    lost = fma(d, b, c - line) + fma(d, bl, fma(more_d, b, more_c))
+    lost = fma(w, lost, fma(w, line, negative(second)))
+    return fma(g, a, where_nonzero(w, second, nothing(g))) + fma(g, al, where_nonzero(w, lost, nothing(g)))
+
+
+def in_singles(how: Any, r: Any, singles: Any) -> bool:
     """Whether backward's map of float32 data is computed in float32, by seven numbers: where f' needs no z."""
-    return not how.short and not needs_z(how, r) and _is_none(w) and bool(singles.dtype == types.float32)
+    return not how.short and not needs_z(how, r) and bool(singles.dtype == types.float32)
 
 
 @formula
-def used_of(how, r, w, x, doubles, singles):  # type: ignore[no-untyped-def]
+def used_of(how, r, x, doubles, singles):  # type: ignore[no-untyped-def]
     """The coefficients of backward's map: float32 ones (8, G) where it may be computed by them, else float64 ones.
 
     Half types always take float32, by the first five of them.
     """
-    return singles if isinstance(x.dtype, types.Integer) or in_singles(how, r, w, singles) else doubles
+    return singles if isinstance(x.dtype, types.Integer) or in_singles(how, r, singles) else doubles
 
 
 @formula

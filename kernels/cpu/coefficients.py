@@ -99,7 +99,8 @@ def backward_coefficients(s0, stats, affine, grads, numbers, singles, n, mass, f
     as of all if `exact`; and what the rounding of a and b takes away. Returns for how many channels they won't do.
 
     With weights, whose sum is `mass` (of n values; 0 without), their factor of the second term has the mean of dy too:
-    dx = a dy + w (b (x - hi) + c). Of frozen statistics a alone is left.
+    dx = a dy + w (b (x - hi) + c); singles have what the rounding of c takes away in the place of ghi then. Of frozen
+    statistics a alone is left.
     """
     rare = 0
     for c in range(0, numbers.shape[1], LANES):
@@ -112,7 +113,7 @@ def backward_coefficients(s0, stats, affine, grads, numbers, singles, n, mass, f
             dy = x = (spread(0.0), spread(0.0))
             covariance = spread(0.0)
         fit = spread(0.0) if exact else spread(1.0)
-        rare += count_nonzero(_gradient_numbers(s, c, g, stats, numbers, singles, dy, x, a, covariance, fit), g)
+        rare += count_nonzero(_gradient_numbers(s, c, g, stats, numbers, singles, dy, x, a, covariance, fit, mass), g)
     return rare
 
 
@@ -138,7 +139,7 @@ def _by_mass(s, g, grads, dy, covariance, n, mass):  # type: ignore[no-untyped-d
 
 
 @formula
-def _gradient_numbers(s, c, g, stats, numbers, singles, dy, x, a, covariance, fit):  # type: ignore[no-untyped-def]
+def _gradient_numbers(s, c, g, stats, numbers, singles, dy, x, a, covariance, fit, mass):  # type: ignore[no-untyped-def]
     """numbers and singles of g channels from c on; gives 1 where these won't do, as where they can't `fit`."""
     zero, (ghi, glo), (hi, lo) = spread(0.0), dy, x
     invstd = take(stats, 3, s, g, zero)
@@ -149,6 +150,7 @@ def _gradient_numbers(s, c, g, stats, numbers, singles, dy, x, a, covariance, fi
     (a_first, a_rest), (b_first, b_rest) = _split(a, singles), _split(b, singles)
     rest = rest + a * (first - ghi) + b * (second - hi)
     misses = 1.0 - where_less(magnitude(rest), full(rest, 1e30), _fits(a) * _fits(b) * fit, zero)
+    first = where_nonzero(spread(mass), rest - rounded(rest, singles), first)
     give_rows(singles, 0, c, g, (first, second, a_first, b_first, rest, misses, a_rest, b_rest))
     return misses
 

@@ -74,7 +74,7 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order,
     totals, sums = corner(numbers, 5, 5, g), corner(all_sums, 0, 5, tile_width(g, plan))
     pivot, hi = row(singles, 0, g), row(singles, 1, g)
     lenses = corner(numbers, 10, 3, g), columns_of(how, r, rest(near64, 5), rest(near, 8))
-    both, beside, used = (dy, x), (r, w, dr), used_of(how, r, w, x, numbers, rest(singles, 2))
+    both, beside, used = (dy, x), (r, w, dr), used_of(how, r, x, numbers, rest(singles, 2))
     waiting, like = (numbers, used, rest(numbers, 20)), read_as(how, r, spread(narrowest(x)), spread(used[0, 0]))
     mine = place(part, p)
     if k0 >= k1:
@@ -268,11 +268,11 @@ def _backward_numbers(s0, c0, x, stats, affine, grads, plan, memory, how, r, w, 
     g, exact, n = min(plan[1], x.shape[1] - c0), plan[7] & EXACT != 0, float(x.shape[0] * x.shape[2])
     numbers, singles = corner(memory[0], 0, 5, g), corner(memory[3], 2, 8, g)
     rare = backward_coefficients(s0, stats, affine, grads, numbers, singles, n, mass, is_frozen(how) != 0.0, exact)
-    used = used_of(how, r, w, x, numbers, singles)
+    used = used_of(how, r, x, numbers, singles)
     if used.itemsize == 8:
         rare = 0
     if plan[0]:
-        spread_columns(used, used_of(how, r, w, x, memory[2], memory[4]), plan)
+        spread_columns(used, used_of(how, r, x, memory[2], memory[4]), plan)
         if rare:
             spread_columns(numbers, memory[2], plan)
     return rare
@@ -284,9 +284,9 @@ def _backward_map(p0, p1, c0, dy, x, dx, rare, plan, memory, how, r, w, dr, orde
     g = min(plan[1], x.shape[1] - c0)
     numbers, _, columns, singles, like_columns, scratch = memory
     doubles = corner(numbers, 0, 5, g)
-    of_rows = doubles, used_of(how, r, w, x, doubles, corner(singles, 2, 8, g)), lenses
+    of_rows = doubles, used_of(how, r, x, doubles, corner(singles, 2, 8, g)), lenses
     lenses_by_column = columns_of(how, r, rest(columns, 5), rest(like_columns, 8))
-    of_columns = columns, used_of(how, r, w, x, columns, like_columns), lenses_by_column
+    of_columns = columns, used_of(how, r, x, columns, like_columns), lenses_by_column
     like = read_as(how, r, spread(narrowest(x)), spread(of_rows[1][0, 0]))
     k0, k1 = p0 * plan[3], min(p1 * plan[3], plan[2])
     for k in range(k1 - 1, k0 - 1, -1):

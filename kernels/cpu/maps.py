@@ -101,13 +101,13 @@ def in_double(numbers):  # type: ignore[no-untyped-def]
     return doubles, None if lenses is None else doubles, lenses
 
 
-def _chosen(how, r, w, numbers):  # type: ignore[no-untyped-def]
+def _chosen(how, r, numbers):  # type: ignore[no-untyped-def]
     """In a formula: which rows of which matrix a map takes. Three for a lens in float64, or five; of gradients seven or
     five, and a lens."""
     doubles, fast, lenses = numbers
     if lenses is None:
         return [(doubles, range(3)) if fast is None else (fast, range(5))]
-    return [(fast, (0, 1, 2, 3, 4, 6, 7) if in_singles(how, r, w, _first(fast)) else range(5)), (lenses, range(3))]
+    return [(fast, (0, 1, 2, 3, 4, 6, 7) if in_singles(how, r, _first(fast)) else range(5)), (lenses, range(3))]
 
 
 def _first(rows):  # type: ignore[no-untyped-def]
@@ -117,8 +117,7 @@ def _first(rows):  # type: ignore[no-untyped-def]
 @formula
 def numbers_of(how, beside, numbers, c):  # type: ignore[no-untyped-def]
     """What a map takes of channel c, in all lanes."""
-    r, w, _ = beside
-    return tuple(tuple(spread_of(matrix, i, c) for i in rows) for matrix, rows in _chosen(how, r, w, numbers))
+    return tuple(tuple(spread_of(matrix, i, c) for i in rows) for matrix, rows in _chosen(how, beside[0], numbers))
 
 
 @formula
@@ -187,6 +186,6 @@ def pointers_of(numbers):  # type: ignore[no-untyped-def]
 @formula
 def map_at(how, values, j, numbers, r, w):  # type: ignore[no-untyped-def]
     """As `map_one` computes it, in float64, by numbers of the columns from j on."""
-    p = [tuple(load_own(matrix[i], j) for i in rows) for matrix, rows in _chosen(how, r, w, numbers)]
+    p = [tuple(load_own(matrix[i], j) for i in rows) for matrix, rows in _chosen(how, r, numbers)]
     result, bowed = _mapped(how, values, p, r, w)
     return wide(result), bowed
