@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from .arguments import same_memory
 from .arrays import FLOAT64, Span, family_of, family_of_values, place_of
 from .dispatch import Kernels, kernels
 from .distributed import Shared, sums
 from .extras import Asked, Extras
-from .kept import assign_at, inverse_table, of_channels, picked, put_back
+from .kept import assign_at, each_channel, in_runs, inverse_table, of_channels, picked, put_back
 from .layout import Views, channels_of
 from .saved import Saved, number_type
 
@@ -161,9 +162,11 @@ def run_backward_with(where: str, dy: Any, x: Any, dx: Any, dr: Any, saved: Save
     if dy.size == 0:
         _clear(dgamma, dbeta)
         return
-    lost = None
-    if saved._lost is not None:  # before dx is written over dy
-        lost = picked(dy, saved._axes, saved._lost[0])
+    lost = saved._lost
+    alone, lost_dy = False, None
+    if lost is not None:
+        alone = (dx is None or not same_memory(dx, dy)) and in_runs(dy, dx, axes=saved._axes)
+        lost_dy = None if alone else picked(dy, saved._axes, lost[0])  # before dx is written over dy
     views, seen, more = _seen(backend, dy, x, dx, dr, saved)
     table = inverse_table(saved._table) if asked.save == "y" else saved._table
     sums = [dgamma, dbeta]
@@ -176,24 +179,39 @@ def run_backward_with(where: str, dy: Any, x: Any, dx: Any, dr: Any, saved: Save
         for total, parts in zip((dgamma, dbeta), sums, strict=True):
             if total is not None and parts is not None:
                 family_of_values(total).total(parts, total)
-    if lost is not None:
-        _run_lost(where, lost, dx, saved, dgamma, asked)
+    if alone:
+        _run_each_lost(where, dy, dx, saved, dgamma, asked)
+    elif lost is not None:
+        _run_lost(where, lost_dy, dx, saved, dgamma, asked)
 
 
 def _run_lost(where: str, dy: Any, dx: Any, saved: Saved, dgamma: Any, asked: Asked) -> None:
-    """dx and dgamma of the channels that can't be had back from y, from their x, which was kept."""
+    """dx and dgamma of the channels that can't be had back from y, from their dy, and from their x, which was kept."""
     at, x = saved._lost
-    table, kind = of_channels(saved._table, asked.sets, at), number_type(dy.dtype.itemsize)
-    part = Saved(x, x, saved._axes, table, saved.frozen, asked._replace(save="x"), saved._masses)
     found_dx = None
     if dx is not None:
         found_dx = x.family.like(x, x.strides) if isinstance(x, Span) else np.empty_like(x)
-    found = None if dgamma is None else new((len(at),), kind, x)
-    run_backward_with(where, dy, x, found_dx, None, part, found, None)
+    found = None if dgamma is None else new((len(at),), number_type(dy.dtype.itemsize), x)
+    run_backward_with(where, dy, x, found_dx, None, _saved_of(saved, at, x, asked), found, None)
     if dx is not None:
         put_back(dx, saved._axes, at, found_dx)
     if dgamma is not None:
         assign_at(dgamma, at, found)
+
+
+def _run_each_lost(where: str, dy: Any, dx: Any, saved: Saved, dgamma: Any, asked: Asked) -> None:
+    """The same where they lie, one by one."""
+    at, x = saved._lost
+    for j, (own, few) in enumerate(each_channel(dy.shape, saved._axes, at)):
+        part = _saved_of(saved, at[j : j + 1], x[few], asked)
+        found_dx, found = None if dx is None else dx[own], None if dgamma is None else dgamma[at[j] : at[j] + 1]
+        run_backward_with(where, dy[own], x[few], found_dx, None, part, found, None)
+
+
+def _saved_of(saved: Saved, at: np.ndarray, x: Any, asked: Asked) -> Saved:
+    """For backward of the channels `at`, whose x this is."""
+    table = of_channels(saved._table, asked.sets, at)
+    return Saved(x, x, saved._axes, table, saved.frozen, asked._replace(save="x"), saved._masses)
 
 
 def run_backward_shared(

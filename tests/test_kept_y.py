@@ -41,6 +41,29 @@ def test_x_had_back_from_y(name, rare, frozen, activation, rng):
         assert np.abs(a - b).max() <= 1e-5 * max(1, np.abs(b).max()) * n**0.5, part
 
 
+@pytest.mark.parametrize("groups", [None, 3])
+@pytest.mark.parametrize("name", ["nchw", "instance"])
+def test_lost_channels_where_they_lie(name, groups, rng, monkeypatch):
+    """Those of long runs aren't copied; over dy itself they must be."""
+    shape, axis = SHAPES[name]
+    groups = groups if name == "nchw" else None
+    x, dy = (rng.normal(1, s, shape).astype(np.float32) for s in (2, 1))
+    channels = tuple(shape[a] for a in (axis if isinstance(axis, tuple) else (axis,)))
+    gamma, beta = rng.normal(1, 0.1, channels), rng.normal(0, 1, channels)
+    gamma.reshape(-1)[[1, 2]] = 0, 1e-6
+    _, saved = fastbn.forward(x, gamma, beta, axis=axis, groups=groups, save="y")
+    copied = fastbn.backward(dy, saved)
+    seen = []
+    monkeypatch.setattr("fastbn.runs.picked", lambda *args: seen.append(args) or kept.picked(*args))
+    monkeypatch.setattr(kept, "LONG", 1)
+    for a, b in zip(fastbn.backward(dy, saved), copied, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+    assert not seen
+    over = dy.copy()
+    np.testing.assert_allclose(fastbn.backward(over, saved, out=over)[0], copied[0], rtol=1e-5, atol=1e-5)
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize(
     ("activation", "masked"),  # each kernel takes five seconds: each activation, each mask, and both

@@ -476,6 +476,8 @@ def bent(how, g, v, h, a, b, r):  # type: ignore[no-untyped-def]
         return g, v
     if how.inverse:
         z = straighten(how, v)
+        if how.activation in _LINES:  # y has z's sign: one comparison serves both
+            return where_at_most(v, nothing(v), g * slope(how, nothing(g)), g), z
         return g * alike(slope(how, z), g), z
     if has_edge(how, r):
         # Above its kink the slope is 1. A product there too, with one of two slopes, was an instruction more.
