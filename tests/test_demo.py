@@ -16,8 +16,8 @@ from threadpoolctl import threadpool_limits
 
 import fastbn
 from fastbn import demo
-from fastbn.demo import experiments, report, training
-from fastbn.demo.experiments import Claim, Fewer, Lab, Outcome
+from fastbn.demo import experiments, lab, report, training
+from fastbn.demo.lab import Claim, Fewer, Lab, Outcome
 from fastbn.demo.net import ACTIVATIONS, Linear, Net
 from fastbn.demo.training import Curve, Setting
 
@@ -26,7 +26,7 @@ for dependency in demo.NEEDED:
 
 # Depths 10 and 20 and rate 0.1 are named in claims; all else is as small as the arithmetic allows.
 TINY = replace(
-    experiments.QUICK,
+    lab.QUICK,
     name="tiny",
     seeds=1,
     paired_seeds=2,
@@ -53,7 +53,7 @@ def one_blas_thread() -> Iterator[None]:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """`--quick` made smaller still."""
-    monkeypatch.setattr(experiments, "QUICK", TINY)
+    monkeypatch.setattr(lab, "QUICK", TINY)
 
 
 def arguments(out: Path, *more: str) -> argparse.Namespace:

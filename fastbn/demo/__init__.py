@@ -1,8 +1,8 @@
 """`python -m fastbn demo`: what batch normalization is known for, measured on real images.
 
 Deep nets in plain NumPy (`net.py`) on scikit-learn's 8x8 digits (`training.py`), six experiments and a
-seventh on what batch norm does not help with (`experiments.py`), and a report with plots (`report.py`,
-`plots.py`). With `--ranks 4`, one experiment instead: training on four processes (`ranks.py`).
+seventh on what batch norm does not help with (`experiments.py`, on what `lab.py` gives them), and a report with plots
+(`report.py`, `plots.py`). With `--ranks 4`, one experiment instead: training on four processes (`ranks.py`).
 scikit-learn, matplotlib and rich are imported only when the demo runs.
 """
 
@@ -24,7 +24,7 @@ import fastbn
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from .experiments import Budget, Outcome
+    from .lab import Budget, Outcome
 
 __all__ = ["add_arguments", "run"]
 
@@ -80,7 +80,7 @@ def demonstrate(args: argparse.Namespace) -> int:
     if missing:
         return fail(f"{' and '.join(missing)} not found; pip install 'fastbn[demo]'")
 
-    from . import experiments, report
+    from . import experiments, lab, report
 
     if args.ranks is not None and (importlib.util.find_spec("mpi4py") is None or launcher() is None):
         return fail("mpi4py or mpiexec not found; pip install 'fastbn[demo,mpi]'")
@@ -91,7 +91,7 @@ def demonstrate(args: argparse.Namespace) -> int:
 
     if args.ranks is not None:
         return on_ranks(args)
-    budget = experiments.QUICK if args.quick else experiments.FULL
+    budget = lab.QUICK if args.quick else lab.FULL
     outcomes: list[Outcome] = []
     interrupted = False
     start = time.perf_counter()
@@ -163,7 +163,8 @@ def experiment_all(seed: int, budget: Budget, outcomes: list[Outcome]) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-    from .experiments import EXPERIMENTS, Lab
+    from .experiments import EXPERIMENTS
+    from .lab import Lab
     from .training import Setting, load_digits, train
 
     columns = (

@@ -23,7 +23,7 @@ import numpy as np
 import fastbn
 
 from . import plots
-from .experiments import Claim, Outcome, listed, paired
+from .lab import Claim, Outcome, listed, paired
 from .net import Net
 from .training import Digits, Setting, batches, load_digits
 

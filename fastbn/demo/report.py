@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .experiments import Outcome
+from .lab import Outcome
 
 ROOM = 4 << 20  # bytes; a full report takes about 1 MB
 
