@@ -159,10 +159,13 @@ def check_axis(function: str, x: Any, axis: Axis) -> tuple[int, ...]:
     return axes
 
 
-def integer(value: Any) -> int | None:
-    """`value` as an int, if it is one whole number: a narrow or unsigned one would wrap in what is done with it."""
+def integer(value: Any, least: float = -math.inf) -> int | None:
+    """`value` as an int, if it is one whole number of `least` or more: a narrow or unsigned one would wrap in what is
+    done with it."""
     value = _taken_out(value)
-    return int(value) if isinstance(value, (int, np.integer)) and not isinstance(value, bool) else None
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+        return None
+    return int(value)
 
 
 def _taken_out(value: Any) -> Any:

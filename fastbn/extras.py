@@ -300,7 +300,8 @@ def _groups(where: str, groups: Any, samples: int) -> Groups:
         starts = np.searchsorted(groups[order], np.arange(number + 1)).astype(np.int64)
         in_order = np.all(groups[1:] >= groups[:-1])  # differences of unsigned ids are never below 0
         return Groups(number, samples, None if in_order else order, starts)
-    listed = [n for n in map(integer, groups) if n is not None and n >= 0] if isinstance(groups, Sequence) else []
+    each = groups if isinstance(groups, Sequence) else ()
+    listed = [number for n in each if (number := integer(n, 0)) is not None]
     if listed and len(listed) == len(groups):
         if sum(listed) != samples:
             raise ValueError(

@@ -124,8 +124,8 @@ def fold(
     if kind != "linear" and weight.ndim < 3:
         first = "(out, in / groups, *window)" if kind == "conv" else "(in, out / groups, *window)"
         raise ValueError(f"{where}: weight has shape {weight.shape}; expected {first} for kind={kind!r}")
-    parts = integer(groups)
-    if parts is None or parts < 1 or (kind == "linear" and parts != 1):
+    parts = integer(groups, 1)
+    if parts is None or (kind == "linear" and parts != 1):
         raise ValueError(f"{where}: groups is {describe(groups)}; expected 1 or more, and 1 for kind='linear'")
     if weight.shape[0] % parts:
         raise ValueError(f"{where}: weight has shape {weight.shape}, whose first axis {parts} groups don't divide")
@@ -183,7 +183,7 @@ def _check_before(where: str, kind: str, window: tuple[int, ...], padding: Any) 
         sizes: tuple[Any, ...] = (0,) if padding == "valid" else tuple(n - 1 for n in window)
     else:
         sizes = tuple(padding) if isinstance(padding, (tuple, list)) else (padding,)
-    if not all((number := integer(n)) is not None and number >= 0 for n in sizes):
+    if any(integer(n, 0) is None for n in sizes):
         raise ValueError(f"{where}: padding is {describe(padding)}; expected numbers from 0, 'valid' or 'same'")
     if any(sizes):
         raise ValueError(

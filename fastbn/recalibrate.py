@@ -148,8 +148,8 @@ def _cut(x: Any, axes: tuple[int, ...], rows: int | None) -> tuple[int, int]:
 
 def _items(where: str, batches: Any, axis: Axis, chunk: int | None) -> tuple[Iterable[Any], int | None]:
     """What to go through, and how much it is, if that is known."""
-    given, chunk = chunk, None if chunk is None else integer(chunk)
-    if given is not None and (chunk is None or chunk < 1):
+    given, chunk = chunk, None if chunk is None else integer(chunk, 1)
+    if given is not None and chunk is None:
         raise ValueError(f"{where}: chunk is {describe(given)}; expected a number of rows, 1 or more, or None")
     if callable(batches) and not hasattr(batches, "__iter__"):
         batches = batches()

@@ -99,8 +99,7 @@ class RunningStats:
             if momentum != 0.1:
                 raise ValueError("fastbn.RunningStats: momentum and decay are both given; pass one of them")
             momentum = 1 - _weight("decay", decay)
-        number = integer(ddof)
-        if number is None or number < 0:
+        if (number := integer(ddof, 0)) is None:
             raise ValueError(f"fastbn.RunningStats: ddof is {describe(ddof)}; expected 0 or 1 (or more)")
         self.momentum = None if momentum is None else _weight("momentum", momentum)
         if on_nonfinite not in _GUARDS:
@@ -205,8 +204,7 @@ class RunningStats:
         (array([2.], dtype=float32), array([2.], dtype=float32))
         """
         self._check("replace", moments)
-        number = integer(batches)
-        if number is None or number < 1:
+        if (number := integer(batches, 1)) is None:
             raise ValueError(f"fastbn.RunningStats.replace: batches is {describe(batches)}; expected 1 or more")
         if moments.count <= self.ddof:
             raise ValueError(
@@ -216,12 +214,12 @@ class RunningStats:
         mean, var = moments.exact(self.ddof)
         self._meet(mean)
         self.dtype = np.promote_types(self.dtype, moments.dtype)
-        self.batches = self.variances = int(batches)
+        self.batches = self.variances = number
         self._skips = None
         if self.on_nonfinite == "skip":
             taken, where = moments.finite(), self._family.xp.where
             mean, var = where(taken, mean, self._mean), where(taken, var, self._var)
-            skipped = where(taken, self._mean * 0, self._mean * 0 + batches)
+            skipped = where(taken, self._mean * 0, self._mean * 0 + number)
             self._skips = skipped, skipped
         self._mean, self._var = mean, var
 

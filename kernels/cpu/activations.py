@@ -503,15 +503,21 @@ def trained(how, v, hi):  # type: ignore[no-untyped-def]
 @formula
 def line(how, raw, bowed, v, p, w):  # type: ignore[no-untyped-def]
     """dx = a g + (b d + c), its second term by weight, for lanes of dy, of dy f'(z) and of x; p: the numbers."""
-    if w is None and len(p) == 7:
-        return _line_in_singles(how, bowed, v, p)
-    own = _line_by_weight(how, bowed, v, p, w) if len(p) == 7 else None
-    if own is None:
-        g, d = alike(bowed, p[0]), trained(how, alike(v, p[1]), p[1]) - p[1]
-        if w is None:
-            return fma(g - p[0], p[2], fma(d, p[3], p[4]))
-        own = fma(g, p[2], where_nonzero(w, alike(w, g) * fma(d, p[3], p[4]), nothing(g)))
-    return _unless_masked(how, alike(raw, own), own, w)
+    if w is None:
+        return (_line_in_singles if len(p) == 7 else _line_in_doubles)(how, bowed, v, p)
+    dx = (_line_by_weight if len(p) == 7 else _line_by_weight_in_doubles)(how, bowed, v, p, w)
+    return _unless_masked(how, alike(raw, dx), dx, w)
+
+
+def _line_in_doubles(how, g, v, p):  # type: ignore[no-untyped-def]
+    ghi, hi, a, b, c = p
+    return fma(alike(g, ghi) - ghi, a, fma(trained(how, alike(v, hi), hi) - hi, b, c))
+
+
+def _line_by_weight_in_doubles(how, g, v, p, w):  # type: ignore[no-untyped-def]
+    _, hi, a, b, c = p
+    g, d = alike(g, hi), trained(how, alike(v, hi), hi) - hi
+    return fma(g, a, where_nonzero(w, alike(w, g) * fma(d, b, c), nothing(g)))
 
 
 def _line_in_singles(how, bowed, v, p):  # type: ignore[no-untyped-def]

@@ -154,11 +154,6 @@ def _weights_of(w, r, rows, shape, channels, plan, order, room):  # type: ignore
     return laid_out(w, k, end, np.int64(0), channels, plan[5], width, order, room)
 
 
-@formula
-def weights_at(w, i, like):  # type: ignore[no-untyped-def]
-    return None if w is None else load(w, i, like)
-
-
 @unless_none(0, lambda *args: (None, 0, 0))
 def _part_of(a, r, c0, plan, order):  # type: ignore[no-untyped-def]
     """As `_row`, of an array that may be None."""
@@ -266,13 +261,13 @@ def _add(sources, steps, res, step_r, w, step_w, by_column, rows, n, near, sums,
                 if i >= n:
                     ahead, i = shift_all(ahead, steps_ahead, 1), 0
                 values = load_about(shift_all(sources, steps, r), j, pivots)
-                e, f = loaded(_later(res, r * step_r), j, like), weights_at(w, r * step_w + j * by_column, like)
+                e, f = loaded(_later(res, r * step_r), j, like), loaded(w, r * step_w + j * by_column, like)
                 held = with_values(held, values, e, f, how, pivots, lens)
         else:  # lanes behind the last column belong to none of this tile, but to some of the next one
             for r in range(rows):
                 values = load_parts_about(shift_all(sources, steps, r), j, k, pivots)
                 e = loaded_part(_later(res, r * step_r), j, k, like)
-                f = weights_at(w, r * step_w + j * by_column, like)
+                f = loaded(w, r * step_w + j * by_column, like)
                 held = with_first(held, k, values, e, f, how, pivots, lens)
         add_sums(w, pointer(sums, 8 * j), sums.strides[0], held)
 
@@ -363,7 +358,7 @@ def _map_run(sources, target, beside, n, width, last, numbers, mode, past, ahead
     if past:
         i = min(n, before_line(target))
     if i > 0:
-        _map_part(sources, target, beside, 0, i, 0, weights_at(w, 0, like), numbers, mode, how, like)
+        _map_part(sources, target, beside, 0, i, 0, loaded(w, 0, like), numbers, mode, how, like)
     j = _within(i, width)
     while i + LANES <= n:
         for _ in range(min((width - j + LANES - 1) // LANES, (n - i) // LANES)):

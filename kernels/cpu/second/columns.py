@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from ..columns import laid_out, weights_at
+from ..activations import loaded
+from ..columns import laid_out
 from ..formulas import formula
 from ..lanes import LANES, keep_whole, load, load_own, pointer, spread, total
 from ..maps import fetch_all, load_parts, loads, rows_of, shift_all
@@ -123,7 +124,7 @@ def columns_sums(arrays, w, order, starts, q, k, c0, channels, near, sums, plan,
             t, m = none_of(pivots[0]), n - j
             for i in range(rows):
                 sources = _sources_at(bases, places, i)
-                weight = weights_at(seen, i * step_w + j * by_column, pivots[0])
+                weight = loaded(seen, i * step_w + j * by_column, pivots[0])
                 if m >= LANES:
                     fetch_all(shift_all(sources, steps, 1), j)
                     t = added(t, load_about(sources, j, pivots), pivots, weight, skip)
@@ -143,14 +144,14 @@ def _eleven(co, j):  # type: ignore[no-untyped-def]
 def _map_row(sources, w, i, by_column, targets, n, co, like, flags):  # type: ignore[no-untyped-def]
     j, past = borders_past(targets, n, flags)
     if j > 0:
-        both = results(load_parts(sources, 0, j, like), weights_at(w, i, like), _eleven(co, 0), flags)
+        both = results(load_parts(sources, 0, j, like), loaded(w, i, like), _eleven(co, 0), flags)
         save_parts(targets, 0, j, both)
     while j + LANES <= n:
-        weights = weights_at(w, i + j * by_column, like)
+        weights = loaded(w, i + j * by_column, like)
         write_all(targets, j, results(loads(sources, j, like), weights, _eleven(co, j), flags), past)
         j += LANES
     if j < n:
-        weights = weights_at(w, i + j * by_column, like)
+        weights = loaded(w, i + j * by_column, like)
         save_parts(targets, j, n - j, results(load_parts(sources, j, n - j, like), weights, _eleven(co, j), flags))
 
 
