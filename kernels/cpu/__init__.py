@@ -12,7 +12,7 @@ schedule  units of work, pivots and sums
 coefficients  what maps are given of a channel
 normalize, gradient  the two kernels: sums, what they make of a channel, maps
 second    second order and forward mode
-plan      how a shape is cut
+plan, cut  how a shape is cut, and what kernels are told of that
 compile   njit with a disk cache that cannot fail a call
 parts     what kernels are made of, for compiled code alone
 items     all items of a kernel, by one thread or by all
@@ -39,6 +39,7 @@ from .blocks import (
     merge_comoments,
     merge_moments,
 )
+from .cut import Cut
 from .gradient import backward_item
 from .items import Twins
 from .lanes import SIGNED16, UNSIGNED16
@@ -301,14 +302,14 @@ def _carry_out(
     whole = cells >= 4 * count or (cells >= count and cells % count == 0) or plan.pieces == 1
     twice = not whole and stages & SUM and stages & MAP  # threads are woken for the sums, and for the map
     if count == 1 or (twice and plan.work < 2 * least):
-        part = np.empty((sums, plan.pieces, depth, plan.numbers[1]))
-        twins.serial(1, *arrays, *numbers, part, _NO_CLAIMS, plan.numbers, stages, starts, *extras)
+        part = np.empty((sums, plan.pieces, depth, plan.cut.tile))
+        twins.serial(1, *arrays, *numbers, part, _NO_CLAIMS, plan.cut, stages, starts, *extras)
         return
     items = min(count, cells if whole else cells * plan.pieces)
-    part = np.empty((sums * (items if whole else cells), plan.pieces, depth, plan.numbers[1]))
+    part = np.empty((sums * (items if whole else cells), plan.pieces, depth, plan.cut.tile))
 
     def run(items: int, some: int) -> None:
-        args = (*arrays, *numbers, part, np.zeros(items, np.int64), plan.numbers, some, starts, *extras)
+        args = (*arrays, *numbers, part, np.zeros(items, np.int64), plan.cut, some, starts, *extras)
         threads.run(twins, items, *args, parallel=items > 1)
 
     if whole:
@@ -391,4 +392,6 @@ def _twins(item: Any, dtype: np.dtype[Any], result: np.dtype[Any], how: Any, kin
     ]
     how = how or PLAIN
     how = How(how.activation, how.inverse, how.simple, short=result.itemsize == 2)
-    return Twins(item, (*arrays, row, numba.types.UniTuple(integer, 8), integer, row, row, how, *extras))
+    return Twins(
+        item, (*arrays, row, numba.types.NamedUniTuple(integer, len(Cut._fields), Cut), integer, row, row, how, *extras)
+    )

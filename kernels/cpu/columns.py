@@ -12,6 +12,7 @@ import numpy as np
 from numba import types
 
 from .activations import absent, loaded, loaded_part, put, put_part
+from .cut import EXACT, PAST
 from .formulas import called, formula
 from .lanes import (
     LANES,
@@ -44,7 +45,7 @@ from .maps import (
     write,
 )
 from .parts import by_type, part, unless_none
-from .rows import EXACT, PAST, at, index
+from .rows import at, index
 from .sums import add_sums, load_about, load_parts_about, no_sums, with_first, with_values
 
 FULL = 1024  # columns of a row from which it is stored past the caches alone: its ends are parts of lines
@@ -54,14 +55,14 @@ ROWS = 16  # whose sums stay in registers; no more are added in float32 (see `su
 @part()
 def _rows(shape, plan):  # type: ignore[no-untyped-def]
     """How many rows there are, before they are folded."""
-    return shape[0] if plan[5] > 1 else shape[0] * shape[2]
+    return shape[0] if plan.period > 1 else shape[0] * shape[2]
 
 
 @part()
 def _borders(k, shape, plan):  # type: ignore[no-untyped-def]
     """Block k of a tile: folded rows r0 to r1."""
-    rows = (_rows(shape, plan) + plan[6] - 1) // plan[6]
-    return k * plan[4], min((k + 1) * plan[4], rows)
+    rows = (_rows(shape, plan) + plan.fold - 1) // plan.fold
+    return k * plan.height, min((k + 1) * plan.height, rows)
 
 
 @part()
@@ -69,23 +70,23 @@ def columns_count(k, shape, plan, few):  # type: ignore[no-untyped-def]
     """Values of a channel in block k, or in its first `few` rows."""
     r0, r1 = _borders(k, shape, plan)
     r1 = min(r1, r0 + few)
-    return (min(r1 * plan[6], _rows(shape, plan)) - r0 * plan[6]) * plan[5]
+    return (min(r1 * plan.fold, _rows(shape, plan)) - r0 * plan.fold) * plan.period
 
 
 @part()
 def _row(a, r, c0, plan, order):  # type: ignore[no-untyped-def]
     """Folded row r of a tile: a pointer, bytes to the next row, and how many rows those bytes hold for."""
-    r *= plan[6]
+    r *= plan.fold
     rows = _rows(a.shape, plan)
-    if plan[5] > 1 or a.shape[2] == 1:
+    if plan.period > 1 or a.shape[2] == 1:
         place, step, left = index(order, r) * a.strides[0], a.strides[0], _in_step(r, rows, order)
     else:
         o = r // a.shape[2]
         i = r - o * a.shape[2]
         place, step, left = index(order, o) * a.strides[0] + i * a.strides[2], a.strides[2], a.shape[2] - i
-        if plan[6] > 1:
+        if plan.fold > 1:
             left = rows - r  # folded rows are contiguous
-    return pointer(a, place + c0 * a.strides[1]), step * plan[6], (left + plan[6] - 1) // plan[6]
+    return pointer(a, place + c0 * a.strides[1]), step * plan.fold, (left + plan.fold - 1) // plan.fold
 
 
 @part()
@@ -108,13 +109,13 @@ def _later(a, offset):  # type: ignore[no-untyped-def]
 @part()
 def _by_column(plan):  # type: ignore[no-untyped-def]
     """Whether a row's columns have weights of their own: where it is folded, or a channel is more than a column."""
-    return plan[5] > 1 or plan[6] > 1
+    return plan.period > 1 or plan.fold > 1
 
 
 @part()
 def weights_room(width, plan):  # type: ignore[no-untyped-def]
     """Weights that are laid out at once: of ROWS rows by column, or sixteen alike for each row of a block."""
-    return (ROWS * width if _by_column(plan) else max(ROWS, plan[4]) * LANES) + LANES
+    return (ROWS * width if _by_column(plan) else max(ROWS, plan.height) * LANES) + LANES
 
 
 @unless_none(0, lambda *args: None)
@@ -149,9 +150,9 @@ def laid_out(w, k, end, start, channels, period, width, order, room):  # type: i
 @part()
 def _weights_of(w, r, rows, shape, channels, plan, order, room):  # type: ignore[no-untyped-def]
     """Those of some folded rows from r on, by column or sixteen alike."""
-    k, end = r * plan[6], min((r + rows) * plan[6], _rows(shape, plan))
+    k, end = r * plan.fold, min((r + rows) * plan.fold, _rows(shape, plan))
     width = channels if _by_column(plan) else np.int64(LANES)
-    return laid_out(w, k, end, np.int64(0), channels, plan[5], width, order, room)
+    return laid_out(w, k, end, np.int64(0), channels, plan.period, width, order, room)
 
 
 @unless_none(0, lambda *args: (None, 0, 0))
@@ -163,14 +164,14 @@ def _part_of(a, r, c0, plan, order):  # type: ignore[no-untyped-def]
 @part()
 def _width(r, shape, channels, plan):  # type: ignore[no-untyped-def]
     """Columns of folded row r: fewer in the last one."""
-    return min(plan[6], _rows(shape, plan) - r * plan[6]) * channels * plan[5]
+    return min(plan.fold, _rows(shape, plan) - r * plan.fold) * channels * plan.period
 
 
 @part()
 def spread_column(values, columns, plan):  # type: ignore[no-untyped-def]
     """columns (fold G period + 16,) <- values (G,) by channel, and from the start again."""
-    period, j, n, like = plan[5], 0, values.size, spread(values[0])
-    for _ in range(plan[6]):
+    period, j, n, like = plan.period, 0, values.size, spread(values[0])
+    for _ in range(plan.fold):
         if period == 1:
             source, target = pointer(values, 0), pointer(columns, j * columns.itemsize)
             for c in range(0, n, LANES):
@@ -195,8 +196,8 @@ def spread_columns(values, columns, plan):  # type: ignore[no-untyped-def]
 @part()
 def gather_columns(sums, totals, plan):  # type: ignore[no-untyped-def]
     """totals (M, G) <- the columns in the rows of sums, added up to channels, and these <- 0."""
-    period, n, zero = plan[5], totals.shape[1], spread(0.0)
-    if period == 1 and plan[6] == 1:
+    period, n, zero = plan.period, totals.shape[1], spread(0.0)
+    if period == 1 and plan.fold == 1:
         for i in range(totals.shape[0]):
             for c in range(0, n, LANES):
                 give(totals, i, c, min(LANES, n - c), load(pointer(sums, i * sums.strides[0]), c, zero))
@@ -205,7 +206,7 @@ def gather_columns(sums, totals, plan):  # type: ignore[no-untyped-def]
     blank(totals, totals.shape[0])
     for i in range(totals.shape[0]):
         j = 0
-        for _ in range(plan[6]):
+        for _ in range(plan.fold):
             if period == 1:
                 source, target = pointer(sums, i * sums.strides[0] + 8 * j), pointer(totals, i * totals.strides[0])
                 for c in range(0, n, LANES):
@@ -224,7 +225,7 @@ def gather_columns(sums, totals, plan):  # type: ignore[no-untyped-def]
 @part()
 def _ahead(a, here, step, r, c0, plan, order):  # type: ignore[no-untyped-def]
     """The rows to fetch while those up to r are summed: the next ones, or the first ones of the next tile."""
-    if r * plan[6] < _rows(a.shape, plan) or c0 >= a.shape[1]:
+    if r * plan.fold < _rows(a.shape, plan) or c0 >= a.shape[1]:
         return here, step
     place, step, _ = _row(a, np.int64(0), c0, plan, order)
     return place, step
@@ -386,11 +387,11 @@ def _rows_of(sources, r, c0, plan, order):  # type: ignore[no-untyped-def]
 def columns_map(sources, target, beside, k, c0, channels, numbers, rare, plan, how, like, order, room):  # type: ignore[no-untyped-def]
     """Block k of the channels from c0 on; `rare`: for how many of them the fast numbers won't do."""
     keep_whole()
-    shape, width, (r, w, dr) = target.shape, channels * plan[5] * plan[6], beside
+    shape, width, (r, w, dr) = target.shape, channels * plan.period * plan.fold, beside
     r0, r1 = _borders(k, shape, plan)
-    past, mode = plan[7] & PAST != 0, EXACT if plan[7] & EXACT or rare == channels else 1 if rare else 0
+    past, mode = plan.flags & PAST != 0, EXACT if plan.flags & EXACT or rare == channels else 1 if rare else 0
     rows, by_column = pointers_of(numbers), _by_column(plan)
-    together, most = absent(w) or by_column or width >= LANES, ROWS if by_column and not absent(w) else plan[4]
+    together, most = absent(w) or by_column or width >= LANES, ROWS if by_column and not absent(w) else plan.height
     laid = (np.int64(1), np.int64(0)) if by_column else (np.int64(0), np.int64(LANES))
     reach = 1 + 1024 // width  # rows that are fetched ahead
     while r0 < r1:

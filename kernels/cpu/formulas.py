@@ -151,7 +151,7 @@ def _value(value: Any) -> Value:
         return Value(types.none, None if writer.builder is None else writer.context.get_dummy_value())
     if isinstance(value, tuple):
         values = [_value(v) for v in value]
-        kind = types.BaseTuple.from_types([v.kind for v in values])
+        kind = types.BaseTuple.from_types([v.kind for v in values], type(value))
         if writer.builder is None:
             return Value(kind, None)
         return Value(kind, writer.context.make_tuple(writer.builder, kind, [v.code for v in values]))
@@ -168,7 +168,8 @@ def _taken(kind: Any, code: Any) -> Any:
         return None
     if isinstance(kind, types.BaseTuple):
         codes = [None] * len(kind) if code is None else cgutils.unpack_tuple(_writers[-1].builder, code)
-        return tuple([_taken(k, c) for k, c in zip(kind.types, codes, strict=True)])
+        values = [_taken(k, c) for k, c in zip(kind.types, codes, strict=True)]
+        return kind.instance_class(*values) if isinstance(kind, types.BaseNamedTuple) else tuple(values)
     return Value(kind, code)
 
 

@@ -7,6 +7,7 @@ from .blocks import joined_comoments, settle
 from .coefficients import backward_coefficients, columns_of, lenses_of
 from .columns import columns_map, spread_column, spread_columns
 from .compile import compiled
+from .cut import EXACT, TWO
 from .formulas import formula, full
 from .in_turn import rows_two
 from .items import by_all, fence
@@ -29,7 +30,7 @@ from .lanes import (
     where_nonzero,
 )
 from .parts import by_type, part
-from .rows import EXACT, TWO, rows_map
+from .rows import rows_map
 from .schedule import (
     ALL,
     DOUBLE,
@@ -67,8 +68,8 @@ IN_DOUBLE = 4  # sums of products, in float64: d^4 is for what float32 can't do
 def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order, cm, dx, dr):  # type: ignore[no-untyped-def]
     """part (P, 5, G) of piece p of a tile: count, mean of dy as hi and lo, mean of x - hi, co-moment; meanwhile channel
     cm is mapped, if >= 0 (`rows_two`)."""
-    k0, k1 = p * plan[3], min((p + 1) * plan[3], plan[2])
-    g = min(plan[1], x.shape[1] - c0)
+    k0, k1 = p * plan.piece, min((p + 1) * plan.piece, plan.blocks)
+    g = min(plan.tile, x.shape[1] - c0)
     numbers, all_sums, near64, singles, near, scratch = memory
     room = scratch[2][0]
     totals, sums = corner(numbers, 5, 5, g), corner(all_sums, 0, 5, tile_width(g, plan))
@@ -80,13 +81,13 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order,
     if k0 >= k1:
         part[p] = 0.0
         return
-    again = plan[7] & EXACT != 0
+    again = plan.flags & EXACT != 0
     if not again:
         few = few_of(x.shape, plan)
         for c in range(0, g, LANES):
             some = min(LANES, g - c)
             give(hi, 0, c, some, take(stats, 0, s0 + c, some, spread(0.0)))
-        if plan[0]:
+        if plan.across:
             spread_column(hi, near[1], plan)
         _mean_of_dy(dy, x, k0, c0, pivot, hi, totals, sums, near, scratch, plan, few, how, r, w, order, lenses)
         n = 0.0
@@ -102,13 +103,13 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order,
         mean, merged, hi64 = row(numbers, 15, g), corner(numbers, 16, 4, g), stats[0, s0 : s0 + g]
         own, far = row(numbers, 13, g), row(numbers, 14, g)
         blank(merged, merged.shape[0])
-        if plan[0]:
+        if plan.across:
             spread_column(hi64, near64[1], plan)
         few = few_in_double(x, plan, w)
         _mean_of_dy(dy, x, k0, c0, mean, hi64, totals, sums, near64, scratch, plan, few, how, r, w, order, lenses)
         n, share = 0.0, share_of(x, 0.25)
         for k in range(k0, k1):
-            if cm >= 0 and plan[7] & EXACT:
+            if cm >= 0 and plan.flags & EXACT:
                 rows_two(both, dx, beside, k, c0, w, (mean, hi64), lenses[0], sums, plan, cm, waiting, how, like, room)
             else:
                 add_block(both, r, w, k, c0, (mean, hi64), near64, sums, plan, scratch, ALL, how, lenses, order)
@@ -123,7 +124,7 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order,
                     _merge(c, some, take(far, 0, c, some, spread(0.0)), own, totals, merged, n, m)
                 adopt(own, far, mean, near64[0], plan)
             n += m
-        _replace(merged, mine, n, plan[7] & EXACT != 0)
+        _replace(merged, mine, n, plan.flags & EXACT != 0)
 
 
 @part()
@@ -231,7 +232,7 @@ def _mean_of_dy_bent(
             g = min(LANES, pivot.size - c)
             mean, q = take(pivot, 0, c, g, spread(0.0)), take(totals, 3, c, g, spread(0.0))
             give(pivot, 0, c, g, where_at_most(spread(5.0 * n) * (mean * mean), q, spread(0.0), mean))
-    if plan[0]:
+    if plan.across:
         spread_column(pivot, near[0], plan)
 
 
@@ -265,13 +266,13 @@ def _give_sums(s, k, stats, grads, sums, values):  # type: ignore[no-untyped-def
 @part()
 def _backward_numbers(s0, c0, x, stats, affine, grads, plan, memory, how, r, w, mass):  # type: ignore[no-untyped-def]
     """What the map of a tile takes of its channels, in `memory`; and for how many of them float32 won't do."""
-    g, exact, n = min(plan[1], x.shape[1] - c0), plan[7] & EXACT != 0, float(x.shape[0] * x.shape[2])
+    g, exact, n = min(plan.tile, x.shape[1] - c0), plan.flags & EXACT != 0, float(x.shape[0] * x.shape[2])
     numbers, singles = corner(memory[0], 0, 5, g), corner(memory[3], 2, 8, g)
     rare = backward_coefficients(s0, stats, affine, grads, numbers, singles, n, mass, is_frozen(how) != 0.0, exact)
     used = used_of(how, r, x, numbers, singles)
     if used.itemsize == 8:
         rare = 0
-    if plan[0]:
+    if plan.across:
         spread_columns(used, used_of(how, r, x, memory[2], memory[4]), plan)
         if rare:
             spread_columns(numbers, memory[2], plan)
@@ -281,16 +282,16 @@ def _backward_numbers(s0, c0, x, stats, affine, grads, plan, memory, how, r, w, 
 @part()
 def _backward_map(p0, p1, c0, dy, x, dx, rare, plan, memory, how, r, w, dr, order, lenses):  # type: ignore[no-untyped-def]
     """Pieces p0 to p1 of a tile, backwards."""
-    g = min(plan[1], x.shape[1] - c0)
+    g = min(plan.tile, x.shape[1] - c0)
     numbers, _, columns, singles, like_columns, scratch = memory
     doubles = corner(numbers, 0, 5, g)
     of_rows = doubles, used_of(how, r, x, doubles, corner(singles, 2, 8, g)), lenses
     lenses_by_column = columns_of(how, r, rest(columns, 5), rest(like_columns, 8))
     of_columns = columns, used_of(how, r, x, columns, like_columns), lenses_by_column
     like = read_as(how, r, spread(narrowest(x)), spread(of_rows[1][0, 0]))
-    k0, k1 = p0 * plan[3], min(p1 * plan[3], plan[2])
+    k0, k1 = p0 * plan.piece, min(p1 * plan.piece, plan.blocks)
     for k in range(k1 - 1, k0 - 1, -1):
-        if plan[0]:
+        if plan.across:
             columns_map((dy, x), dx, (r, w, dr), k, c0, g, of_columns, rare, plan, how, like, order, scratch[2][0])
         else:  # what comes next isn't fetched meanwhile, as by forward: with two arrays of 103 MB 12.0 ms for 11.6
             rows_map((dy, x), dx, (r, w, dr), k, c0, np.int64(-1), of_rows, rare, plan, scratch, how, like, order)
@@ -313,14 +314,14 @@ def _backward_units(
     keep_whole()
     pieces, tiles = part_sizes(x.shape, plan)
     u, seen, ready, rare, waiting = claimed(k, items, claims, np.int64(-1)), -1, -1, np.int64(0), np.int64(-1)
-    in_turn = plan[7] & TWO != 0 and stage == SUM | FINISH | MAP and starts.size == 2
+    in_turn = plan.flags & TWO != 0 and stage == SUM | FINISH | MAP and starts.size == 2
     while u >= 0:
         first, last, _ = borders(u, items, (starts.size - 1) * tiles, pieces, stage)
         for cell in range(first // pieces, (last + pieces - 1) // pieces):
             g, t = cell // tiles, cell % tiles
-            count, c0 = starts[g + 1] - starts[g], t * plan[1]
+            count, c0 = starts[g + 1] - starts[g], t * plan.tile
             n0 = start_of(order, starts[g])
-            s0, channels = g * x.shape[1] + c0, min(plan[1], x.shape[1] - c0)
+            s0, channels = g * x.shape[1] + c0, min(plan.tile, x.shape[1] - c0)
             xs, dys, dxs = outer(x, n0, count), outer(dy, n0, count), outer(dx, n0, count)
             rs, ws, drs = outer(r, n0, count), outer(w, n0, count), outer(dr, n0, count)
             own, order_of = planned(xs.shape, plan), listed(order, starts[g], count)
@@ -328,8 +329,9 @@ def _backward_units(
             sums = place(part, k if stage & SUM and stage & FINISH else cell)
             if not is_plain(how) and cell != seen:
                 seen, lenses = cell, corner(memory[0], 10, 3, channels)
-                lenses_of(how, r, s0, stats, affine, lenses, rest(memory[3], 10), not absent(w) or plan[7] & EXACT != 0)
-                if plan[0]:
+                exactly = not absent(w) or plan.flags & EXACT != 0
+                lenses_of(how, r, s0, stats, affine, lenses, rest(memory[3], 10), exactly)
+                if plan.across:
                     spread_columns(lenses, columns_of(how, r, rest(memory[2], 5), rest(memory[4], 8)), plan)
             if stage & SUM:
                 for p in range(p0, p1):

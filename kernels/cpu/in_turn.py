@@ -2,10 +2,11 @@
 
 from numba import types
 
+from .cut import PAST
 from .lanes import LANES, before_line
 from .maps import joined_numbers, map_one, map_part, numbers_of, shift_all, sizes_of
 from .parts import by_type, nothing_of, part, unless_none
-from .rows import PAST, at, at_all, block, lanes_of, lens, pivots_of, repeated
+from .rows import at, at_all, block, lanes_of, lens, pivots_of, repeated
 from .sums import AHEAD, CHAIN, add_chains, fetch_step, no_chains, step_of, with_rest, with_step
 
 
@@ -82,10 +83,10 @@ def rows_two(
 def _rows_two(
     sources, target, beside, k, c0, w, pivots, lenses, sums, plan, cm, numbers, how, like, scratch
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    shape, past, (r, seen, dr) = target.shape, plan[7] & PAST != 0, beside
+    shape, past, (r, seen, dr) = target.shape, plan.flags & PAST != 0, beside
     o0, o1, i0, n = block(k, shape, plan)
-    a0, a1, j0, m = block(plan[2] - 1 - k, shape, plan)
-    g, channels = pivots[0].size, min(plan[1], shape[1] - cm)
+    a0, a1, j0, m = block(plan.blocks - 1 - k, shape, plan)
+    g, channels = pivots[0].size, min(plan.tile, shape[1] - cm)
     for i in range(max(o1 - o0, a1 - a0)):
         o, a, then = min(o0 + i, o1 - 1), max(a1 - 1 - i, a0), min(o0 + i + 1, shape[0] - 1)
         mine = at(r, a, cm, j0), _weights_of(seen, a, j0, m, channels, scratch), at(dr, a, cm, j0)

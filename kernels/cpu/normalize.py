@@ -7,6 +7,7 @@ from .blocks import joined_moments, not_negative, settle
 from .coefficients import forward_coefficients
 from .columns import columns_map, spread_columns
 from .compile import compiled
+from .cut import EXACT, NEXT, TWO
 from .formulas import formula
 from .in_turn import rows_two
 from .items import by_all, fence
@@ -27,7 +28,7 @@ from .lanes import (
     where_nonzero,
 )
 from .parts import part
-from .rows import EXACT, NEXT, TWO, rows_map
+from .rows import rows_map
 from .schedule import (
     ALL,
     DOUBLE,
@@ -65,8 +66,8 @@ LIGHT = 1e-6  # the sum of a piece's weights
 @part()
 def _forward_sum(p, c0, x, part, plan, memory, w, order, cm, y, how, r):  # type: ignore[no-untyped-def]
     """part (P, 4, G) of piece p of a tile: count, hi, lo, M2; meanwhile channel cm is mapped, if >= 0 (`rows_two`)."""
-    k0, k1 = p * plan[3], min((p + 1) * plan[3], plan[2])
-    g = min(plan[1], x.shape[1] - c0)
+    k0, k1 = p * plan.piece, min((p + 1) * plan.piece, plan.blocks)
+    g = min(plan.tile, x.shape[1] - c0)
     numbers, all_sums, near64, singles, near, scratch = memory
     depth = all_sums.shape[0]
     totals, pivot = corner(numbers, 6, depth, g), row(singles, 0, g)
@@ -77,7 +78,7 @@ def _forward_sum(p, c0, x, part, plan, memory, w, order, cm, y, how, r):  # type
     if k0 >= k1:  # of a set smaller than the plan's; of an empty one, all that is merged
         part[p] = 0.0
         return
-    again = plan[7] & EXACT != 0
+    again = plan.flags & EXACT != 0
     if not again:
         mean_of(x, k0, c0, pivot, totals, sums, near, scratch, plan, few_of(x.shape, plan), w, order)
         count = 0.0
@@ -96,7 +97,7 @@ def _forward_sum(p, c0, x, part, plan, memory, w, order, cm, y, how, r):  # type
         mean_of(x, k0, c0, mean, totals, sums, near64, scratch, plan, few_in_double(x, plan, w), w, order)
         share = share_of(x, 0.5)
         for k in range(k0, k1):
-            if cm >= 0 and plan[7] & EXACT:
+            if cm >= 0 and plan.flags & EXACT:
                 rows_two((x,), y, beside, k, c0, w, (mean,), None, sums, plan, cm, waiting, how, like, scratch[2][0])
             else:
                 deviations(x, k, c0, mean, sums, near64, scratch, plan, ALL, w, order)
@@ -110,7 +111,7 @@ def _forward_sum(p, c0, x, part, plan, memory, w, order, cm, y, how, r):  # type
                     n = min(LANES, g - c)
                     _merge(c, n, take(far, 0, c, n, spread(0.0)), own, totals, merged, count, w)
                 adopt(own, far, mean, near64[0], plan)
-        _replace(merged, mine, plan[7] & EXACT != 0)
+        _replace(merged, mine, plan.flags & EXACT != 0)
 
 
 @part()
@@ -233,9 +234,9 @@ def _unless_unused(how, w):  # type: ignore[no-untyped-def]
 @part()
 def _forward_numbers(s0, g, stats, affine, plan, memory, double, how, r, w):  # type: ignore[no-untyped-def]
     """What the map of a tile takes of its channels, in `memory`; and for how many of them float32 won't do."""
-    numbers, singles, exact = corner(memory[0], 0, 3, g), corner(memory[3], 2, 6, g), plan[7] & EXACT != 0
+    numbers, singles, exact = corner(memory[0], 0, 3, g), corner(memory[3], 2, 6, g), plan.flags & EXACT != 0
     rare = forward_coefficients(how, s0, stats, affine, numbers, singles, exact, double)
-    if plan[0]:
+    if plan.across:
         if exact or rare or absent(fast_numbers(how, r, w, memory[4])):
             spread_columns(numbers, memory[2], plan)
         if not exact:
@@ -249,15 +250,15 @@ def _forward_map(p0, p1, c0, ca, x, y, rare, summed, plan, memory, how, r, w, or
 
     The channels from ca on are fetched meanwhile, if it is >= 0.
     """
-    g = min(plan[1], x.shape[1] - c0)
+    g = min(plan.tile, x.shape[1] - c0)
     numbers, _, columns, singles, like_columns, scratch = memory
     like = spread(singles[2, 0])
     of_rows = corner(numbers, 0, 3, g), fast_numbers(how, r, w, corner(singles, 2, 6, g)), None
     of_columns = columns, fast_numbers(how, r, w, like_columns), None
-    k0, k1 = p0 * plan[3], min(p1 * plan[3], plan[2])
+    k0, k1 = p0 * plan.piece, min(p1 * plan.piece, plan.blocks)
     for i in range(k1 - k0):
         k = k1 - 1 - i if summed else k0 + i
-        if plan[0]:
+        if plan.across:
             columns_map((x,), y, (r, w, None), k, c0, g, of_columns, rare, plan, how, like, order, scratch[2][0])
         else:
             rows_map((x,), y, (r, w, None), k, c0, ca, of_rows, rare, plan, scratch, how, like, order)
@@ -271,14 +272,14 @@ def _forward_units(
     keep_whole()
     pieces, tiles = part_sizes(x.shape, plan)
     u, ready, rare, waiting = claimed(k, items, claims, np.int64(-1)), -1, np.int64(0), np.int64(-1)
-    in_turn = plan[7] & TWO != 0 and stage == SUM | FINISH | MAP and starts.size == 2
+    in_turn = plan.flags & TWO != 0 and stage == SUM | FINISH | MAP and starts.size == 2
     while u >= 0:
         first, last, stop = borders(u, items, (starts.size - 1) * tiles, pieces, stage)
         for cell in range(first // pieces, (last + pieces - 1) // pieces):
             g, t = cell // tiles, cell % tiles
-            outers, c0 = starts[g + 1] - starts[g], t * plan[1]
+            outers, c0 = starts[g + 1] - starts[g], t * plan.tile
             n0 = start_of(order, starts[g])
-            s0, channels = g * x.shape[1] + c0, min(plan[1], x.shape[1] - c0)
+            s0, channels = g * x.shape[1] + c0, min(plan.tile, x.shape[1] - c0)
             xs, ys = outer(x, n0, outers), outer(y, n0, outers)
             rs, ws = outer(r, n0, outers), outer(w, n0, outers)
             own, order_of = planned(xs.shape, plan), listed(order, starts[g], outers)
@@ -301,8 +302,8 @@ def _forward_units(
                     waiting = c0
                     continue
                 ahead = np.int64(-1)
-                if (cell + 1) * pieces < stop and t + 1 < tiles and plan[7] & NEXT:
-                    ahead = c0 + plan[1]
+                if (cell + 1) * pieces < stop and t + 1 < tiles and plan.flags & NEXT:
+                    ahead = c0 + plan.tile
                 _forward_map(
                     p0, p1, c0, ahead, xs, ys, rare, part.shape[0] > 0, own, memory, how, rs, _unless_unused(how, ws),
                     order_of,

@@ -8,8 +8,8 @@ import functools
 from pathlib import Path
 from typing import NamedTuple
 
+from .cut import EXACT, GATHER, NEXT, PAST, TWO, Cut
 from .lanes import LANES
-from .rows import EXACT, GATHER, NEXT, PAST, TWO
 from .schedule import MAP, SUM
 
 WEIGHTED, ORDERED = 1, 2  # what is special about a call
@@ -58,7 +58,7 @@ class Plan(NamedTuple):
 
     tiles: int
     pieces: int  # of a tile
-    numbers: tuple[int, ...]  # as the kernels read them
+    cut: Cut
     work: int  # bytes that all passes go through, half types' as float32: what they take is alike
 
 
@@ -97,7 +97,7 @@ def plan_of(
 def _by_rows(
     shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], items: tuple[int, ...], flags: int,
     stages: int, sizes: Sizes, special: int,
-) -> tuple[int, int, tuple[int, ...]]:  # fmt: skip
+) -> tuple[int, int, Cut]:  # fmt: skip
     outer, channels, inner = shape
     itemsize = items[0]
     apart = inner > 1 and any(s[2] != n for s, n in zip(strides, items, strict=True))
@@ -129,14 +129,13 @@ def _by_rows(
     segments = ceil(inner, length)
     blocks = ceil(outer, runs) * segments
     piece = 1 if not stages & SUM else sizes.piece if channels >= 64 * tile else min(sizes.piece, ceil(blocks, 16))
-    numbers = 0, tile, blocks, piece, runs, segments, length, flags
-    return ceil(channels, tile), ceil(blocks, piece), numbers
+    return ceil(channels, tile), ceil(blocks, piece), Cut(0, tile, blocks, piece, runs, segments, length, 1, 1, flags)
 
 
 def _by_columns(
     shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], items: tuple[int, ...], flags: int,
     stages: int, period: int, sizes: Sizes, special: int,
-) -> tuple[int, int, tuple[int, ...]]:  # fmt: skip
+) -> tuple[int, int, Cut]:  # fmt: skip
     outer, channels, inner = shape
     rows = outer if period > 1 else outer * inner
     fold, width = 1, channels * period
@@ -157,5 +156,5 @@ def _by_columns(
         tile = min(tile, ceil(ceil(channels, ceil(channels, tile)), LANES) * LANES)
     blocks = ceil(ceil(rows, fold), sizes.height)
     piece = max(min(8, ceil(blocks, 16)), ceil(blocks, max(1, min(64, 32768 // channels))))
-    numbers = 1, tile, blocks, piece, sizes.height, period, fold, flags
-    return ceil(channels, tile), ceil(blocks, piece), numbers
+    cut = Cut(1, tile, blocks, piece, sizes.height, 1, 1, period, fold, flags)
+    return ceil(channels, tile), ceil(blocks, piece), cut

@@ -11,6 +11,7 @@ scratch run, and results are scattered from one.
 import numpy as np
 
 from .activations import absent
+from .cut import GATHER, PAST
 from .formulas import called, formula
 from .lanes import (
     LANES,
@@ -45,16 +46,13 @@ from .views import row
 
 # Constants go to parts as runtime values below (`np.int64(0)`): Numba compiles them again for each literal.
 
-# Flags of a plan: store past the caches; gather; all in float64; fetch the next tile while one is mapped, or sum it.
-PAST, GATHER, EXACT, NEXT, TWO = 1, 2, 4, 8, 16
-
 SAMPLE = 2 * LANES
 
 
 @part()
 def block(k, shape, plan):  # type: ignore[no-untyped-def]
     """Block k of a tile: outer o0 to o1, and in each of its runs n elements from i0 on."""
-    runs, segments, length = plan[4], plan[5], plan[6]
+    runs, segments, length = plan.height, plan.segments, plan.length
     o = (k // segments) * runs
     i = (k % segments) * length
     return o, min(o + runs, shape[0]), i, min(length, shape[2] - i)
@@ -68,7 +66,7 @@ def _samples(k, shape, plan, few):  # type: ignore[no-untyped-def]
     are alike, and a pivot that is far from the mean costs more than all samples.
     """
     o0, o1, _, n = block(k, shape, plan)
-    runs, gather = o1 - o0, plan[7] & GATHER != 0
+    runs, gather = o1 - o0, plan.flags & GATHER != 0
     if few >= runs * n:
         return (1, runs, n, runs, n) if gather else (runs, 1, n, 1, 0)
     m = min(n, few, SAMPLE)
@@ -189,7 +187,7 @@ def rows_sums(sources, r, w, k, c0, pivots, sums, plan, scratch, few, how, lense
     shape = sources[0].shape
     o0, o1, i0, _ = block(k, shape, plan)
     samples, count, n, step, further = _samples(k, shape, plan, few)
-    gather, o, i = plan[7] & GATHER, o0, i0
+    gather, o, i = plan.flags & GATHER, o0, i0
     for _ in range(samples):
         p = index(order, o)
         for c in range(pivots[0].size):
@@ -280,16 +278,16 @@ def rows_map(sources, target, beside, k, c0, ca, numbers, rare, plan, scratch, h
     `rare`: for how many of them the fast numbers won't do.
     """
     keep_whole()
-    shape, g, past, (r, w, dr) = target.shape, numbers[0].shape[1], plan[7] & PAST != 0, beside
+    shape, g, past, (r, w, dr) = target.shape, numbers[0].shape[1], plan.flags & PAST != 0, beside
     o0, o1, i0, n = block(k, shape, plan)
-    if plan[7] & GATHER:
+    if plan.flags & GATHER:
         for c in range(g):
             runs = _gathered_all(sources, c0 + c, o0, o1, i0, n, order, scratch)
             run_r = gathered(r, c0 + c, o0, o1, i0, n, order, scratch[1][2])
             run_w = gathered(w, 0, o0, o1, i0, n, order, scratch[2][0])
             result, m = pointer(scratch[1][1], 0), (o1 - o0) * n
             own = run_r, run_w, _room(dr, scratch[1][3])
-            _map_run(runs, result, own, m, c, np.int64(1), numbers, rare, plan[7] < 0, runs, how, like)
+            _map_run(runs, result, own, m, c, np.int64(1), numbers, rare, plan.flags < 0, runs, how, like)
             scatter(scratch[1][1], target, c0 + c, o0, o1, i0, n, order)
             scatter(scratch[1][3], dr, c0 + c, o0, o1, i0, n, order)
         return
@@ -297,7 +295,7 @@ def rows_map(sources, target, beside, k, c0, ca, numbers, rare, plan, scratch, h
     whole = whole and _adjacent(sources[0], n) and _adjacent(sources[-1], n) and _adjacent(target, n)
     whole = whole and _adjacent(r, n) and _adjacent(dr, n)
     count = g if whole else 1
-    oa, _, ia, _ = block(plan[2] - 1 - k, shape, plan)
+    oa, _, ia, _ = block(plan.blocks - 1 - k, shape, plan)
     for o in range(o1 - 1, o0 - 1, -1):  # what was read last is in cache
         p = index(order, o)
         run_w = repeated(w, p, i0, n, scratch[2][0]) if whole else at(w, p, 0, i0)

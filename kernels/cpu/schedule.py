@@ -22,6 +22,7 @@ import numpy as np
 
 from .activations import absent
 from .columns import columns_count, columns_sums, gather_columns, spread_column, weights_room
+from .cut import GATHER, PAST, Cut
 from .formulas import formula
 from .items import claim
 from .lanes import (
@@ -41,7 +42,7 @@ from .lanes import (
     where_nonzero,
 )
 from .parts import part
-from .rows import GATHER, PAST, add_up, rows_count, rows_first, rows_sums
+from .rows import add_up, rows_count, rows_first, rows_sums
 from .views import carved, corner, in_step, outer
 
 SUM, FINISH, MAP = 1, 2, 4
@@ -66,19 +67,19 @@ ALL = np.int64(1 << 62)  # a literal would be a type of its own, and all that ta
 @part()
 def tile_width(channels, plan):  # type: ignore[no-untyped-def]
     """Columns or lanes of a tile; a vector may be loaded from any of them on."""
-    return channels * (plan[5] * plan[6] if plan[0] else LANES) + LANES
+    return channels * (plan.period * plan.fold if plan.across else LANES) + LANES
 
 
 @part()
 def _columns(x, plan, stage, weighted):  # type: ignore[no-untyped-def]
     """What there is room for: channels, columns of sums, columns of coefficients, gathered elements, and weights."""
-    g = min(plan[1], x.shape[1])
+    g = min(plan.tile, x.shape[1])
     w = (tile_width(g, plan) + LANES - 1) // LANES * LANES
-    scratch = plan[4] * plan[6] if plan[7] & GATHER else 0
+    scratch = plan.height * plan.length if plan.flags & GATHER else 0
     weights = 0
     if weighted:
-        weights = weights_room(w, plan) if plan[0] else scratch if scratch > 0 else plan[6] + LANES
-    return g, w if stage & SUM else 0, w if plan[0] else 0, scratch, weights
+        weights = weights_room(w, plan) if plan.across else scratch if scratch > 0 else plan.length + LANES
+    return g, w if stage & SUM else 0, w if plan.across else 0, scratch, weights
 
 
 @part()
@@ -120,7 +121,7 @@ def lent(memory, x, y, plan, stage, wants, weighted):  # type: ignore[no-untyped
     numbers, sums, columns, singles, like_columns, gathered = views
     # Where whole lines are stored, lines of coefficients are loaded whole: backward of (6272, 1024) float64 took 6.4 to
     # 6.9 ms, now 6.0 to 6.2. By the allocator, each vector of them lay across two lines or none did.
-    start = before_line(pointer(y, 0)) if plan[7] & PAST else 0
+    start = before_line(pointer(y, 0)) if plan.flags & PAST else 0
     return numbers, sums, in_step(columns, start), singles, in_step(like_columns, start), gathered
 
 
@@ -141,17 +142,20 @@ def listed(order, start, count):  # type: ignore[no-untyped-def]
 @part()
 def planned(shape, plan):  # type: ignore[no-untyped-def]
     """The plan, with the blocks of this shape."""
-    if plan[0]:
-        rows = shape[0] if plan[5] > 1 else shape[0] * shape[2]
-        blocks = ((rows + plan[6] - 1) // plan[6] + plan[4] - 1) // plan[4]
+    if plan.across:
+        rows = shape[0] if plan.period > 1 else shape[0] * shape[2]
+        blocks = ((rows + plan.fold - 1) // plan.fold + plan.height - 1) // plan.height
     else:
-        blocks = (shape[0] + plan[4] - 1) // plan[4] * plan[5]
-    return plan[0], plan[1], blocks, plan[3], plan[4], plan[5], plan[6], plan[7]
+        blocks = (shape[0] + plan.height - 1) // plan.height * plan.segments
+    return Cut(
+        plan.across, plan.tile, blocks, plan.piece, plan.height, plan.segments, plan.length, plan.period, plan.fold,
+        plan.flags,
+    )  # fmt: skip
 
 
 @part()
 def count_of(k, shape, plan, few):  # type: ignore[no-untyped-def]
-    return float(columns_count(k, shape, plan, few) if plan[0] else rows_count(k, shape, plan, few))
+    return float(columns_count(k, shape, plan, few) if plan.across else rows_count(k, shape, plan, few))
 
 
 @part()
@@ -160,7 +164,7 @@ def add_block(sources, r, w, k, c0, pivots, near, sums, plan, scratch, few, how,
 
     pivots (G,) of each source, and near, which has them by column; lenses (3, G), and by column, or None and None.
     """
-    if plan[0]:
+    if plan.across:
         columns_sums(sources, r, w, k, c0, pivots[0].size, near, sums, plan, few, how, lenses[1], order, scratch[2][0])
     else:
         rows_sums(sources, r, w, k, c0, pivots, sums, plan, scratch, few, how, lenses[0], order)
@@ -175,7 +179,7 @@ def deviations(x, k, c0, pivot, sums, near, scratch, plan, few, w, order):  # ty
 @part()
 def by_channel(sums, totals, plan):  # type: ignore[no-untyped-def]
     """totals (M, G) <- sums (M, W), and these <- 0."""
-    if plan[0]:
+    if plan.across:
         gather_columns(sums, totals, plan)
     else:
         add_up(sums, totals)
@@ -187,7 +191,7 @@ def mean_of(x, k, c0, pivot, totals, sums, near, scratch, plan, few, w, order): 
 
     0 where nothing has weight.
     """
-    if few == NARROW[0] and not plan[0]:
+    if few == NARROW[0] and not plan.across:
         rows_first(x, k, c0, pivot, plan, order)
         return
     blank(pivot, 1)
@@ -195,7 +199,7 @@ def mean_of(x, k, c0, pivot, totals, sums, near, scratch, plan, few, w, order): 
     deviations(x, k, c0, pivot, sums, near, scratch, plan, few, w, order)
     by_channel(sums, totals, plan)
     divide(pivot, totals, count_of(k, x.shape, plan, few), w)
-    if plan[0]:
+    if plan.across:
         spread_column(pivot, near[0], plan)
 
 
@@ -228,7 +232,7 @@ def mass_or(mass, g, count):  # type: ignore[no-untyped-def]
 
 @part()
 def few_of(shape, plan):  # type: ignore[no-untyped-def]
-    return FEW[2] if plan[0] else min(FEW[1], max(FEW[0], shape[0] * shape[2] // 32))
+    return FEW[2] if plan.across else min(FEW[1], max(FEW[0], shape[0] * shape[2] // 32))
 
 
 @part()
@@ -236,7 +240,7 @@ def few_in_double(x, plan, w):  # type: ignore[no-untyped-def]
     """The same where sums are taken in float64; of numbers of less than 64 bits few are enough, see `share_of`."""
     if x.itemsize == 8 or not absent(w):
         return few_of(x.shape, plan)
-    return np.int64(NARROW[1] if plan[0] else NARROW[0])
+    return np.int64(NARROW[1] if plan.across else NARROW[0])
 
 
 @part()
@@ -266,14 +270,14 @@ def adopt(own, far, pivot, near, plan):  # type: ignore[no-untyped-def]
     for c in range(pivot.size):
         if far[c] != 0.0 and math.isfinite(own[c]):
             pivot[c] = own[c]
-    if plan[0]:
+    if plan.across:
         spread_column(pivot, near, plan)
 
 
 @part()
 def part_sizes(shape, plan):  # type: ignore[no-untyped-def]
     """Pieces of a tile, and tiles of a set."""
-    return (plan[2] + plan[3] - 1) // plan[3], (shape[1] + plan[1] - 1) // plan[1]
+    return (plan.blocks + plan.piece - 1) // plan.piece, (shape[1] + plan.tile - 1) // plan.tile
 
 
 @part()

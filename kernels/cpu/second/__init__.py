@@ -46,6 +46,23 @@ DEPTH = 10  # of partial sums
 HEIGHT = 64  # folded rows of a block
 
 
+class Cut(NamedTuple):
+    """How the kernel walks a set: compiled code reads these names, which mean what they do in `cut.Cut`."""
+
+    across: int
+    tile: int
+    pieces: int  # of a tile, whose sums are one
+    blocks: int
+    height: int
+    segments: int
+    length: int
+    period: int
+    fold: int
+    flags: int
+    few: int  # values, or folded rows, that make a pivot
+    inner: int  # elements of the inner axis
+
+
 class Sizes(NamedTuple):
     """What a plan cuts a shape by; tests make them tiny."""
 
@@ -66,7 +83,7 @@ SIZES = Sizes()
 def _plan(
     shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], itemsize: int, largest: int, flags: int,
     orderly: bool, weighted: bool, sizes: Sizes,
-) -> tuple[int, ...]:  # fmt: skip
+) -> Cut:  # fmt: skip
     """`largest`: outer indices of the largest group; `orderly`: those of a group follow each other."""
     outer, channels, inner = shape
     if itemsize == 8:
@@ -88,7 +105,7 @@ def _plan(
         blocks = ceil(ceil(rows, fold), HEIGHT)
         few = ceil(sizes.few, fold * period)
         pieces = max(1, min(64, blocks // 4, 8192 // channels))
-        return 1, tile, pieces, blocks, HEIGHT, 1, 1, period, fold, flags, few, inner
+        return Cut(1, tile, pieces, blocks, HEIGHT, 1, 1, period, fold, flags, few, inner)
     gather = (inner > 1 and any(s[2] != itemsize for s in strides)) or inner < min(LANES, sizes.block)
     if gather:
         flags |= GATHER
@@ -102,7 +119,7 @@ def _plan(
     tile = min(tile, ceil(channels, 16))
     blocks = ceil(largest, runs) * segments
     pieces = max(1, min(64, blocks // 4, 8192 // channels))
-    return 0, tile, pieces, blocks, runs, segments, length, 1, 1, flags, sizes.few, inner
+    return Cut(0, tile, pieces, blocks, runs, segments, length, 1, 1, flags, sizes.few, inner)
 
 
 def second(
@@ -147,7 +164,7 @@ def second(
         shape, tuple([a.strides for a in arrays]), like.itemsize, largest, flags, order is None, weights is not None,
         SIZES,
     )  # fmt: skip
-    tiles, pieces = sets * ceil(channels, plan[1]), plan[2]
+    tiles, pieces = sets * ceil(channels, plan.tile), plan.pieces
     stages = FINISH | (0 if frozen and not need_gamma else SUM) | (0 if r is z is None else MAP)
     part = (np.empty if stages & SUM else np.zeros)((sets * pieces, DEPTH, channels))
     co, ggamma = np.empty((sets, COEFFICIENTS, channels)), np.empty((sets, channels))
@@ -184,6 +201,6 @@ def _twins(dtype: np.dtype[Any], weights: np.dtype[Any] | None) -> Twins:
         second_item,
         (
             given, given, given, written, written, kind, list_, list_, three, numbers, numbers, three, three, numbers,
-            list_, numba.types.UniTuple(integer, 12), integer,
+            list_, numba.types.NamedUniTuple(integer, len(Cut._fields), Cut), integer,
         ),
     )  # fmt: skip

@@ -19,12 +19,12 @@ ROWS = 8  # that are added in registers
 @part()
 def tile_width(channels, plan):  # type: ignore[no-untyped-def]
     """Columns or lanes of a tile; a vector may be loaded from any of them on."""
-    return channels * (plan[7] * plan[8] if plan[0] else LANES) + (LANES if plan[0] else 0)
+    return channels * (plan.period * plan.fold if plan.across else LANES) + (LANES if plan.across else 0)
 
 
 @part()
 def group_rows(q, starts, plan):  # type: ignore[no-untyped-def]
-    return (starts[q + 1] - starts[q]) * (1 if plan[7] > 1 else plan[11])
+    return (starts[q + 1] - starts[q]) * (1 if plan.period > 1 else plan.inner)
 
 
 @part()
@@ -36,8 +36,8 @@ def _place(a, o, i, c0):  # type: ignore[no-untyped-def]
 @part()
 def _find_rows(arrays, q, r0, rows, c0, order, starts, plan, places):  # type: ignore[no-untyped-def]
     """places (5, ROWS) <- offsets of folded rows."""
-    inner = 1 if plan[7] > 1 else plan[11]
-    row = r0 * plan[8]
+    inner = 1 if plan.period > 1 else plan.inner
+    row = r0 * plan.fold
     o = row // inner
     i = row - o * inner
     for k in range(rows):
@@ -45,7 +45,7 @@ def _find_rows(arrays, q, r0, rows, c0, order, starts, plan, places):  # type: i
         places[0, k], places[1, k] = _place(arrays[0], place, i, c0), _place(arrays[1], place, i, c0)
         places[2, k], places[3, k] = _place(arrays[2], place, i, c0), _place(arrays[3], place, i, c0)
         places[4, k] = _place(arrays[4], place, i, c0)
-        i += plan[8]
+        i += plan.fold
         while i >= inner:
             i -= inner
             o += 1
@@ -54,19 +54,19 @@ def _find_rows(arrays, q, r0, rows, c0, order, starts, plan, places):  # type: i
 @part()
 def _borders(k, q, starts, plan):  # type: ignore[no-untyped-def]
     """Block k of group q: folded rows from one to another."""
-    rows = (group_rows(q, starts, plan) + plan[8] - 1) // plan[8]
-    return k * plan[4], min((k + 1) * plan[4], rows)
+    rows = (group_rows(q, starts, plan) + plan.fold - 1) // plan.fold
+    return k * plan.height, min((k + 1) * plan.height, rows)
 
 
 @part()
 def _some_rows(q, r, r1, channels, starts, plan):  # type: ignore[no-untyped-def]
     """How many folded rows from r on are of one width, 16 at most, and that width: the last one can be shorter."""
     left = group_rows(q, starts, plan)
-    last = (left + plan[8] - 1) // plan[8] - 1
+    last = (left + plan.fold - 1) // plan.fold - 1
     rows = min(ROWS, r1 - r)
-    if r + rows - 1 == last and rows > 1 and left % plan[8]:
+    if r + rows - 1 == last and rows > 1 and left % plan.fold:
         rows -= 1
-    return rows, min(plan[8], left - r * plan[8]) * channels * plan[7]
+    return rows, min(plan.fold, left - r * plan.fold) * channels * plan.period
 
 
 @part()
@@ -88,16 +88,16 @@ def weights_room(width, plan):  # type: ignore[no-untyped-def]
 
 @part()
 def _by_column(plan):  # type: ignore[no-untyped-def]
-    return plan[7] > 1 or plan[8] > 1
+    return plan.period > 1 or plan.fold > 1
 
 
 @part()
 def _weights_of(w, r, rows, q, channels, order, starts, plan, room):  # type: ignore[no-untyped-def]
     """Those of some folded rows from r on, by column or sixteen alike; elements from a row's to the next one's."""
-    k, end = r * plan[8], min((r + rows) * plan[8], group_rows(q, starts, plan))
+    k, end = r * plan.fold, min((r + rows) * plan.fold, group_rows(q, starts, plan))
     width = channels if _by_column(plan) else np.int64(LANES)
-    weights = laid_out(w, k, end, starts[q], channels, plan[7], width, order, room)
-    return weights, channels * plan[7] * plan[8] if _by_column(plan) else np.int64(LANES)
+    weights = laid_out(w, k, end, starts[q], channels, plan.period, width, order, room)
+    return weights, channels * plan.period * plan.fold if _by_column(plan) else np.int64(LANES)
 
 
 @formula
@@ -110,7 +110,7 @@ def columns_sums(arrays, w, order, starts, q, k, c0, channels, near, sums, plan,
     """Columns of sums (8, W) += those of block k, or of its first `few` rows; near (3, W) has the pivots by column."""
     keep_whole()
     r, end = _borders(k, q, starts, plan)
-    end, skip = min(end, r + few), plan[9] & SKIP != 0
+    end, skip = min(end, r + few), plan.flags & SKIP != 0
     by_column, (zeros, _) = np.int64(_by_column(plan)), stand_ins(scratch)
     bases = runs_of(arrays[:3], 0, 0, 0, zeros)
     while r < end:
@@ -168,7 +168,7 @@ def columns_map(arrays, w, order, starts, q, k, c0, channels, co, plan, scratch,
         seen, step_w = _weights_of(w, r, rows, q, channels, order, starts, plan, weights)
         for i in range(rows):  # one behind the other: loads of a row 4 KB on would wait for this one's stores
             sources, targets = _sources_at(bases, places, i), _targets_at(all_targets, places, i)
-            _map_row(sources, seen, i * step_w, by_column, targets, n, co, spread(0.0), plan[9])
+            _map_row(sources, seen, i * step_w, by_column, targets, n, co, spread(0.0), plan.flags)
         r += rows
 
 
@@ -177,9 +177,9 @@ def to_columns(values, columns, plan):  # type: ignore[no-untyped-def]
     """columns (M, W) <- values (M, G) by channel, and from the start again."""
     for m in range(values.shape[0]):
         j = 0
-        for _ in range(plan[8]):
+        for _ in range(plan.fold):
             for c in range(values.shape[1]):
-                for _ in range(plan[7]):
+                for _ in range(plan.period):
                     columns[m, j] = values[m, c]
                     j += 1
 
@@ -187,7 +187,7 @@ def to_columns(values, columns, plan):  # type: ignore[no-untyped-def]
 @part()
 def to_channels(sums, totals, plan):  # type: ignore[no-untyped-def]
     """totals (8, G) <- the columns or lanes of sums, added up, and these <- 0."""
-    if plan[0] == 0:
+    if plan.across == 0:
         like = spread(0.0)
         for m in range(SUMS):
             for c in range(totals.shape[1]):
@@ -197,9 +197,9 @@ def to_channels(sums, totals, plan):  # type: ignore[no-untyped-def]
     totals[:] = 0.0
     for m in range(SUMS):
         j = 0
-        for _ in range(plan[8]):
+        for _ in range(plan.fold):
             for c in range(totals.shape[1]):
-                for _ in range(plan[7]):
+                for _ in range(plan.period):
                     totals[m, c] += sums[m, j]
                     j += 1
     sums[:] = 0.0

@@ -39,7 +39,7 @@ def weight_of(_typing: Any, w: Any) -> Any:
 @part()
 def _block(arrays, w, order, starts, q, k, c0, near, memory, plan, few):  # type: ignore[no-untyped-def]
     sums, columns, scratch, weights, places = memory[1], memory[2], memory[3], memory[4], memory[5]
-    if plan[0]:
+    if plan.across:
         columns_sums(
             arrays, w, order, starts, q, k, c0, near.shape[1], columns, sums, plan, scratch, weights, places, few
         )
@@ -53,22 +53,22 @@ def _first_values(k, q, starts, plan):  # type: ignore[no-untyped-def]
 
     Where columns are a channel each, rows are counted instead, one outer index's elements behind the other's.
     """
-    if plan[0]:
-        inner = plan[11] if plan[7] > 1 else 1
-        rows = min(plan[10], plan[4]) * plan[8]
-        r0 = k * plan[4] * plan[8]
+    if plan.across:
+        inner = plan.inner if plan.period > 1 else 1
+        rows = min(plan.few, plan.height) * plan.fold
+        r0 = k * plan.height * plan.fold
         return r0, max(r0, min(r0 + rows, group_rows(q, starts, plan))), np.int64(0), inner
     o0, o1, i0, n = rows_borders(k, q, starts, plan)
-    return o0 - starts[q], min(o1, o0 + (plan[10] + n - 1) // n) - starts[q], i0, n
+    return o0 - starts[q], min(o1, o0 + (plan.few + n - 1) // n) - starts[q], i0, n
 
 
 @unless_none(0, lambda *args: args[-1])
 def _with_weight(w, k, q, order, starts, plan, values):  # type: ignore[no-untyped-def]
     """How many of the first `values` have weight, where others aren't counted."""
-    if plan[9] & SKIP == 0:
+    if plan.flags & SKIP == 0:
         return values
     first, last, i0, n = _first_values(k, q, starts, plan)
-    inner, count = 1 if plan[0] == 0 or plan[7] > 1 else plan[11], 0
+    inner, count = 1 if plan.across == 0 or plan.period > 1 else plan.inner, 0
     for r in range(first, last):
         o = r // inner
         for i in range(i0 + r - o * inner, i0 + r - o * inner + n):
@@ -81,30 +81,30 @@ def _with_weight(w, k, q, order, starts, plan, values):  # type: ignore[no-untyp
 def _pivots(arrays, w, order, starts, q, c0, table, near, totals, memory, plan):  # type: ignore[no-untyped-def]
     """near (3, G) <- means of the first values of u and g that count, and hi; the same whichever piece asks."""
     near[:] = 0.0
-    if plan[0]:
+    if plan.across:
         memory[2][:3] = 0.0
-    if not plan[9] & FROZEN:
+    if not plan.flags & FROZEN:
         k = count = 0
-        while count == 0 and k < plan[3]:  # the first block in which something counts
+        while count == 0 and k < plan.blocks:  # the first block in which something counts
             first, last, _, n = _first_values(k, q, starts, plan)
             count, k = _with_weight(w, k, q, order, starts, plan, (last - first) * n), k + 1
-        _block(arrays, w, order, starts, q, np.int64(k - 1), c0, near, memory, plan, plan[10])
+        _block(arrays, w, order, starts, q, np.int64(k - 1), c0, near, memory, plan, plan.few)
         to_channels(memory[1], totals, plan)
         for c in range(near.shape[1]):
             near[0, c], near[1, c] = totals[0 if w is None else 5, c] / max(1, count), totals[1, c] / max(1, count)
     for c in range(near.shape[1]):
         near[2, c] = table[q, 0, c0 + c]
-    if plan[0]:
+    if plan.across:
         to_columns(near, memory[2], plan)
 
 
 @part()
 def _sums(arrays, w, order, starts, q, p, c0, near, totals, memory, plan, part):  # type: ignore[no-untyped-def]
     """part (10, C) of piece p: the sums and the pivots."""
-    for k in range(p * plan[3] // plan[2], (p + 1) * plan[3] // plan[2]):
+    for k in range(p * plan.blocks // plan.pieces, (p + 1) * plan.blocks // plan.pieces):
         _block(arrays, w, order, starts, q, np.int64(k), c0, near, memory, plan, np.int64(1 << 62))
     to_channels(memory[1], totals, plan)
-    at = q * plan[2] + p
+    at = q * plan.pieces + p
     for c in range(near.shape[1]):
         for m in range(SUMS):
             part[at, m, c0 + c] = totals[m, c]
@@ -115,7 +115,7 @@ def _sums(arrays, w, order, starts, q, p, c0, near, totals, memory, plan, part):
 def _coefficients(q, c, table, tangents, sizes, part, co, ggamma, weighted, plan):  # type: ignore[no-untyped-def]
     """Of a channel of a set. Pivots go to the constants, but for float64 data, which has no digits to spare."""
     _finish(q, c, table, tangents, sizes, part, co, ggamma, weighted, plan)
-    if plan[9] & PIVOTED == 0:
+    if plan.flags & PIVOTED == 0:
         pu, pg, hi = co[q, 0, c], co[q, 1, c], co[q, 2, c]
         co[q, 5, c] -= co[q, 3, c] * pu + co[q, 4, c] * hi
         co[q, 9, c] -= co[q, 7, c] * pu + co[q, 8, c] * hi
@@ -126,18 +126,18 @@ def _coefficients(q, c, table, tangents, sizes, part, co, ggamma, weighted, plan
 def _finish(q, c, table, tangents, sizes, part, co, ggamma, weighted, plan):  # type: ignore[no-untyped-def]
     """Coefficients (11, C) of a channel of a group, and dL/dgamma. The letters are those of this module's docstring."""
     v = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    for i in range(q * plan[2], (q + 1) * plan[2]):
+    for i in range(q * plan.pieces, (q + 1) * plan.pieces):
         v = (
             v[0] + part[i, 0, c], v[1] + part[i, 1, c], v[2] + part[i, 2, c], v[3] + part[i, 3, c],
             v[4] + part[i, 4, c], v[5] + part[i, 5, c], v[6] + part[i, 6, c], v[7] + part[i, 7, c],
         )  # fmt: skip
     wu, g, wud, gd, gu, u, d, wd = v
-    pu, pg = part[q * plan[2], 8, c], part[q * plan[2], 9, c]
+    pu, pg = part[q * plan.pieces, 8, c], part[q * plan.pieces, 9, c]
     hi, lo, s, gamma = table[q, 0, c], table[q, 1, c], table[q, 3, c], table[q, 4, c]
     a, p = gamma * s, tangents[0, c]
     co[q, 0, c], co[q, 1, c], co[q, 2, c], co[q, 3, c] = pu, pg, hi, a
     co[q, 10, c] = 0.0
-    if plan[9] & FROZEN:  # pivots are 0
+    if plan.flags & FROZEN:  # pivots are 0
         co[q, 4, c], co[q, 5, c], co[q, 6, c] = p * s, tangents[1, c] - p * s * lo, p * s
         co[q, 7, c] = co[q, 8, c] = co[q, 9, c] = 0.0
         ggamma[q, c] = s * gu
@@ -172,8 +172,8 @@ def _finish(q, c, table, tangents, sizes, part, co, ggamma, weighted, plan):  # 
 def _map(arrays, w, order, starts, q, p, c0, g, co, memory, plan):  # type: ignore[no-untyped-def]
     """Piece p of a tile, backwards."""
     columns, scratch, weights, places = memory[2], memory[3], memory[4], memory[5]
-    for k in range((p + 1) * plan[3] // plan[2] - 1, p * plan[3] // plan[2] - 1, -1):
-        if plan[0]:
+    for k in range((p + 1) * plan.blocks // plan.pieces - 1, p * plan.blocks // plan.pieces - 1, -1):
+        if plan.across:
             columns_map(arrays, w, order, starts, q, k, c0, g, columns, plan, scratch, weights, places)
         else:
             rows_map(arrays[:3], w, arrays[3:], order, starts, q, k, c0, g, co[q], plan, scratch, weights)
@@ -182,14 +182,14 @@ def _map(arrays, w, order, starts, q, p, c0, g, co, memory, plan):  # type: igno
 @part()
 def _lent(memory, x, like, some, plan):  # type: ignore[no-untyped-def]
     """Matrices in a work item's memory, all of which starts as 0, and how many bytes it takes."""
-    tile = plan[1]
+    tile = plan.tile
     width = tile_width(tile, plan)
-    run = max(plan[6], width) if plan[0] else plan[4] * plan[6] if plan[9] & GATHER else plan[6]
+    run = max(plan.length, width) if plan.across else plan.height * plan.length if plan.flags & GATHER else plan.length
     numbers, at = carved(memory, 0, 11, tile, 0.0)
     sums, at = carved(memory, at, SUMS, width, 0.0)
-    columns, at = carved(memory, at, COEFFICIENTS, width if plan[0] else 0, 0.0)
-    scratch, at = carved(memory, at, 5, run if plan[9] & GATHER or some else 0, x)
-    gathered = weights_room(width, plan) if plan[0] else run
+    columns, at = carved(memory, at, COEFFICIENTS, width if plan.across else 0, 0.0)
+    scratch, at = carved(memory, at, 5, run if plan.flags & GATHER or some else 0, x)
+    gathered = weights_room(width, plan) if plan.across else run
     weights, at = carved(memory, at, 1, gathered, like)
     places, at = carved(memory, at, 5, ROWS, np.int64(0))
     return (numbers, sums, columns, scratch, row(weights, 0, gathered), places), at
@@ -206,14 +206,14 @@ def _second_units(arrays, w, order, starts, table, tangents, sizes, part, co, gg
     """What there is for an item to do."""
     keep_whole()
     channels = table.shape[2]
-    tiles, split = (channels + plan[1] - 1) // plan[1], 1 if stage & FINISH else plan[2]
+    tiles, split = (channels + plan.tile - 1) // plan.tile, 1 if stage & FINISH else plan.pieces
     work = sizes.shape[1] * tiles * split
     unit = claim(claims, 0)
     while unit < work:
         q, rest = unit // (tiles * split), unit % (tiles * split)
-        c0, p = rest // split * plan[1], rest % split
-        p0, p1 = (0, plan[2]) if stage & FINISH else (p, p + 1)
-        c1 = min(c0 + plan[1], channels)
+        c0, p = rest // split * plan.tile, rest % split
+        p0, p1 = (0, plan.pieces) if stage & FINISH else (p, p + 1)
+        c1 = min(c0 + plan.tile, channels)
         near, totals = corner(memory[0], 0, 3, c1 - c0), corner(memory[0], 3, SUMS, c1 - c0)
         if stage & SUM:
             _pivots(arrays, w, order, starts, q, c0, table, near, totals, memory, plan)
@@ -223,7 +223,7 @@ def _second_units(arrays, w, order, starts, table, tangents, sizes, part, co, gg
             for c in range(c0, c1):
                 _coefficients(q, c, table, tangents, sizes, part, co, ggamma, w is not None, plan)
         if stage & MAP:
-            if plan[0]:
+            if plan.across:
                 to_columns(co[q, :, c0:c1], memory[2], plan)
             for p in range(p1 - 1, p0 - 1, -1):
                 _map(arrays, w, order, starts, q, p, c0, c1 - c0, co, memory, plan)

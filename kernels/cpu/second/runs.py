@@ -181,9 +181,9 @@ def _scatter(scratch, a, c, order, o0, o1, i0, n):  # type: ignore[no-untyped-de
 @part()
 def rows_borders(k, q, starts, plan):  # type: ignore[no-untyped-def]
     """Block k of group q: outer o0 to o1 (places in the order), n elements from i0 on."""
-    o0 = min(starts[q] + (k // plan[5]) * plan[4], starts[q + 1])
-    i0 = (k % plan[5]) * plan[6]
-    return o0, min(o0 + plan[4], starts[q + 1]), i0, min(plan[6], plan[11] - i0)
+    o0 = min(starts[q] + (k // plan.segments) * plan.height, starts[q + 1])
+    i0 = (k % plan.segments) * plan.length
+    return o0, min(o0 + plan.height, starts[q + 1]), i0, min(plan.length, plan.inner - i0)
 
 
 @formula
@@ -198,7 +198,7 @@ def rows_sums(sources, w, order, starts, q, k, c0, near, sums, plan, scratch, we
     keep_whole()
     o0, o1, i0, n = rows_borders(k, q, starts, plan)
     o1 = min(o1, o0 + (few + n - 1) // n)
-    gather, zeros, _ = plan[9] & GATHER != 0, *stand_ins(scratch)
+    gather, zeros, _ = plan.flags & GATHER != 0, *stand_ins(scratch)
     if gather:
         gathered(w, 0, o0, o1, i0, n, order, weights)
     count = max(1, o1 - o0) if gather else 1
@@ -210,7 +210,7 @@ def rows_sums(sources, w, order, starts, q, k, c0, near, sums, plan, scratch, we
                 runs = _gathered(sources, c0 + c, order, o0, o1, i0, n, scratch)
             else:
                 runs = runs_of(sources, p, c0 + c, i0, zeros)
-            skip, line = plan[9] & SKIP != 0, sums.strides[0]
+            skip, line = plan.flags & SKIP != 0, sums.strides[0]
             _sum_run(runs, run_w, count * n, _near_of(near, c), skip, lanes_of(sums, 0, c), line)
 
 
@@ -225,7 +225,7 @@ def rows_map(sources, w, targets, order, starts, q, k, c0, width, co, plan, scra
     """r and z of block k for `width` channels from c0 on, backwards: what was read last is in cache."""
     keep_whole()
     o0, o1, i0, n = rows_borders(k, q, starts, plan)
-    flags, (zeros, unread) = plan[9], stand_ins(scratch)
+    flags, (zeros, unread) = plan.flags, stand_ins(scratch)
     gather = flags & GATHER != 0
     if gather:
         gathered(w, 0, o0, o1, i0, n, order, weights)
