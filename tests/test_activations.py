@@ -21,7 +21,8 @@ pytestmark = pytest.mark.usefixtures("backend")
 )
 def test_activations(activation, dtype, rng):
     for shape, axis in SHAPES.values():
-        for residual, frozen in itertools.product((False, activation == "relu"), (False, True)):
+        residuals = {"gelu": (False,), "relu": (False, True) if dtype is DTYPES[0] else (True,)}[activation]
+        for residual, frozen in itertools.product(residuals, (False, True)):
             check(rng, shape, axis, dtype, activation=activation, residual=residual, frozen=frozen)
 
 

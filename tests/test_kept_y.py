@@ -71,7 +71,6 @@ def test_lost_channels_where_they_lie(name, groups, rng, monkeypatch):
         (None, "no weights"),
         (None, "normalize"),
         (None, "keep"),
-        (("leaky_relu", 0.2), "normalize"),
         (("leaky_relu", 0.2), "keep"),
         (("elu", 0.7), "no weights"),
     ],
