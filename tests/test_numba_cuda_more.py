@@ -17,7 +17,7 @@ from fastbn.extras import ACTIVATIONS, Extras
 
 pytest.importorskip("numba.cuda")
 
-from fastbn.kernels import numba_cuda
+from fastbn.kernels.numba_cuda.calls import lists_of
 from fastbn.kernels.numba_cuda.plan import VALUES, Sizes, plan_of
 from test_numba_cuda import by_numba_cuda, child, compare, loops, own, results, simulate, steps
 
@@ -267,11 +267,11 @@ def test_plans_of_sets_cover_each_set_once(rng):
 def test_the_list_of_sets_is_short_where_samples_are_many_rows():
     """In channels-last memory: an entry a sample, and not one a row of channels."""
     order = (np.array([2, 0, 3, 1])[:, None] * 12 + np.arange(12)).ravel()
-    lists, height, rows = numba_cuda._lists(np.array([0, 12, 12, 48]), order, (48, 3, 1))
+    lists, height, rows = lists_of(np.array([0, 12, 12, 48]), order, (48, 3, 1))
     assert (lists.tolist(), height, rows) == ([4, 5, 5, 8, 2, 0, 3, 1], 3, 12)
-    lists, height, rows = numba_cuda._lists(np.array([0, 24, 48]), None, (48, 3, 1))
+    lists, height, rows = lists_of(np.array([0, 24, 48]), None, (48, 3, 1))
     assert (lists.tolist(), height, rows) == ([3, 4, 5, 0, 1], 1, 24)
-    lists, height, rows = numba_cuda._lists(np.array([0, 1, 3]), None, (3, 3, 5))
+    lists, height, rows = lists_of(np.array([0, 1, 3]), None, (3, 3, 5))
     assert (lists.tolist(), height, rows) == ([3, 4, 6, 0, 1, 2], 2, 1)
 
 

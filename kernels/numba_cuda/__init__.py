@@ -6,6 +6,7 @@ walk          which values a thread takes, and where these lie
 kernels       sums, what they make of a channel, maps
 plan          how a shape is cut
 arrays        Numba's device arrays: views, copies, launches
+calls         from a call's arrays to what kernels take: plans, lists of sets, workspaces
 target        numba.cuda, or what stands for it in Numba's simulator (NUMBA_ENABLE_CUDASIM=1), which runs all of this
 
 Three launches a call: sums, C numbers, map; x is read twice and y written once (`bn.cu`, in CUDA C, reads once). These
@@ -47,13 +48,11 @@ most. A kernel that normalizes each row of a matrix by a block of its own:
 
 from __future__ import annotations
 
-import math
-import threading
 from typing import Any
 
 import numpy as np
 
-from .arrays import bounds, copy, device, empty, flat, host, launch, on, put, stream_number, stream_of, view
+from .arrays import bounds, copy, device, empty, host, launch, on, put, stream_of, view
 from .blocks import (
     block_comoments,
     block_moments,
@@ -62,9 +61,9 @@ from .blocks import (
     merge_moments,
     normalize,
 )
-from .kernels import BETA, FROZEN, GAMMA, PLAIN, How, More, finishes_of, kernels_of
-from .plan import Sizes, plan_of
-from .target import cuda
+from .calls import cube, has_sets, mode_of, planned, weights_of, workspace
+from .kernels import BETA, FROZEN, GAMMA, PLAIN, How, finishes_of, kernels_of
+from .plan import Sizes
 
 __all__ = [
     "FEATURES",
@@ -90,8 +89,6 @@ SIZES = Sizes()
 
 FEATURES = frozenset({"activation", "residual", "groups", "weights", "save='y'"})  # of `fastbn.kernels`' `more`
 
-_kept = threading.local()
-
 
 def element_view(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
     """The dtype under which elements of `dtype` come to the kernels, or None if they can't."""
@@ -105,15 +102,15 @@ def forward(x: Any, y: Any, table: Any, given: tuple[Any, Any, Any, Any], eps: f
     flags = GAMMA * (gamma is not None) | BETA * (beta is not None) | FROZEN * (mean is not None)
     how, r, w = PLAIN, None, None
     if more is not None:
-        r, w = None if y is None else more.residual, _weights(more, mean is not None)
-        how = How("" if y is None else more.activation, r is not None, False, _has_sets(more), _mode(more, w))
+        r, w = None if y is None else more.residual, weights_of(more, mean is not None)
+        how = How("" if y is None else more.activation, r is not None, False, has_sets(more), mode_of(more, w))
     stream = stream_of(x, y, table, r, w)
     by_weights = w is not None and mean is None
     with on(x):
-        cut, walk, (read, write, beside, weigh), also = _planned((x, y, r, w), how, more, stream)
+        cut, walk, (read, write, beside, weigh), also = planned((x, y, r, w), how, more, stream, SIZES)
         run, columns = kernels_of(x.dtype.name, how), table.shape[1]
-        work = _workspace(x, stream, 4 * cut.pieces * columns)
-        part = _cube(work, 0, (4, cut.pieces, columns))
+        work = workspace(x, stream, 4 * cut.pieces * columns)
+        part = cube(work, 0, (4, cut.pieces, columns))
         if also:
             also = also._replace(r=beside[0], beside=beside[1], w=weigh[0], along=weigh[1])
         if not flags & FROZEN:
@@ -131,8 +128,8 @@ def backward(dy: Any, x: Any, dx: Any, table: Any, dgamma: Any, dbeta: Any, froz
     flags = GAMMA * (dgamma is not None) | BETA * (dbeta is not None) | FROZEN * frozen
     how, r, dr, w = PLAIN, None, None, None
     if more is not None:
-        r, dr, w = more.residual if more.activation else None, more.dresidual, _weights(more, frozen)
-        how = How(more.activation, r is not None, dr is not None, _has_sets(more), _mode(more, w))
+        r, dr, w = more.residual if more.activation else None, more.dresidual, weights_of(more, frozen)
+        how = How(more.activation, r is not None, dr is not None, has_sets(more), mode_of(more, w))
     scaled = frozen and not how.activation and dr is None  # dx = a dy
     if how is not PLAIN and not scaled:
         inverse = more.inverse and how.activation != ""
@@ -141,15 +138,15 @@ def backward(dy: Any, x: Any, dx: Any, table: Any, dgamma: Any, dbeta: Any, froz
     by_weights = w is not None and not frozen
     with on(x):
         arrays = x, dy, dx, r, dr, w
-        cut, walk, (read, come, write, beside, behind, weigh), also = _planned(arrays, how, more, stream)
+        cut, walk, (read, come, write, beside, behind, weigh), also = planned(arrays, how, more, stream, SIZES)
         run, columns = kernels_of(x.dtype.name, how), table.shape[1]
-        work = _workspace(x, stream, (5 * cut.pieces + 4) * columns)
-        coefficients = _cube(work, 0, (4, columns))
+        work = workspace(x, stream, (5 * cut.pieces + 4) * columns)
+        coefficients = cube(work, 0, (4, columns))
         if also:
             also = also._replace(r=beside[0], beside=beside[1], dr=behind[0], behind=behind[1])
             also = also._replace(w=weigh[0], along=weigh[1])
         if flags & (GAMMA | BETA) or not (frozen or dx is None):
-            part = _cube(work, 4 * columns, (5, cut.pieces, columns))
+            part = cube(work, 4 * columns, (5, cut.pieces, columns))
             launch(run.backward_sums, cut.grid, cut.threads, stream, (*come, *read, walk, table, part, also))
             spare = next((a for a in (dgamma, dbeta) if a is not None), work)  # is not written
             blocks, threads, lanes = cut.finish
@@ -162,76 +159,3 @@ def backward(dy: Any, x: Any, dx: Any, table: Any, dgamma: Any, dbeta: Any, froz
         elif dx is not None or dr is not None:
             arguments = (*come, *read, *(come if dx is None else write), walk, table, coefficients, also)
             launch(run.backward_map, cut.grid, cut.threads, stream, arguments)
-
-
-def _has_sets(more: Any) -> bool:
-    return more.starts is not None and len(more.starts) > 2
-
-
-def _weights(more: Any, frozen: bool) -> Any:
-    """With given statistics they can but mask."""
-    return None if frozen and more.masked == "normalize" else more.weights
-
-
-def _mode(more: Any, weights: Any) -> str:
-    return "" if weights is None else str(more.masked)
-
-
-def _planned(arrays: tuple[Any, ...], how: How, more: Any, stream: Any) -> Any:
-    """The plan; `cut` as kernels take it; each array as they do, flat and with its place; their argument `more`.
-
-    Weights, if there are any, are the last array.
-    """
-    there = [a for a in arrays if a is not None]
-    shape, strides, size = tuple(there[0].shape), [tuple(a.strides) for a in there], there[0].dtype.itemsize
-    if how.weights:  # contiguous, the same for all channels; a plan counts in elements of x
-        strides[-1] = shape[2] * size, 0, size
-    sets, lists = (), ()
-    if how.sets:
-        lists, height, rows = _lists(more.starts, more.order, shape)
-        sets = len(more.starts) - 1, height
-        if rows > 1:
-            shape, strides = (shape[0] // rows, shape[1], rows), [(rows * o, c, o) for o, c, _ in strides]
-        lists = _on_device(lists, there[0], stream)
-    cut = plan_of(shape, size, tuple(strides), SIZES, *sets)
-    seen = iter([(flat(a), place) for a, place in zip(there, cut.places, strict=True)])
-    taken = [((), ()) if a is None else next(seen) for a in arrays]
-    also: Any = () if how == PLAIN else More(lists, parameter=float(more.parameter))
-    return cut, cut.tracked if how.tracked else cut.cut, taken, also
-
-
-def _lists(starts: np.ndarray, order: np.ndarray | None, shape: tuple[int, ...]) -> tuple[np.ndarray, int, int]:
-    """As `walk.LISTED` takes them; the height of the largest set; and outer indices of an entry.
-
-    In channels-last memory a sample is many outer indices, one behind the other: an entry, with these as inner axis.
-    """
-    order = np.arange(shape[0]) if order is None else order
-    rows = 1
-    if shape[2] == 1:
-        breaks = np.flatnonzero(np.diff(order) != 1) + 1
-        rows = int(np.gcd.reduce([*starts, *breaks, order[0], *order[breaks]]))
-    lists = np.concatenate([starts // rows + len(starts), order[::rows] // rows])
-    return lists, int(np.diff(starts).max()) // rows, rows
-
-
-def _on_device(lists: np.ndarray, a: Any, stream: Any) -> Any:
-    """A copy beside `a`: that of this thread's last call on this stream, if the lists are the same."""
-    key = device(a), stream_number(stream), "lists"
-    known, there = vars(_kept).get(key, (None, None))
-    if known is None or not np.array_equal(known, lists):
-        there = put(lists, stream)
-        vars(_kept)[key] = lists, there
-    return there
-
-
-def _workspace(a: Any, stream: Any, size: int) -> Any:
-    """float64 numbers: the same ones for all calls of this thread on this stream, which follow one another."""
-    key = device(a), stream_number(stream)
-    kept = vars(_kept)
-    if key not in kept or kept[key].size < size:
-        kept[key] = cuda.device_array(size, np.float64)
-    return kept[key]
-
-
-def _cube(work: Any, start: int, shape: tuple[int, ...]) -> Any:
-    return view(work, shape, tuple(8 * math.prod(shape[k + 1 :]) for k in range(len(shape))), 8 * start)
