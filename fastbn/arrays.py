@@ -523,6 +523,18 @@ class NumbaKernels(_Kernels):
 
     own, name = NUMBA, "numba-cuda"
 
+    def second(
+        self, u: Any, g: Any, x: Any, r: Any, z: Any, table: Any, tangents: tuple[Any, Any], frozen: bool, ggamma: Any,
+        more: Any,
+    ) -> None:  # fmt: skip
+        """Of `fastbn.kernels.numba_cuda.second`, imported when it is asked for."""
+        large = u, g, x, r, z
+        like = next(a for a in (x, *large) if a is not None)
+        with self._on([like]):
+            table, p, q, ggamma = self._small(like.family, (table, *tangents, ggamma))
+            call = *(a and self._array(a) for a in large), table, (p, q), frozen, ggamma, *self._more(like, more)
+            import_module("fastbn.kernels.numba_cuda.second").second(*call)
+
     def _on(self, arrays: list[Span]) -> Any:
         return import_module("numba.cuda").gpus[arrays[0].device]
 

@@ -115,6 +115,24 @@ def kernels(where: str, x: Any) -> Kernels:
     return _load_for_device(first if not others or _installed("cupy") else others[0], where)
 
 
+def second_order_on_device(where: str, x: Span) -> Any:
+    """What has `second` for x: the kernels of numba.cuda, alone among those for arrays on a GPU."""
+    if _backend == "cupy":
+        raise TypeError(
+            f"{where}: x is a {x}, and the backend 'cupy' has no second order; expected 'numba-cuda', whose kernels "
+            'read such arrays, too. Call fastbn.set_backend("auto"), which takes them for this'
+        )
+    if _backend == "auto":
+        try:
+            return _load_for_device("numba-cuda", where)
+        except RuntimeError as cause:
+            raise RuntimeError(
+                f"{where}: x is a {x}, and second order on a GPU is numba-cuda's, which can't be used: "
+                f"{missing('numba-cuda')}"
+            ) from cause
+    return kernels(where, x)
+
+
 @functools.cache
 def _load(name: str) -> Kernels:
     return cast(Kernels, importlib.import_module(f"fastbn.kernels.{name}"))

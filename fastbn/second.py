@@ -1,7 +1,8 @@
 """Forward mode and second order: `jvp`, the tangent of `forward`, and `backward_backward`, the gradient of `backward`.
 
 Both are linear in what they are given, with a few numbers for each channel, so that one pass of sums and one map over
-memory do all of it; the formulas are derived in `fastbn.kernels.cpu.second`.
+memory do all of it; the formulas are derived in `fastbn.kernels.cpu.second`. For arrays on a GPU, of whatever library,
+they are numba.cuda's.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from .arguments import check_array, check_out, check_place, check_real, describe, native
-from .arrays import Span
-from .dispatch import get_backend, kernels
+from .arrays import Span, family_of_values
+from .dispatch import get_backend, kernels, second_order_on_device
 from .layout import Views, channels_of, empty
-from .runs import elements, flat, samples, shaped
+from .runs import elements, flat, new, own, samples, shaped
 from .saved import Saved, number_type
 
 
@@ -32,11 +33,12 @@ def jvp(x_t: Any, saved: Saved, gamma_t: Any = None, beta_t: Any = None, *, out:
     Parameters
     ----------
     x_t : array of x's shape and dtype, or None for 0
-        Any strides.
+        Any strides; where x is, on a GPU as well: what `forward` takes, this takes.
     saved : Saved
         From `forward`, which tells x, gamma and the statistics; it may be used again. Not with an activation, a
         residual, `save="y"` or whole numbers.
     gamma_t, beta_t : array of the channels' shape, or None for 0
+        As gamma and beta in `forward`: with x on a GPU, beside it.
     out : array of x's shape and dtype, optional
         Where y_t goes; it may be x_t.
 
@@ -47,7 +49,9 @@ def jvp(x_t: Any, saved: Saved, gamma_t: Any = None, beta_t: Any = None, *, out:
     Raises
     ------
     TypeError, ValueError
-        Before anything is written; also for arrays on a GPU, for which this is not there yet.
+        Before anything is written; also for arrays on a GPU with `set_backend("cupy")`, which has no second order.
+    RuntimeError
+        For arrays on a GPU where numba-cuda is missing: its kernels read CuPy's and PyTorch's arrays, too.
 
     >>> import numpy as np, fastbn
     >>> x = np.float64([[1.0], [3.0], [5.0]])
@@ -60,14 +64,11 @@ def jvp(x_t: Any, saved: Saved, gamma_t: Any = None, beta_t: Any = None, *, out:
     where = "fastbn.jvp"
     _check_saved(where, saved)
     u = _like_x(where, "x_t", x_t, saved)
-    dtype, shape = saved.dtype, saved._shape
     numbers = _tangents(where, "gamma_t", gamma_t, "beta_t", beta_t, saved)
     x = _x_of(where, saved, gamma_t is not None)
-    if out is not None:
-        out = check_out(where, "out", out, shape, dtype, x if u is None else u, {"x_t": u}, {"x": saved._x})
-    y_t = empty(shape, saved._strides, native(dtype)) if out is None else out
-    _run(where, u, None, x, y_t, None, saved, numbers, False)
-    return y_t
+    y_t = _place(where, "out", out, saved, {"x_t": u}, {"x": saved._x})
+    _run(where, u, None, x, y_t, None, saved, numbers, None)
+    return own(y_t)
 
 
 def backward_backward(
@@ -113,7 +114,7 @@ def backward_backward(
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError, ValueError, RuntimeError
         As in `jvp`.
 
     >>> import numpy as np, fastbn
@@ -136,42 +137,25 @@ def backward_backward(
         raise ValueError(f"{where}: out is {describe(out)}; expected three: gx, ggamma and gdy, or None for each")
     need_x, need_gamma, need_dy = (bool(n) for n in need)
     given_x, given_gamma, given_dy = (None, None, None) if out is None else out
-    shape, dtype = saved._shape, native(saved.dtype)
     x = _x_of(where, saved, ddgamma is not None)
-    gx = gdy = None
     may_be, apart = {"ddx": u, "dy": g}, {"x": saved._x}
-    if need_x:
-        if given_x is None:
-            gx = empty(shape, saved._strides, dtype)
-        else:
-            gx = check_out(where, "out (gx)", given_x, shape, saved.dtype, g, may_be, apart)
+    gx = _place(where, "out (gx)", given_x, saved, may_be, apart) if need_x else None
     apart = apart | {"gx": gx}
-    if need_dy:
-        if given_dy is None:
-            gdy = empty(shape, saved._strides, dtype)
-        else:
-            gdy = check_out(where, "out (gdy)", given_dy, shape, saved.dtype, g, may_be, apart)
-    channels, kind = channels_of(shape, saved._axes), number_type(dtype.itemsize)
+    gdy = _place(where, "out (gdy)", given_dy, saved, may_be, apart) if need_dy else None
+    channels, kind = channels_of(saved._shape, saved._axes), number_type(_dtype_of(saved).itemsize)
     ggamma = None
     if need_gamma:
         if given_gamma is not None:
             apart = apart | {"ddx": u, "dy": g, "gdy": gdy}
             given_gamma = check_out(where, "out (ggamma)", given_gamma, channels.shape, kind, g, {}, apart)
-        ggamma = flat(given_gamma, channels.number, kind, None)
-    found = _run(where, u, g, x, gdy, gx, saved, numbers, need_gamma)
-    if ggamma is not None:
-        ggamma[...] = found
-    return gx, shaped(ggamma, given_gamma, channels.shape), gdy
+        ggamma = flat(given_gamma, channels.number, kind, saved._like)
+    _run(where, u, g, x, gdy, gx, saved, numbers, ggamma)
+    return own(gx), shaped(ggamma, given_gamma, channels.shape), own(gdy)
 
 
 def _check_saved(where: str, saved: Any) -> None:
     if not isinstance(saved, Saved):
         raise TypeError(f"{where}: saved is {describe(saved)}; expected the second result of fastbn.forward")
-    if saved._like is not None:
-        raise TypeError(
-            f"{where}: forward had a {saved._like}; expected NumPy arrays, as this is not there yet for arrays on "
-            "a GPU. Copy x to main memory"
-        )
     if saved._units is not None:
         raise ValueError(f"{where}: forward had whole numbers ({saved.dtype}); expected floats. Convert x")
     asked = saved._asked
@@ -187,14 +171,18 @@ def _check_saved(where: str, saved: Any) -> None:
         raise ValueError(f"{where}: forward had save='y', which keeps no x; expected save='x'")
 
 
-def _like_x(where: str, name: str, value: Any, saved: Saved) -> np.ndarray | None:
+def _dtype_of(saved: Saved) -> np.dtype[Any]:
+    """That of x's elements, as the kernels read them on a GPU."""
+    dtype: np.dtype[Any] = saved.dtype if saved._like is None else saved._like.dtype
+    return dtype
+
+
+def _like_x(where: str, name: str, value: Any, saved: Saved) -> Any:
     if value is None:
         return None
-    array: np.ndarray = check_array(where, name, value)
-    check_place(where, name, array, saved._like)
-    if isinstance(array, Span):
-        raise TypeError(f"{where}: {name} is a {describe(value)}; expected a NumPy array, like x. Copy it")
-    if array.shape != saved._shape or native(array.dtype) != native(saved.dtype):
+    array = check_array(where, name, value)
+    check_place(where, name, value, saved._like)
+    if array.shape != saved._shape or native(array.dtype) != native(_dtype_of(saved)):
         advice = "Is it for another forward pass?" if array.shape != saved._shape else f"Convert it: {name}.astype(...)"
         raise ValueError(
             f"{where}: {name} is a {describe(value)}; expected {saved.dtype} of shape {saved._shape}, like x. {advice}"
@@ -202,17 +190,32 @@ def _like_x(where: str, name: str, value: Any, saved: Saved) -> np.ndarray | Non
     return array
 
 
-def _tangents(where: str, one: str, gamma: Any, other: str, beta: Any, saved: Saved) -> np.ndarray:
-    """(2, C) float64."""
-    channels = channels_of(saved._shape, saved._axes)
+def _place(where: str, name: str, out: Any, saved: Saved, may_be: dict[str, Any], apart: dict[str, Any]) -> Any:
+    """Where a result of x's size goes: to `out`, or to a new array."""
+    like = saved._like
+    if out is not None:
+        beside = like if like is not None else next((a for a in may_be.values() if a is not None), None)
+        return check_out(where, name, out, saved._shape, _dtype_of(saved), beside, may_be, apart)
+    return (
+        empty(saved._shape, saved._strides, native(saved.dtype))
+        if like is None
+        else like.family.like(like, like.strides)
+    )
+
+
+def _tangents(where: str, one: str, gamma: Any, other: str, beta: Any, saved: Saved) -> Any:
+    """(2, C) float64; on a GPU a pair, of (C,) or None each."""
+    channels, given = channels_of(saved._shape, saved._axes), ((one, gamma), (other, beta))
+    if (like := saved._like) is not None:
+        return tuple([None if a is None else check_real(where, name, a, channels.shape, like) for name, a in given])
     numbers = np.zeros((2, channels.number))
-    for row, name, value in zip(numbers, (one, other), (gamma, beta), strict=True):
+    for row, (name, value) in zip(numbers, given, strict=True):
         if value is not None:
             row[...] = check_real(where, name, value, channels.shape)
     return numbers
 
 
-def _x_of(where: str, saved: Saved, scaled: bool) -> np.ndarray | None:
+def _x_of(where: str, saved: Saved, scaled: bool) -> Any:
     """x, or None where it doesn't count."""
     if saved.frozen and not scaled:
         return None
@@ -221,19 +224,19 @@ def _x_of(where: str, saved: Saved, scaled: bool) -> np.ndarray | None:
             f"{where}: saved has no x, which `out` overwrote; expected x, but for frozen statistics without a tangent "
             "of gamma. Give forward an `out` of its own"
         )
-    x: np.ndarray = saved._x
-    return x
+    return saved._x
 
 
-def _run(
-    where: str, u: Any, g: Any, x: Any, r: Any, z: Any, saved: Saved, numbers: np.ndarray, need_gamma: bool
-) -> np.ndarray | None:
-    """Fills r and z, those that are wanted; returns the gradient of gamma (C,), if it is."""
+def _run(where: str, u: Any, g: Any, x: Any, r: Any, z: Any, saved: Saved, numbers: Any, ggamma: Any) -> None:
+    """Fills r, z and the gradient of gamma (C,), those that are wanted."""
     first = next((a for a in (x, u, g) if a is not None), None)
     like = r if first is None else first
-    backend = kernels(where, like)
+    on_device = isinstance(like, Span)
+    backend: Any = second_order_on_device(where, like) if on_device else kernels(where, like)
     if like.size == 0:
-        return np.zeros(numbers.shape[1])
+        if ggamma is not None:
+            family_of_values(ggamma).clear(ggamma)
+        return
     inputs = [a for a in (x, u, g) if a is not None]
     asked = saved._asked
     views = Views(saved._axes, inputs or [r], [r, z], samples(asked))
@@ -241,11 +244,18 @@ def _run(
     if not inputs:
         next(seen)
     read = {id(a): next(seen) for a in inputs}
-    written_r, written_z = seen
     more = None if asked is None else asked.seen(views, saved._masses, None, None, False)
-    name = "reference" if get_backend() == "reference" else "cpu.second"
-    second = importlib.import_module(f"fastbn.kernels.{name}").second
-    of = [None if a is None else read[id(a)] for a in (u, g, x)]
-    found = second(*of, written_r, written_z, saved._table, numbers, saved.frozen, need_gamma, more)
+    of = [*(None if a is None else read[id(a)] for a in (u, g, x)), *seen, saved._table, numbers, saved.frozen]
+    if on_device:
+        parts = ggamma
+        if ggamma is not None and asked is not None and asked.groups is not None:
+            parts = new((saved._table.shape[1],), number_type(like.dtype.itemsize), like)
+        backend.second(*of, parts, more)
+        if parts is not ggamma:
+            family_of_values(ggamma).total(parts, ggamma)
+    else:
+        name = "reference" if get_backend() == "reference" else "cpu.second"
+        found = importlib.import_module(f"fastbn.kernels.{name}").second(*of, ggamma is not None, more)
+        if ggamma is not None:
+            ggamma[...] = found.sum(axis=0)
     views.finish()
-    return None if found is None else found.sum(axis=0)

@@ -687,6 +687,14 @@ for asked in (
     for a, b in zip(got, wanted, strict=True):
         assert type(a) is type(y)
         np.testing.assert_allclose(a.copy_to_host(), b, rtol=1e-5, atol=2e-5)  # sums of 42 values of about 10
+for asked in ({}, {"groups": groups}, {"weights": w, "masked": "keep", "groups": [2, 4]}):
+    there = {k: put(v) if k == "weights" else v for k, v in asked.items()}
+    kept, saved = fastbn.reference.forward(x, gamma, beta, **asked)[1], fastbn.forward(put(x), put(gamma), **there)[1]
+    wanted = [fastbn.reference.jvp(r, kept, beta), *fastbn.reference.backward_backward(r, beta, gamma, dy, kept)]
+    got = fastbn.jvp(put(r), saved, put(beta)), *fastbn.backward_backward(put(r), put(beta), put(gamma), put(dy), saved)
+    for a, b in zip(got, wanted, strict=True):
+        assert type(a) is type(y)
+        np.testing.assert_allclose(a.copy_to_host(), b, rtol=1e-5, atol=3e-6 * abs(b).max())
 ones, small = np.ones((4, 3), np.float32), np.float32([[1, 1e-5, 1]] * 4)  # of axes that are all channels
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -708,6 +716,7 @@ for call, error, text in (
     (lambda: fastbn.forward(put(x), weights=put(np.tile(w, 2))[:, ::2]), TypeError, "converted where they are"),
     (lambda: fastbn.BatchNorm(3, like=put(x)), TypeError, "like is a float32 Numba device array"),
     (lambda: fastbn.Moments(3, put(gamma), put(gamma)), TypeError, "which can't be computed with"),
+    (lambda: fastbn.jvp(put(x), saved, gamma), TypeError, "gamma_t is a float32 array of shape (3,) in main memory"),
     (lambda: fastbn.forward(put(x), weights=np.ones(6)), TypeError, "weights is a float64 array of shape (6,) in main"),
 ):
     try:

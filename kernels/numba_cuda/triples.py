@@ -64,17 +64,11 @@ def block_triples(a, lanes):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True)
-def pivot_of(value):  # type: ignore[no-untyped-def]
-    """One that isn't finite would leave no digits of what is."""
-    return value if value - value == 0.0 else 0.0
-
-
-@cuda.jit(device=True)
 def added(t, u, g, d):  # type: ignore[no-untyped-def]
     """Count, pivots of u and g, and sums of u, g, d, u d, g d, g u about these, with a value more of each."""
     n, pu, pg, su, sg, sd, sud, sgd, sgu = t
     if n == 0.0:
-        pu, pg = pivot_of(u), pivot_of(g)
+        pu, pg = u, g
     u -= pu
     g -= pg
     return n + 1.0, pu, pg, su + u, sg + g, sd + d, sud + u * d, sgd + g * d, sgu + g * u
@@ -87,7 +81,7 @@ def weighed(t, u, d, w):  # type: ignore[no-untyped-def]
     if w == 0.0:
         return t
     if n == 0.0:
-        pu = pivot_of(u)
+        pu = u
     u -= pu
     return n + w, pu, su + w * u, sd + w * d, sud + w * u * d
 
