@@ -55,9 +55,10 @@ class set_backend:
 
     `name` is "auto" (by the array's type). For NumPy arrays: "cpu" (Numba), or "reference" (float64 NumPy: slow, and
     the judge of the others). For arrays on a GPU: "cupy" (CUDA C; "auto" takes it where CuPy is installed) or
-    "numba-cuda" (portable, and slower). A call with arrays of the other place is then a TypeError. An unknown name
-    raises ValueError, and one whose library, driver or device is missing RuntimeError. The environment variable
-    FASTBN_BACKEND sets the same at import, when nothing but the name is checked.
+    "numba-cuda" (portable, and slower; it alone has `jvp` and `backward_backward`, for which "auto" takes it). A call
+    with arrays of the other place is then a TypeError. An unknown name raises ValueError, and one whose library, driver
+    or device is missing RuntimeError. The environment variable FASTBN_BACKEND sets the same at import, when nothing but
+    the name is checked.
 
     >>> import fastbn
     >>> with fastbn.set_backend("reference"):

@@ -42,6 +42,12 @@ the gradient of a residual; with weights, `mass` has the sum of those of all arr
 - `masked` "zero" or "keep": where w is 0, y is 0 or x. In backward g is 0 there, and dx is 0 or dy.
 - `inverse`, in backward: x holds forward's y, and ``f^-1(y)`` is x, with a table to go with it.
 
+Second order and forward mode are `second`, apart from these two: ``second(u, g, x, r, z, table, tangents, frozen,
+need_gamma, more=None)`` in `fastbn.kernels.cpu.second`, which has the formulas, and in `fastbn.kernels.reference`. For
+arrays on a GPU, CuPy's and PyTorch's too, it is in `fastbn.kernels.numba_cuda.second`, and takes C numbers as forward
+and backward do: `tangents` a pair, each None or (C,) of float32 or float64, and in place of `need_gamma` an array
+(G C,) to be written, or None; `mass` isn't read.
+
 Both formulas are those of Ioffe & Szegedy (2015), algorithm 1 and section 3, with dy centred before it is
 scaled: a constant dy then gives dx = 0 exactly, at any offset. y may be x, and dx may be dy or x; otherwise
 outputs overlap nothing. O, C and I are at least 1; the stride of an axis of size 1 means nothing. All arrays are of

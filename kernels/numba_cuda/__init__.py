@@ -7,6 +7,8 @@ kernels       sums, what they make of a channel, maps
 plan          how a shape is cut
 arrays        Numba's device arrays: views, copies, launches
 calls         from a call's arrays to what kernels take: plans, lists of sets, workspaces
+second        second order and forward mode: sums, what they make of a channel, the map
+triples       device functions for its sums
 target        numba.cuda, or what stands for it in Numba's simulator (NUMBA_ENABLE_CUDASIM=1), which runs all of this
 
 Three launches a call: sums, C numbers, map; x is read twice and y written once (`bn.cu`, in CUDA C, reads once). These
