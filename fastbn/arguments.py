@@ -44,13 +44,13 @@ def check_array(function: str, name: str, value: Any, whole: bool = False) -> An
     """`value`, if it is an array of a floating type that is normalized, else TypeError; one on a GPU as a Span.
 
     One of another library in main memory comes back as NumPy's, on the same memory. With `whole`, whole numbers of up
-    to 16 bits are taken too, in main memory.
+    to 16 bits are taken too.
     """
     if type(value) is not np.ndarray:
         value = check_host(function, name, value)
         if not isinstance(value, np.ndarray):
             if (family := on_device(value)) is not None:
-                return _check_span(function, name, family.locate(value))
+                return _check_span(function, name, family.locate(value), whole)
             raise TypeError(
                 f"{function}: {name} is a {type(value).__module__}.{type(value).__qualname__}; expected a NumPy "
                 "array, a PyTorch tensor, a JAX array or another that has __dlpack__ or __array_interface__, or on a "
@@ -78,10 +78,10 @@ def check_array(function: str, name: str, value: Any, whole: bool = False) -> An
     )
 
 
-def _check_span(function: str, name: str, span: Span) -> Span:
+def _check_span(function: str, name: str, span: Span, whole: bool = False) -> Span:
     if (reason := span.family.refusal(span.value, name)) is not None:
         raise TypeError(f"{function}: {name} is a {span}, and {reason}")
-    if span.dtype is None:
+    if span.dtype is None or (span.whole and not whole):
         raise TypeError(
             f"{function}: {name} is a {span}; expected float16, bfloat16, float32 or float64 elements. Convert it"
         )

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 FLOAT32, FLOAT64, INT16 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.int16)
+_ELEMENTS = "efdBbHh"  # dtype.char of what kernels read as it is: floats, and whole numbers of up to 16 bits
 
 
 class Span:
@@ -26,8 +27,8 @@ class Span:
     Arrays of C numbers have none, and go to the kernels as they are.
 
     `value` is the array, `type` its library's name for the numbers in it; `dtype` is how kernels read them (bfloat16 as
-    int16 bits; None: not at all). address, shape and strides (bytes) are the view's, not the array's, in one that was
-    `seen`.
+    int16 bits, which `whole` tells from whole numbers; None: not at all). address, shape and strides (bytes) are the
+    view's, not the array's, in one that was `seen`.
     """
 
     __slots__ = ("address", "device", "dtype", "family", "shape", "strides", "type", "value")
@@ -59,6 +60,11 @@ class Span:
         """C-contiguous."""
         return self.strides == dense_strides(self.shape, self.dtype.itemsize) or self.size <= 1
 
+    @property
+    def whole(self) -> bool:
+        """Whether its elements are whole numbers: int16 that its library doesn't call so is bfloat16."""
+        return self.dtype.kind in "iu" and _is_named(self.type, self.dtype)
+
     def seen(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> Span:
         """The same memory in another shape."""
         return Span(self.family, self.value, self.address, shape, strides, self.dtype, self.type, self.device)
@@ -66,6 +72,11 @@ class Span:
     def without_memory(self) -> Span:
         """To make arrays like it."""
         return Span(self.family, None, 0, self.shape, self.strides, self.dtype, self.type, self.device)
+
+    def result(self) -> Span:
+        """A new array for y or a residual's gradient: of the same type, and float32 for whole numbers."""
+        kind = self.family.described(self.shape, FLOAT32, self.device) if self.whole else self
+        return self.family.like(kind, self.strides)
 
     def bounds(self) -> tuple[int, int]:
         """The first address that it touches, and the one behind the last."""
@@ -88,6 +99,11 @@ class _Described:
         self.owner = span.value
         described = {"shape": span.shape, "strides": span.strides, "version": 3, **more}
         setattr(self, f"__{kind}_interface__", described)
+
+
+@functools.lru_cache(maxsize=64)  # the words take 3 us
+def _is_named(kind: Any, dtype: np.dtype[Any]) -> bool:
+    return str(kind).removeprefix("torch.") == dtype.name
 
 
 @functools.lru_cache(maxsize=4096)
@@ -153,6 +169,10 @@ class Family:
         """Copied, in another type."""
         with np.errstate(over="ignore"):  # the variance of float32 data of 1e20 is inf in float32
             return values.astype(dtype)
+
+    def in_units(self, values: Any, step: float, zero: float) -> Any:
+        """values / step + zero, in float64."""
+        return self.rounded(values, FLOAT64) / step + zero
 
     def total(self, parts: Any, target: Any) -> None:
         """target (C,) = the sums over sets of parts (G C,), set by set."""
@@ -224,7 +244,7 @@ class _CuPy(OnDevice):
 
     def locate(self, value: Any) -> Span:
         dtype, memory = value.dtype, value.data
-        elements = dtype if dtype.char in "efd" else INT16 if dtype.name == "bfloat16" else None
+        elements = dtype if dtype.char in _ELEMENTS else INT16 if dtype.name == "bfloat16" else None
         return Span(self, value, memory.ptr, value.shape, value.strides, elements, dtype, memory.device_id)
 
     def refusal(self, value: Any, name: str) -> str | None:
@@ -282,7 +302,8 @@ class _Torch(OnDevice):
     @functools.cached_property
     def _elements(self) -> dict[Any, np.dtype[Any]]:
         torch = sys.modules["torch"]
-        same = {getattr(torch, name): np.dtype(name) for name in ("float16", "float32", "float64")}
+        names = "float16", "float32", "float64", "uint8", "int8", "uint16", "int16"  # uint16: since PyTorch 2.3
+        same = {getattr(torch, name): np.dtype(name) for name in names if hasattr(torch, name)}
         return {**same, torch.bfloat16: INT16}
 
     def locate(self, value: Any) -> Span:
@@ -370,7 +391,7 @@ class _Numba(OnDevice):
 
     def locate(self, value: Any) -> Span:
         dtype, device = value.dtype, self._arrays.device(value)
-        shape, elements = tuple(value.shape), dtype if dtype.char in "efd" and dtype.isnative else None
+        shape, elements = tuple(value.shape), dtype if dtype.char in _ELEMENTS and dtype.isnative else None
         return Span(self, value, self._arrays.address(value), shape, tuple(value.strides), elements, dtype, device)
 
     def refusal(self, _value: Any, _name: str) -> None:
@@ -399,8 +420,14 @@ class _Numba(OnDevice):
     def numbers(self, values: Any) -> np.ndarray:
         return np.array(self._arrays.host(values))
 
-    def total(self, parts: Any, target: Any) -> None:
+    def in_units(self, values: Any, step: float, zero: float) -> Any:
         """By way of main memory, as there is no arithmetic where they are: it waits for the device."""
+        made = self.new(tuple(values.shape), FLOAT64, self._arrays.device(values))
+        made.copy_to_device(self.numbers(values).astype(np.float64) / step + zero)
+        return made
+
+    def total(self, parts: Any, target: Any) -> None:
+        """As `in_units`."""
         host = self.numbers(parts).reshape(-1, target.shape[0])
         target.copy_to_device(host.sum(axis=0, dtype=np.float64).astype(host.dtype))
 
@@ -454,7 +481,7 @@ class _Kernels:
         with self._on([x]):
             small = self._small(x.family, (table, *given))
             call = self._array(x), y and self._array(y), small[0], small[1:], eps
-            self._kernels.forward(*call, *self._more(x, more))
+            self._kernels.forward(*call, *self._more(x, more), **_kind(x))
 
     def backward(
         self, dy: Span, x: Span, dx: Span | None, table: Any, dgamma: Any, dbeta: Any, frozen: bool, more: Any = None
@@ -462,7 +489,7 @@ class _Kernels:
         with self._on([x, dy]):
             small = self._small(x.family, (table, dgamma, dbeta))
             call = self._array(dy), self._array(x), dx and self._array(dx), *small, frozen
-            self._kernels.backward(*call, *self._more(x, more))
+            self._kernels.backward(*call, *self._more(x, more), **_kind(x))
 
     def _more(self, x: Span, more: Any) -> tuple[Any, ...]:
         """`more` with the library's own arrays, or nothing; an error where the kernels lack what it asks for."""
@@ -493,6 +520,11 @@ class _Kernels:
     def _array(self, span: Span) -> Any:
         """The library's own array on the span's memory."""
         raise NotImplementedError
+
+
+def _kind(x: Span) -> dict[str, bool]:
+    """What kernels are told of x that its elements don't say."""
+    return {"whole": True} if x.whole else {}
 
 
 class CuPyKernels(_Kernels):

@@ -150,7 +150,9 @@ def forward(
         there, for which the device is waited for.
     scale, zero_point : float
         x may be of whole numbers q (uint8, int8, uint16, int16), which stand for ``scale (q - zero_point)``, with a
-        scale above 0. y is float32 then, and x isn't copied. `masked="keep"` takes no units.
+        scale above 0. y is float32 then, and x isn't copied. `masked="keep"` takes no units. On a GPU these calls go by
+        the backend "numba-cuda", whose package must be installed; for a Numba device array with `frozen` statistics
+        and units, mean and var are copied to main memory and back, for which the device is waited for.
     comm : communicator or fastbn.Ranks, optional
         x is this rank's part of a batch that is spread over processes, and mean and variance are those of the whole of
         it: what kinds there are, and how long to wait for other ranks, is in `fastbn.Ranks`. All ranks must make the
@@ -271,12 +273,13 @@ def _backward(where: str, dy: Any, saved: Saved, need: Any, out: Any, reduce_par
     check_place(where, "dy", dy, like)
     caller = saved._caller
     check_caller(where, "dy", dy, caller)
-    dtype = FLOAT32 if saved._units is not None else saved.dtype if like is None else like.dtype
+    whole = saved._units is not None
+    dtype = FLOAT32 if whole else saved.dtype if like is None else like.dtype
     if given_dy.shape != saved._shape or (given_dy.dtype != dtype and native(given_dy.dtype) != native(dtype)):
         advice = (
             "Is it for another forward pass?" if given_dy.shape != saved._shape else "Convert it: dy.astype(y.dtype)"
         )
-        kind = dtype if like is None else saved.dtype
+        kind = dtype if like is None or whole else saved.dtype
         raise ValueError(f"{where}: dy is a {describe(dy)}; expected {kind} of shape {saved._shape}, like y. {advice}")
     asked = saved._asked
     results = 4 if asked is not None and asked.residual is not None else 3
@@ -310,7 +313,7 @@ def _backward(where: str, dy: Any, saved: Saved, need: Any, out: Any, reduce_par
             may_be["residual"] = residual
             return check_out(where, f"out ({name})", given, saved._shape, dtype, given_dy, may_be, apart, caller)
         if like is not None:
-            return like.family.like(like, like.strides)
+            return like.result()
         return (empty if caller is None else caller.empty)(saved._shape, saved._strides, dtype)
 
     if need_dx:
@@ -507,7 +510,7 @@ def _forward(
     elif caller is not None:
         y = caller.empty(x.shape, x.strides, result)
     else:
-        y = x.family.like(x, x.strides) if isinstance(x, Span) else np.empty_like(x, dtype=result, subok=False)
+        y = x.result() if isinstance(x, Span) else np.empty_like(x, dtype=result, subok=False)
     if frozen is None and ranks is None and channels.values == 1:
         _warn_of_one_value(x, axis)
     table = new((6, channels.number * (1 if asked is None else asked.sets)), FLOAT64, x)
@@ -586,7 +589,7 @@ def _is_unitless(scale: Any, zero_point: Any) -> bool:
 
 def _units(where: str, x: Any, scale: Any, zero_point: Any) -> tuple[float, float] | None:
     """Scale and zero point of whole numbers; None for numbers that stand for themselves."""
-    if isinstance(x, Span) or x.dtype.kind not in "iu":
+    if not (x.whole if isinstance(x, Span) else x.dtype.kind in "iu"):
         if finite(scale) != 1.0 or finite(zero_point) != 0.0:
             raise ValueError(
                 f"{where}: scale or zero_point is given with x of {dtype_of(x)}; expected them with whole numbers only"
@@ -604,8 +607,9 @@ def _units(where: str, x: Any, scale: Any, zero_point: Any) -> tuple[float, floa
 def _in_whole_numbers(mean: Any, var: Any, eps: float, units: tuple[float, float]) -> tuple[Any, Any, float]:
     """Statistics and eps of x in the unit of its whole numbers: y is the same by both."""
     step, zero = units
-    if mean is not None:
-        mean, var = mean.astype(np.float64) / step + zero, var.astype(np.float64) / step**2
+    if mean is not None and units != (1.0, 0.0):
+        family = family_of_values(mean)
+        mean, var = family.in_units(mean, step, zero), family.in_units(var, step**2, 0.0)
     return mean, var, eps / step**2
 
 

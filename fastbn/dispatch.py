@@ -55,10 +55,10 @@ class set_backend:
 
     `name` is "auto" (by the array's type). For NumPy arrays: "cpu" (Numba), or "reference" (float64 NumPy: slow, and
     the judge of the others). For arrays on a GPU: "cupy" (CUDA C; "auto" takes it where CuPy is installed) or
-    "numba-cuda" (portable, and slower; it alone has `jvp` and `backward_backward`, for which "auto" takes it). A call
-    with arrays of the other place is then a TypeError. An unknown name raises ValueError, and one whose library, driver
-    or device is missing RuntimeError. The environment variable FASTBN_BACKEND sets the same at import, when nothing but
-    the name is checked.
+    "numba-cuda" (portable, and slower; it alone has `jvp`, `backward_backward` and whole numbers, for which "auto"
+    takes it). A call with arrays of the other place is then a TypeError. An unknown name raises ValueError, and one
+    whose library, driver or device is missing RuntimeError. The environment variable FASTBN_BACKEND sets the same at
+    import, when nothing but the name is checked.
 
     >>> import fastbn
     >>> with fastbn.set_backend("reference"):
@@ -105,6 +105,13 @@ def kernels(where: str, x: Any) -> Kernels:
                 'pass one, or call fastbn.set_backend("auto")'
             )
         return _load(name)
+    if x.whole and _backend in ("auto", "cupy"):  # CuPy's have one type of elements for x and y
+        if _backend == "cupy":
+            raise TypeError(
+                f"{where}: x is a {x}, and the backend 'cupy' is for floats; whole numbers go by \"numba-cuda\". Call "
+                'fastbn.set_backend("auto"), or convert x to float32'
+            )
+        return _load_for_device("numba-cuda", where)
     if _backend in _DEVICE_KERNELS:
         return _load_for_device(_backend, where)
     if _backend != "auto":

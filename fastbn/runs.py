@@ -123,7 +123,7 @@ def run_forward_shared(
 
 def run_backward(where: str, dy: Any, x: Any, dx: Any, saved: Saved, dgamma: Any, dbeta: Any, frozen: bool) -> None:
     """Fills dx, dgamma and dbeta, those that are wanted."""
-    backend = kernels(where, dy)
+    backend = kernels(where, x)
     if dy.size == 0:
         _clear(dgamma, dbeta)
         return
@@ -157,7 +157,7 @@ def _seen(
 
 def run_backward_with(where: str, dy: Any, x: Any, dx: Any, dr: Any, saved: Saved, dgamma: Any, dbeta: Any) -> None:
     """The same, with what was asked for beyond batch norm."""
-    backend, asked = kernels(where, dy), saved._asked
+    backend, asked = kernels(where, x), saved._asked
     assert asked is not None, "else run_backward does it"
     if dy.size == 0:
         _clear(dgamma, dbeta)

@@ -52,8 +52,9 @@ Both formulas are those of Ioffe & Szegedy (2015), algorithm 1 and section 3, wi
 scaled: a constant dy then gives dx = 0 exactly, at any offset. y may be x, and dx may be dy or x; otherwise
 outputs overlap nothing. O, C and I are at least 1; the stride of an axis of size 1 means nothing. All arrays are of
 one kind and on one device. float16 comes as uint16 bits and bfloat16 as int16 bits where `element_view` says so. Whole
-numbers (uint8, int8, uint16, int16) may be x, on the CPU; then y, dy and dx are float32. The same arguments give the
-same bits, whatever the number of threads.
+numbers (uint8, int8, uint16, int16) may be x, on the CPU and by numba.cuda; then y, dy and residuals are float32. On
+the CPU `element_view` has dtypes for them; numba.cuda is told by `whole=True`, as int16 is bfloat16 otherwise. The same
+arguments give the same bits, whatever the number of threads.
 
 **In your own kernels.** The CPU backend's building blocks are plain `@njit` functions on contiguous runs, for
 use in other `@njit` code (fused pipelines, other reductions):

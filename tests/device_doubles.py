@@ -206,7 +206,7 @@ class TorchDtype:
 
 
 def fake_torch(state: State) -> Any:
-    names = "float16", "float32", "float64", "int32", "bool", "complex64", "bfloat16"
+    names = "float16", "float32", "float64", "uint8", "int8", "int16", "int32", "bool", "complex64", "bfloat16"
     kinds = {name: TorchDtype(name) for name in names}
 
     class Tensor(Array):
@@ -267,29 +267,34 @@ def fake_torch(state: State) -> Any:
 
 
 class Kernels:
-    """`fastbn.kernels.cuda`: it holds its callers to the contract, and runs the reference."""
+    """`fastbn.kernels.cuda` or `.numba_cuda`: it holds its callers to the contract, and runs the reference."""
 
     FEATURES = frozenset({"activation", "residual", "groups", "weights", "save='y'"})
 
     def __init__(self, state: State, cupy: Any) -> None:
         self.state, self.cupy = state, cupy
 
-    def forward(self, x: Any, y: Any, table: Any, given: tuple[Any, ...], eps: float, more: Any = None) -> None:
+    def forward(
+        self, x: Any, y: Any, table: Any, given: tuple[Any, ...], eps: float, more: Any = None, whole: bool = False
+    ) -> None:
         assert (given[2] is None) == (given[3] is None)
-        (x, y), (table, *given), more = self._taken("forward", (x, y), (table, *given), more)
+        (x, y), (table, *given), more = self._taken("forward", (x, y), (table, *given), more, whole)
         if more is not None and more.weights is not None and given[2] is None:
             more.mass[...] = [more.weights[rows].sum(dtype=np.float64) for rows in reference._sets(x.shape[0], more)]
         reference.forward(x, y, table, tuple(given), eps, more)
 
     def backward(
-        self, dy: Any, x: Any, dx: Any, table: Any, dgamma: Any, dbeta: Any, frozen: bool, more: Any = None
-    ) -> None:
+        self, dy: Any, x: Any, dx: Any, table: Any, dgamma: Any, dbeta: Any, frozen: bool, more: Any = None,
+        whole: bool = False,
+    ) -> None:  # fmt: skip
         wanted = np.float64 if x.dtype == np.float64 else np.float32
         assert all(a is None or a.dtype == wanted for a in (dgamma, dbeta))
-        large, small, more = self._taken("backward", (dy, x, dx), (table, None, None, dgamma, dbeta), more)
+        large, small, more = self._taken("backward", (dy, x, dx), (table, None, None, dgamma, dbeta), more, whole)
         reference.backward(*large, small[0], *small[3:], frozen, more)
 
-    def _taken(self, name: str, large: tuple[Any, ...], numbers: tuple[Any, ...], more: Any) -> tuple[Any, ...]:
+    def _taken(
+        self, name: str, large: tuple[Any, ...], numbers: tuple[Any, ...], more: Any, whole: bool
+    ) -> tuple[Any, ...]:
         table, *small = numbers
         sets = 1 if more is None or more.starts is None else len(more.starts) - 1
         count = len(large)
@@ -303,15 +308,21 @@ class Kernels:
         arrays = [a for a in (*large, table, *small) if a is not None]
         assert all(type(a) is self.cupy.ndarray for a in arrays)
         assert {a.on_device for a in arrays} == {table.on_device}
-        assert all(a is None or (a.shape == shape and a.dtype == dtype) for a in large)
+        assert all(a is None or a.shape == shape for a in large)
+        dtypes = [np.dtype(np.float32) if whole else dtype] * len(large)
+        if whole:  # x alone is of another type
+            at = 0 if name == "forward" else 1
+            dtypes[at] = large[at].dtype
+            assert dtypes[at].name in ("uint8", "int8", "uint16", "int16")
+        assert all(a is None or a.dtype == kind for a, kind in zip(large, dtypes, strict=True))
         assert (table.shape, table.dtype) == ((6, sets * shape[1]), np.float64)
         assert all(a.on_host.flags.aligned for a in arrays)
         for i, a in enumerate(small):
             wanted = (shape[1] * (sets if i > 1 else 1),)
             assert a is None or (a.shape == wanted and a.on_host.flags.c_contiguous and a.dtype.char in "fd")
         self.state.calls.append(Call(name, self.state.device, self.state.stream, shape))
-        bits = np.dtype(ml_dtypes.bfloat16) if dtype == np.int16 else dtype
-        hosts = [None if a is None else a.on_host.view(bits) for a in large]
+        half = dtype == np.int16 and not whole
+        hosts = [None if a is None else a.on_host.view(ml_dtypes.bfloat16) if half else a.on_host for a in large]
         if more is not None:
             more = more._replace(residual=hosts[count], dresidual=hosts[count + 1])
         return hosts[:count], [None if a is None else a.on_host for a in (table, *small)], more

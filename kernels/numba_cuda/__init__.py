@@ -29,6 +29,9 @@ Weights are one more array to read, where they count: in forward's sums, in back
 value counts by its weight in the sums of its eight, about their weighted mean; one whose weight is 0 is left out, NaN
 or not. Sums of weights are float64.
 
+**Whole numbers.** With `whole`, x is uint8, int8, uint16 or int16, and all else float32: these are float32's kernels
+with an x of another type. Without it int16 is bfloat16.
+
 **Streams.** A call runs on the stream of its first array that has one (`array.stream`: `cuda.as_cuda_array` takes it
 from `__cuda_array_interface__`, `array.bind(stream)` sets it), else on Numba's default stream; it waits for nothing but
 a new list of sets.
@@ -99,7 +102,9 @@ def element_view(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
     return np.dtype(np.int16) if dtype.name == "bfloat16" else None
 
 
-def forward(x: Any, y: Any, table: Any, given: tuple[Any, Any, Any, Any], eps: float, more: Any = None) -> None:
+def forward(
+    x: Any, y: Any, table: Any, given: tuple[Any, Any, Any, Any], eps: float, more: Any = None, whole: bool = False
+) -> None:
     gamma, beta, mean, _ = given
     flags = GAMMA * (gamma is not None) | BETA * (beta is not None) | FROZEN * (mean is not None)
     how, r, w = PLAIN, None, None
@@ -109,8 +114,8 @@ def forward(x: Any, y: Any, table: Any, given: tuple[Any, Any, Any, Any], eps: f
     stream = stream_of(x, y, table, r, w)
     by_weights = w is not None and mean is None
     with on(x):
-        cut, walk, (read, write, beside, weigh), also = planned((x, y, r, w), how, more, stream, SIZES)
-        run, columns = kernels_of(x.dtype.name, how), table.shape[1]
+        cut, walk, (read, write, beside, weigh), also = planned((x, y, r, w), how, more, stream, SIZES, whole)
+        run, columns = kernels_of("float32" if whole else x.dtype.name, how), table.shape[1]
         work = workspace(x, stream, 4 * cut.pieces * columns)
         part = cube(work, 0, (4, cut.pieces, columns))
         if also:
@@ -126,22 +131,24 @@ def forward(x: Any, y: Any, table: Any, given: tuple[Any, Any, Any, Any], eps: f
             launch(run.forward_map, cut.grid, cut.threads, stream, (*read, *write, walk, table, True, also))
 
 
-def backward(dy: Any, x: Any, dx: Any, table: Any, dgamma: Any, dbeta: Any, frozen: bool, more: Any = None) -> None:
+def backward(
+    dy: Any, x: Any, dx: Any, table: Any, dgamma: Any, dbeta: Any, frozen: bool, more: Any = None, whole: bool = False
+) -> None:
     flags = GAMMA * (dgamma is not None) | BETA * (dbeta is not None) | FROZEN * frozen
     how, r, dr, w = PLAIN, None, None, None
     if more is not None:
         r, dr, w = more.residual if more.activation else None, more.dresidual, weights_of(more, frozen)
         how = How(more.activation, r is not None, dr is not None, has_sets(more), mode_of(more, w))
     scaled = frozen and not how.activation and dr is None  # dx = a dy
-    if how is not PLAIN and not scaled:
+    if how != PLAIN and not scaled:
         inverse = more.inverse and how.activation != ""
         how = how._replace(dx=dx is not None, constant=frozen or dx is None, inverse=inverse)
     stream = stream_of(dy, x, dx, table, r, dr, w)
     by_weights = w is not None and not frozen
     with on(x):
         arrays = x, dy, dx, r, dr, w
-        cut, walk, (read, come, write, beside, behind, weigh), also = planned(arrays, how, more, stream, SIZES)
-        run, columns = kernels_of(x.dtype.name, how), table.shape[1]
+        cut, walk, (read, come, write, beside, behind, weigh), also = planned(arrays, how, more, stream, SIZES, whole)
+        run, columns = kernels_of("float32" if whole else x.dtype.name, how), table.shape[1]
         work = workspace(x, stream, (5 * cut.pieces + 4) * columns)
         coefficients = cube(work, 0, (4, columns))
         if also:

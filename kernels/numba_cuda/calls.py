@@ -29,14 +29,16 @@ def mode_of(more: Any, weights: Any) -> str:
     return "" if weights is None else str(more.masked)
 
 
-def planned(arrays: tuple[Any, ...], how: How, more: Any, stream: Any, sizes: Sizes) -> Any:
+def planned(arrays: tuple[Any, ...], how: How, more: Any, stream: Any, sizes: Sizes, whole: bool = False) -> Any:
     """The plan; `cut` as kernels take it; each array as they do, flat and with its place; their argument `more`.
 
-    Weights, if there are any, are the last array.
+    Weights, if there are any, are the last array. The first one may be of `whole` numbers beside float32.
     """
     there = [a for a in arrays if a is not None]
-    shape, strides, size = tuple(there[0].shape), [tuple(a.strides) for a in there], there[0].dtype.itemsize
-    if how.weights:  # contiguous, the same for all channels; a plan counts in elements of x
+    shape, strides, own = tuple(there[0].shape), [tuple(a.strides) for a in there], there[0].dtype.itemsize
+    size = 4 if whole else own  # a plan counts in elements of one size
+    strides[0] = tuple(s * size // own for s in strides[0])
+    if how.weights:  # contiguous, the same for all channels
         strides[-1] = shape[2] * size, 0, size
     sets, lists = (), ()
     if how.sets:

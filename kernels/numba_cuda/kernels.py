@@ -28,8 +28,8 @@ from .plan import VALUES
 from .target import cuda
 from .walk import FOLLOWED, LISTED, TRACKED, where
 
-# Elements: float32, float64 and float16 as they are, bfloat16 as int16 bits. An index without a sign spares Numba's
-# test for negative ones.
+# Elements: float32, float64 and float16 as they are, bfloat16 as int16 bits; x of float32's kernels may be of whole
+# numbers, which are exact in float32. An index without a sign spares Numba's test for negative ones.
 
 
 @cuda.jit(device=True)
