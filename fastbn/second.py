@@ -36,7 +36,7 @@ def jvp(x_t: Any, saved: Saved, gamma_t: Any = None, beta_t: Any = None, *, out:
         Any strides; where x is, on a GPU as well: what `forward` takes, this takes.
     saved : Saved
         From `forward`, which tells x, gamma and the statistics; it may be used again. Not with an activation, a
-        residual, `save="y"` or whole numbers.
+        residual, `save="y"`, whole numbers or a `comm` of several ranks.
     gamma_t, beta_t : array of the channels' shape, or None for 0
         As gamma and beta in `forward`: with x on a GPU, beside it.
     out : array of x's shape and dtype, optional
@@ -158,6 +158,11 @@ def _check_saved(where: str, saved: Any) -> None:
         raise TypeError(f"{where}: saved is {describe(saved)}; expected the second result of fastbn.forward")
     if saved._units is not None:
         raise ValueError(f"{where}: forward had whole numbers ({saved.dtype}); expected floats. Convert x")
+    if saved._shared is not None and saved._shared.ranks.size > 1:
+        raise ValueError(
+            f"{where}: forward had a comm of {saved._shared.ranks.size} ranks, whose sums are not added up here yet; "
+            "expected a batch that is all on this rank. Call forward without comm"
+        )
     asked = saved._asked
     if asked is None:
         return

@@ -224,6 +224,24 @@ def test_frames_grow_on_all_ranks_at_once():
         assert in_threads(3, work) == [[1, 1, 2, 1, 2]] * 3
 
 
+def test_second_order_is_refused_where_others_have_a_part_of_the_batch():
+    """Their sums would be missing."""
+    rng = np.random.default_rng(3)
+    x, dy, u = rng.normal(2, 3, (3, 40, 5))
+    gamma = rng.normal(1, 0.5, 5)
+
+    def work(rank, comm):
+        _, saved = fastbn.forward(x[20 * rank : 20 * rank + 20], gamma, comm=comm)
+        for call in (lambda: fastbn.jvp(u, saved), lambda: fastbn.backward_backward(u, None, None, dy, saved)):
+            with pytest.raises(ValueError, match=r"fastbn\.\w+: forward had a comm of 2 ranks, .* without comm"):
+                call()
+        return "refused"
+
+    assert in_threads(2, work) == ["refused", "refused"]
+    (alone,) = in_threads(1, lambda _, comm: fastbn.jvp(u, fastbn.forward(x, gamma, comm=comm)[1]))
+    np.testing.assert_allclose(alone, fastbn.jvp(u, fastbn.forward(x, gamma)[1]), rtol=1e-12, atol=1e-12)
+
+
 def test_an_error_of_the_engine_is_said_and_remembered():
     class Torn:
         def allgather(self, _data):
