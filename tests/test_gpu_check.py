@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from device_doubles import State, in_their_places
 from fastbn.bench import gpu_check
-from fastbn.bench.gpu import build, correct, run, speed, tables, tools
+from fastbn.bench.gpu import build, correct, functions, run, speed, tables, tools
 from fastbn.bench.gpu.run import Rows, Run
 
 import fastbn
@@ -371,7 +371,7 @@ def doubles(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["CuPy", "PyTorch"])
 def test_public_functions(doubles, kind):
-    row = correct.public(doubles, kind)
+    row = functions.public(doubles, kind)
     assert row["ok"], row
     # y, dx and two sums, twice; infer's, two statistics; of a layer y, dx, dgamma, y in evaluation
     assert len(row["errors"]) == 19
@@ -382,7 +382,7 @@ def test_public_functions(doubles, kind):
 def test_public_functions_that_are_wrong(doubles, kind, monkeypatch):
     infer = fastbn.infer
     monkeypatch.setattr(fastbn, "infer", lambda x, *a: x if isinstance(x, np.ndarray) else infer(x, *a))
-    row = correct.public(doubles, kind)
+    row = functions.public(doubles, kind)
     assert not row["ok"]
     assert [error > 1e-4 for error in row["errors"]].index(True) == 12
 
@@ -391,9 +391,10 @@ SIMULATED = """
 import json
 from simulator import without_threads
 without_threads()
-from fastbn.bench.gpu import correct
-correct.PUBLIC = 5, 3, 3, 2
-print(json.dumps([correct.public(None, kind) for kind in ("Numba", "Numba by numba.cuda")]))
+from fastbn.bench.gpu import functions
+functions.PUBLIC = 5, 3, 3, 2
+rows = [functions.public(None, kind) for kind in ("Numba", "Numba by numba.cuda")]
+print(json.dumps(rows + [functions.by_numba(None, name, "Numba") for name in functions.BY_NUMBA]))
 """
 
 
@@ -405,7 +406,7 @@ def test_public_functions_on_numba_arrays():
     done = subprocess.run([sys.executable, "-c", SIMULATED], env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
-    assert [(row["ok"], len(row["errors"])) for row in rows] == [(True, 15)] * 2, rows
+    assert [(row["ok"], len(row["errors"])) for row in rows] == [(True, 15)] * 2 + [(True, 32), (True, 18)], rows
 
 
 class Broken:
@@ -422,7 +423,7 @@ def test_a_library_that_cannot_be_imported_is_a_note(kind, tmp_path, monkeypatch
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     monkeypatch.setitem(sys.modules, "torch", None)
     one = Run(Rows(tmp_path / "rows.jsonl"), quiet())
-    one.each("correct", [(f"public {kind}", lambda: correct.public(None, kind))])
+    one.each("correct", [(f"public {kind}", lambda: functions.public(None, kind))])
     (row,) = one.rows.all
     assert set(row) == {"stage", "case", "note"}
     assert row["note"].startswith("ModuleNotFoundError: " if kind == "PyTorch" else "AttributeError: module 'numpy'")

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .run import EPS, WAYS, Run, plans, words
+from .functions import BY_NUMBA, by_numba, public
+from .run import EPS, WAYS, Run, plans
 
 Array = Any
 NONE = (None, None, None, None)
@@ -224,6 +225,11 @@ def correct(run: Run) -> None:
         # Last, as numba.cuda compiles for some seconds.
         kinds = ("Numba", "Numba by numba.cuda")
         extra += [(f"public {kind}", functools.partial(public, run.device, kind)) for kind in kinds]
+        extra += [
+            (f"{name} {kind}", functools.partial(by_numba, run.device, name, kind))
+            for name in BY_NUMBA
+            for kind in ("CuPy", "PyTorch", "Numba")
+        ]
         run.each("correct", extra)
 
 
@@ -253,7 +259,6 @@ BEYOND: dict[str, tuple[str, float, bool, bool, str]] = {
     "relu of a masked sum in groups": ("relu", 0.0, True, True, "zero"),
 }
 BEYOND_SHAPES = {"first": (16, 64, 784), "last": (3136, 64, 1)}
-PUBLIC = (16, 32, 14, 14)
 
 
 def beyond(device: Any, name: str, kind: str, way: str | None) -> dict[str, Any]:
@@ -331,57 +336,6 @@ def stray(device: Any) -> dict[str, Any]:
     device.launch.forward(device.put(host), y, table, (None, device.put(beta), None, None), EPS)
     lost = np.isnan(device.get(y)).any((0, 2))
     return {"ok": list(np.flatnonzero(lost)) == [3] and bool((device.get(y)[:, 5] == 5.0).all())}
-
-
-def public(device: Any, kind: str) -> dict[str, Any]:
-    """The public functions on arrays of this kind, beside the same on NumPy arrays; a note if their library is missing.
-
-    Numba's arrays go to the kernels in CUDA C, or "by numba.cuda" to its own. They can't be computed with: there is no
-    layer for them, and running statistics are NumPy's.
-    """
-    fastbn: Any = importlib.import_module("fastbn")
-    library, _, backend = kind.partition(" by ")
-    try:
-        put, get = _library(device, library)
-    except Exception as cause:  # numba-cuda 0.30 beside NumPy 2.5: AttributeError
-        return {"note": words(cause)}
-    rng = np.random.default_rng(7)
-    channels = PUBLIC[1]
-    host = [a.astype(np.float32) for a in (rng.normal(100, 2, PUBLIC), rng.normal(1, 2, PUBLIC))]
-    host += [*rng.normal(size=(2, channels)).astype(np.float32), rng.uniform(0.5, 2, channels).astype(np.float32)]
-    results: list[list[np.ndarray]] = []
-    for there in (False, True):
-        with fastbn.set_backend("numba-cuda" if there and backend else "auto"):
-            x, dy, gamma, beta, var = map(put, host) if there else host
-            like = x if there and library != "Numba" else None
-            y, saved = fastbn.forward(x, gamma, beta)
-            if type(y) is not type(x):
-                return {"ok": False, "wrong": f"y is a {type(y)}"}
-            grouped, kept = fastbn.forward(x, gamma, beta, groups=4, activation="gelu")
-            alone, only = fastbn.forward(x, gamma, beta, activation=("leaky_relu", 0.2), save="y")
-            running = fastbn.RunningStats(channels, like=like)
-            running.update(saved.moments)
-            found = [y, *fastbn.backward(dy, saved), grouped, *fastbn.backward(dy, kept)]
-            found += [alone, *fastbn.backward(dy, only)]
-            found += [fastbn.infer(x, beta, var, gamma), running.mean, running.var]
-            if library != "Numba":
-                layer = fastbn.BatchNorm(channels, like=like)
-                found += [layer(x), layer.backward(dy), layer.dgamma, layer.eval()(x)]
-            results.append([a if isinstance(a, np.ndarray) else get(a) for a in found])
-    # Sums of 3136 values of 1 add up to about 3136; all else is about 1, but frozen: 100.
-    errors = [float((np.abs(a - b) / np.maximum(1, np.abs(b))).max()) for a, b in zip(*results, strict=True)]
-    return {"ok": max(errors) < 1e-4, "errors": errors}
-
-
-def _library(device: Any, name: str) -> tuple[Callable[[np.ndarray], Any], Callable[[Any], np.ndarray]]:
-    """How its arrays are made of NumPy's, and how they come back."""
-    if name == "CuPy":
-        return device.put, device.get
-    if name == "PyTorch":
-        torch: Any = importlib.import_module("torch")
-        return lambda a: torch.from_dlpack(device.put(a)), lambda a: a.cpu().numpy()
-    cuda: Any = importlib.import_module("numba.cuda")
-    return cuda.to_device, lambda a: a.copy_to_host()
 
 
 def giant(device: Any) -> dict[str, Any]:
