@@ -103,7 +103,7 @@ def test_vectors_in_the_machine_code():
 
 def test_samples_of_a_block_lie_in_it_here_and_there(rng):
     """As `rows_sums` walks them: the pivot is the mean of as many values as `rows_count` says."""
-    from fastbn.kernels.cpu import rows
+    from fastbn.kernels.cpu import cut, rows
 
     @njit
     def walk(shape, plan, few, seen):
@@ -117,9 +117,9 @@ def test_samples_of_a_block_lie_in_it_here_and_there(rng):
 
     for case in range(400):
         runs, n, few = (int(k) for k in rng.integers(1, [40, 300, 400]))
-        gather = rows.GATHER if case % 2 else 0
+        plan = cut.Cut(0, 1, 1, 1, height=runs, segments=1, length=n, period=1, fold=1, flags=cut.GATHER * (case % 2))
         seen = np.zeros((runs, n), np.int64)
-        count = walk((runs, 1, n), (0, 1, 1, 1, runs, 1, n, gather), few if case % 5 else 10**9, seen)
+        count = walk((runs, 1, n), plan, few if case % 5 else 10**9, seen)
         assert seen.sum() == count  # nothing beside the block, which NumPy would cut off
         if few >= runs * n or case % 5 == 0:
             assert (seen == 1).all()

@@ -1,5 +1,6 @@
 """Whole numbers as Numba device arrays, through the public calls in Numba's simulator, beside the reference: run by
-test_whole_numbers_gpu.py in a process of its own, with blocks so small that a few values cross their borders."""
+test_whole_numbers_gpu.py in a process of its own, with blocks so small that a few values cross their borders. Importing
+it imports no Numba."""
 
 from __future__ import annotations
 
@@ -11,22 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fastbn.kernels import numba_cuda
-from numba import cuda
 from numba_cuda_run import TINY
-from simulator import without_threads
 
 import fastbn
 
-without_threads()
-sys.modules["cupy"] = types.ModuleType("cupy")  # which can't see the simulator's arrays
-warnings.simplefilter("error")
-numba_cuda.SIZES = numba_cuda.Sizes(*TINY)
 rng = np.random.default_rng(7)
 EPS, UNITS = 2.0**-23, {"scale": 0.037, "zero_point": 11.0}
 
 
 def put(a: np.ndarray) -> Any:
+    from numba import cuda
+
     return cuda.to_device(a)
 
 
@@ -83,40 +79,55 @@ def numbers(shape: tuple[int, ...], dtype: Any = np.uint8) -> np.ndarray:
     return rng.integers(info.min, info.max, shape, dtype, endpoint=True)
 
 
-for kind in (np.uint8, np.int8, np.uint16, np.int16):  # of 16 bits: those that are the bits of half types elsewhere
-    q = numbers((6, 3, 13), kind)
-    check(kind.__name__, q, put(q))
-q = numbers((33, 5), np.int16)
-check("channels last", q, put(q), frozen=True)
-q = numbers((4, 6, 7))
-check("a channel slice", q[:, 2:5], put(q)[:, 2:5])
-q = numbers((3, 2, 5, 6), np.int16)
-check("a crop, which is copied", q[:, :, 1:4, 2:5], put(q)[:, :, 1:4, 2:5])
-q, r = numbers((6, 3, 7)), rng.normal(3, 2, (6, 3, 7)).astype(np.float32)
-w = (rng.gamma(1.0, 1.0, (6, 1, 7)) * (rng.random((6, 1, 7)) < 0.7)).astype(np.float32)
-check("weights", q, put(q), weights=w)
-every = {"weights": w, "masked": "zero", "groups": [2, 4], "activation": "silu", "residual": r}
-check("all", q, put(q), **every)
-check("all, frozen", q, put(q), frozen=True, **every)
-check("kept", q, put(q), units={}, weights=w, masked="keep")
-check("from y", q, put(q), activation="leaky_relu", save="y")
-some, right = fastbn.moments(put(q), weights=put(w), **UNITS), fastbn.reference.moments(0.037 * (q - 11.0), weights=w)
-near("moments", some.mean, right.mean, np.abs(right.mean))
-near("their variance", some.var(), right.var(), right.var())
-empty = fastbn.moments(put(q)[:0], **UNITS)
-assert (empty.count, empty.mean.tolist()) == (0, [0, 0, 0])
-for call, text in (
-    (lambda: fastbn.forward(put(q), masked="keep", weights=put(w), **UNITS), "masked='keep' with a scale"),
-    (lambda: fastbn.forward(put(q), scale=0.0), "scale is float 0.0"),
-    (lambda: fastbn.forward(put(r), scale=0.5), "scale or zero_point is given with x of float32"),
-    (lambda: fastbn.forward(put(q), out=put(q)), "out is a uint8 Numba device array"),
-    (lambda: fastbn.forward(put(q), residual=put(q)), "residual is a uint8 Numba device array"),
-    (lambda: fastbn.forward(put(r), put(np.ones(3, np.int16))), "gamma is a int16 Numba device array"),
-    (lambda: fastbn.forward(put(q.astype(np.int32))), "x is a int32 Numba device array"),
-    (lambda: fastbn.backward(put(r), fastbn.forward(put(q))[1]), "dx of whole numbers (uint8) is asked for"),
-    (lambda: fastbn.backward(put(q), fastbn.forward(put(q))[1]), "dy is a uint8 Numba device array"),
-    (lambda: fastbn.backward(put(r[:3]), fastbn.forward(put(q))[1]), "expected float32 of shape (6, 3, 7)"),
-):
-    with pytest.raises((TypeError, ValueError), match=re.escape(text)):
-        call()
-print("all asserted")
+def main() -> None:
+    from fastbn.kernels import numba_cuda
+    from simulator import without_threads
+
+    without_threads()
+    sys.modules["cupy"] = types.ModuleType("cupy")  # which can't see the simulator's arrays
+    warnings.simplefilter("error")
+    numba_cuda.SIZES = numba_cuda.Sizes(*TINY)
+    for kind in (np.uint8, np.int8, np.uint16, np.int16):  # of 16 bits: those that are the bits of half types elsewhere
+        q = numbers((6, 3, 13), kind)
+        check(kind.__name__, q, put(q))
+    q = numbers((33, 5), np.int16)
+    check("channels last", q, put(q), frozen=True)
+    q = numbers((4, 6, 7))
+    check("a channel slice", q[:, 2:5], put(q)[:, 2:5])
+    q = numbers((3, 2, 5, 6), np.int16)
+    check("a crop, which is copied", q[:, :, 1:4, 2:5], put(q)[:, :, 1:4, 2:5])
+    q, r = numbers((6, 3, 7)), rng.normal(3, 2, (6, 3, 7)).astype(np.float32)
+    w = (rng.gamma(1.0, 1.0, (6, 1, 7)) * (rng.random((6, 1, 7)) < 0.7)).astype(np.float32)
+    check("weights", q, put(q), weights=w)
+    every = {"weights": w, "masked": "zero", "groups": [2, 4], "activation": "silu", "residual": r}
+    check("all", q, put(q), **every)
+    check("all, frozen", q, put(q), frozen=True, **every)
+    check("kept", q, put(q), units={}, weights=w, masked="keep")
+    check("from y", q, put(q), activation="leaky_relu", save="y")
+    some, right = (
+        fastbn.moments(put(q), weights=put(w), **UNITS),
+        fastbn.reference.moments(0.037 * (q - 11.0), weights=w),
+    )
+    near("moments", some.mean, right.mean, np.abs(right.mean))
+    near("their variance", some.var(), right.var(), right.var())
+    empty = fastbn.moments(put(q)[:0], **UNITS)
+    assert (empty.count, empty.mean.tolist()) == (0, [0, 0, 0])
+    for call, text in (
+        (lambda: fastbn.forward(put(q), masked="keep", weights=put(w), **UNITS), "masked='keep' with a scale"),
+        (lambda: fastbn.forward(put(q), scale=0.0), "scale is float 0.0"),
+        (lambda: fastbn.forward(put(r), scale=0.5), "scale or zero_point is given with x of float32"),
+        (lambda: fastbn.forward(put(q), out=put(q)), "out is a uint8 Numba device array"),
+        (lambda: fastbn.forward(put(q), residual=put(q)), "residual is a uint8 Numba device array"),
+        (lambda: fastbn.forward(put(r), put(np.ones(3, np.int16))), "gamma is a int16 Numba device array"),
+        (lambda: fastbn.forward(put(q.astype(np.int32))), "x is a int32 Numba device array"),
+        (lambda: fastbn.backward(put(r), fastbn.forward(put(q))[1]), "dx of whole numbers (uint8) is asked for"),
+        (lambda: fastbn.backward(put(q), fastbn.forward(put(q))[1]), "dy is a uint8 Numba device array"),
+        (lambda: fastbn.backward(put(r[:3]), fastbn.forward(put(q))[1]), "expected float32 of shape (6, 3, 7)"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=re.escape(text)):
+            call()
+    print("all asserted")
+
+
+if __name__ == "__main__":
+    main()
