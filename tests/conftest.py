@@ -31,3 +31,19 @@ def tiny(monkeypatch):
 def rng(request):
     """Random numbers of the test's own, the same in every run."""
     return np.random.default_rng(list(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def state():
+    """Of the doubles below: current device and stream, and calls."""
+    from device_doubles import State
+
+    return State()
+
+
+@pytest.fixture
+def doubles(state, monkeypatch):
+    """CuPy and PyTorch over main memory, in their places."""
+    from device_doubles import in_their_places
+
+    yield from in_their_places(monkeypatch, state)

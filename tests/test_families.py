@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cases import BFLOAT16, CASES, TOLERANCE, eps
-from device_doubles import Array, Kernels, State, in_their_places
+from device_doubles import Array, Kernels
 
 import fastbn
 from fastbn import arrays, dispatch
@@ -30,16 +30,6 @@ class Library:
         new = self.type.__new__(self.type)
         Array.__init__(new, values, device)
         return new
-
-
-@pytest.fixture
-def state():
-    return State()
-
-
-@pytest.fixture
-def doubles(state, monkeypatch):
-    yield from in_their_places(monkeypatch, state)
 
 
 @pytest.fixture(params=["cupy", "torch"])

@@ -43,6 +43,16 @@ def child(*command: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
+def compiled_by(code, folder):
+    """What the code pickles at the path that it is given, in a process of its own; without NVVM the test is skipped."""
+    path = folder / "ptx"
+    process = child("-c", code, str(path))
+    if process.returncode and re.search(r"NvvmSupportError|libNVVM|libnvvm|nvrtc|CUDA_HOME", process.stderr):
+        pytest.skip("no NVVM: " + process.stderr.strip().splitlines()[-1])
+    assert process.returncode == 0, process.stderr
+    return pickle.loads(path.read_bytes())
+
+
 def simulate(factory, *which):
     """What the kernels make of every case; Numba decides at import whether it simulates."""
     path = factory.mktemp("numba_cuda") / "results"
@@ -347,12 +357,7 @@ pickle.dump(found, open(sys.argv[1], "wb"))
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
     """PTX by capability, kernel and type of its first array."""
-    path = tmp_path_factory.mktemp("numba_cuda") / "ptx"
-    process = child("-c", COMPILE % CAPABILITIES, str(path))
-    if process.returncode and re.search(r"NvvmSupportError|libNVVM|libnvvm|nvrtc|CUDA_HOME", process.stderr):
-        pytest.skip("no NVVM: " + process.stderr.strip().splitlines()[-1])
-    assert process.returncode == 0, process.stderr
-    return pickle.loads(path.read_bytes())
+    return compiled_by(COMPILE % CAPABILITIES, tmp_path_factory.mktemp("numba_cuda"))
 
 
 def loops(ptx):

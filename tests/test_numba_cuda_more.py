@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import pickle
 import re
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ pytest.importorskip("numba.cuda")
 
 from fastbn.kernels.numba_cuda.calls import lists_of
 from fastbn.kernels.numba_cuda.plan import VALUES, Sizes, plan_of
-from test_numba_cuda import by_numba_cuda, child, compare, loops, own, results, simulate, steps
+from test_numba_cuda import by_numba_cuda, compare, compiled_by, loops, own, results, simulate, steps
 
 cases = pytest.mark.parametrize("index", range(len(MORE_CASES)), ids=[case.name for case in MORE_CASES])
 
@@ -311,13 +310,8 @@ pickle.dump(found, open(sys.argv[1], "wb"))
 @by_numba_cuda
 def test_ptx(tmp_path):
     """All compile for a real GPU, and keep to registers; float32's activations are computed in float32."""
-    path = tmp_path / "ptx"
-    process = child("-c", COMPILE % repr(list(ACTIVATIONS)), str(path))
-    if process.returncode and re.search(r"NvvmSupportError|libNVVM|libnvvm|nvrtc|CUDA_HOME", process.stderr):
-        pytest.skip("no NVVM: " + process.stderr.strip().splitlines()[-1])
-    assert process.returncode == 0, process.stderr
     doubles: dict[str, set[int]] = {}
-    found = pickle.loads(path.read_bytes())
+    found = compiled_by(COMPILE % repr(list(ACTIVATIONS)), tmp_path)
     assert len(found) == 3 * (len(ACTIVATIONS) + 8) + 6  # the sums of forward know of sets alone
     for (element, how, name), text in found.items():
         activation, residual, dresidual, sets, _, dx, constant, _ = how

@@ -16,7 +16,7 @@ from fastbn.extras import Extras
 pytest.importorskip("numba.cuda")
 
 from fastbn.kernels.numba_cuda.plan import VALUES
-from test_numba_cuda import HERE, by_numba_cuda, child, compare, loops, own, results, steps
+from test_numba_cuda import HERE, by_numba_cuda, child, compare, compiled_by, loops, own, results, steps
 
 cases = pytest.mark.parametrize("index", range(len(SECOND_CASES)), ids=[case.name for case in SECOND_CASES])
 
@@ -142,12 +142,7 @@ pickle.dump(found, open(sys.argv[1], "wb"))
 @by_numba_cuda
 def test_ptx(tmp_path):
     """All compile for a real GPU, keep to registers, divide nothing in loops over data, and read eight at a time."""
-    path = tmp_path / "ptx"
-    process = child("-c", COMPILE, str(path))
-    if process.returncode and re.search(r"NvvmSupportError|libNVVM|libnvvm|nvrtc|CUDA_HOME", process.stderr):
-        pytest.skip("no NVVM: " + process.stderr.strip().splitlines()[-1])
-    assert process.returncode == 0, process.stderr
-    found = pickle.loads(path.read_bytes())
+    found = compiled_by(COMPILE, tmp_path)
     assert len(found) == 2 + 2 + 1 + 1
     for (element, name), (text, reads) in found.items():
         assert not re.search(r"\.local|\bcall\b|\batom\b|\bred\b|\bshfl\b", text), (element, name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import pickle
 import re
 
 import numpy as np
@@ -16,7 +15,7 @@ from fastbn.extras import Extras
 pytest.importorskip("numba.cuda")
 
 from fastbn.kernels.numba_cuda.plan import VALUES
-from test_numba_cuda import by_numba_cuda, child, compare, loops, own, results, simulate, steps
+from test_numba_cuda import by_numba_cuda, compare, compiled_by, loops, own, results, simulate, steps
 from test_numba_cuda_more import shape_of
 
 cases = pytest.mark.parametrize("index", range(len(WEIGHTED_CASES)), ids=[case.name for case in WEIGHTED_CASES])
@@ -229,12 +228,7 @@ pickle.dump(found, open(sys.argv[1], "wb"))
 @by_numba_cuda
 def test_ptx(tmp_path):
     """All compile for a real GPU, keep to registers, and read weights where they count, eight at a time."""
-    path = tmp_path / "ptx"
-    process = child("-c", COMPILE, str(path))
-    if process.returncode and re.search(r"NvvmSupportError|libNVVM|libnvvm|nvrtc|CUDA_HOME", process.stderr):
-        pytest.skip("no NVVM: " + process.stderr.strip().splitlines()[-1])
-    assert process.returncode == 0, process.stderr
-    found = pickle.loads(path.read_bytes())
+    found = compiled_by(COMPILE, tmp_path)
     assert len(found) == 9 * 4 + 2
     for (element, how, name), text in found.items():
         assert not re.search(r"\.local|\bcall\b|\batom\b|\bred\b|\bshfl\b", text), (element, how, name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import subprocess
 import sys
@@ -12,8 +11,8 @@ import types
 import numpy as np
 import pytest
 from cases import BFLOAT16
-from device_doubles import Array, Kernels, State, in_their_places
-from test_numba_cuda import by_numba_cuda, child
+from device_doubles import Array, Kernels
+from test_numba_cuda import by_numba_cuda, compiled_by
 
 import fastbn
 from fastbn import dispatch
@@ -53,27 +52,12 @@ pickle.dump(found, open(sys.argv[1], "wb"))
 @by_numba_cuda
 def test_ptx(tmp_path):
     """float32's kernels compile for an x of whole numbers, which are converted by their value."""
-    path = tmp_path / "ptx"
-    process = child("-c", COMPILE, str(path))
-    if process.returncode and re.search(r"NvvmSupportError|libNVVM|libnvvm|nvrtc|CUDA_HOME", process.stderr):
-        pytest.skip("no NVVM: " + process.stderr.strip().splitlines()[-1])
-    assert process.returncode == 0, process.stderr
-    found = pickle.loads(path.read_bytes())
+    found = compiled_by(COMPILE, tmp_path)
     assert len(found) == 4
     for (element, name), text in found.items():
         assert re.search(r"ld\.global\.[a-z.]*u8" if element == "uint8" else r"ld\.global\.[a-z.]*[us]16", text), name
         assert re.search(r"cvt\.rn\.f32\.[us]\d", text), name
         assert not re.search(r"shl\.b32\s+%r\d+, %r\d+, 16;", text), name  # as bfloat16 is read
-
-
-@pytest.fixture
-def state():
-    return State()
-
-
-@pytest.fixture
-def doubles(state, monkeypatch):
-    yield from in_their_places(monkeypatch, state)
 
 
 @pytest.fixture(params=["cupy", "torch"])
