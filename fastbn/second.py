@@ -201,11 +201,7 @@ def _place(where: str, name: str, out: Any, saved: Saved, may_be: dict[str, Any]
     if out is not None:
         beside = like if like is not None else next((a for a in may_be.values() if a is not None), None)
         return check_out(where, name, out, saved._shape, _dtype_of(saved), beside, may_be, apart)
-    return (
-        empty(saved._shape, saved._strides, native(saved.dtype))
-        if like is None
-        else like.family.like(like, like.strides)
-    )
+    return empty(saved._shape, saved._strides, native(saved.dtype)) if like is None else like.result()
 
 
 def _tangents(where: str, one: str, gamma: Any, other: str, beta: Any, saved: Saved) -> Any:

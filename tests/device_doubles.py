@@ -337,6 +337,26 @@ class Kernels:
         return more._replace(weights=w.on_host, mass=mass.on_host)
 
 
+def numba_cuda_of(state: State, cupy: Any, seen: list[tuple[int, Any, bool]]) -> Any:
+    """What stands for numba.cuda and sees others' arrays by __cuda_array_interface__; `seen`: device, stream, sync."""
+
+    def as_cuda_array(described: Any, sync: bool) -> Any:
+        assert not sync  # the stream orders it
+        facts = described.__cuda_array_interface__
+        seen.append((state.device, facts["stream"], sync))
+        array = cupy.ndarray.__new__(cupy.ndarray)
+        host = np.asarray(types.SimpleNamespace(__array_interface__=facts, owner=described))
+        Array.__init__(array, host, state.device)
+        return array
+
+    class Gpus:
+        def __getitem__(self, number: int) -> Any:
+            return state.current(device=number)
+
+    cupy.cuda.get_current_stream = lambda: types.SimpleNamespace(ptr=state.stream)
+    return types.SimpleNamespace(gpus=Gpus(), as_cuda_array=as_cuda_array, is_available=bool)
+
+
 def in_their_places(monkeypatch: Any, state: State) -> Iterator[tuple[Any, Any]]:
     """CuPy's double and PyTorch's, imported as they are, with the kernels'."""
     cupy, torch = fake_cupy(state), fake_torch(state)

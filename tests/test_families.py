@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cases import BFLOAT16, CASES, TOLERANCE, eps
-from device_doubles import Array, Kernels
+from device_doubles import Array, Kernels, numba_cuda_of
 
 import fastbn
 from fastbn import arrays, dispatch
@@ -587,26 +587,10 @@ def test_without_cupy_tensors_go_to_numba(library, monkeypatch):
 def test_numba_kernels_take_views_of_other_arrays(library, state, monkeypatch, rng):
     """By __cuda_array_interface__, with the stream, on the device; on a double of numba.cuda."""
     seen = []
-
-    def as_cuda_array(described, sync):
-        facts = described.__cuda_array_interface__
-        seen.append((state.device, facts["stream"], sync))
-        array = library.libraries["cupy"].ndarray.__new__(library.libraries["cupy"].ndarray)
-        host = np.asarray(types.SimpleNamespace(__array_interface__=facts, owner=described))
-        Array.__init__(array, host, state.device)
-        return array
-
-    class Gpus:
-        def __getitem__(self, number):
-            return state.current(device=number)
-
-    monkeypatch.setitem(
-        sys.modules, "numba.cuda", types.SimpleNamespace(gpus=Gpus(), as_cuda_array=as_cuda_array, is_available=bool)
-    )
+    monkeypatch.setitem(sys.modules, "numba.cuda", numba_cuda_of(state, library.libraries["cupy"], seen))
     monkeypatch.setattr(dispatch, "missing", lambda _: None)
     kernels = Kernels(state, library.libraries["cupy"])
     monkeypatch.setattr(dispatch, "_load", lambda name: {"numba_cuda": kernels}[name])
-    library.libraries["cupy"].cuda.get_current_stream = lambda: types.SimpleNamespace(ptr=state.stream)
     x, _, gamma, *_ = data(rng, (6, 3, 5), (1,))
     with fastbn.set_backend("numba-cuda"):
         y, _ = fastbn.forward(library.put(x, 1), library.put(gamma, 1))

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cases import BFLOAT16
-from device_doubles import Array, Call, State, in_their_places
+from device_doubles import Call, State, in_their_places, numba_cuda_of
 from fastbn.kernels import reference
 from test_families import Library, assert_near, data
 
@@ -57,22 +57,8 @@ def doubles(monkeypatch):
 def library(request, doubles, monkeypatch):
     state, cupy, torch = doubles
     found, load = Library(request.param, state, cupy, torch), dispatch._load
-    found.streams = []
-
-    def as_cuda_array(described, sync):
-        assert not sync
-        facts = described.__cuda_array_interface__
-        found.streams.append(facts["stream"])
-        new = cupy.ndarray.__new__(cupy.ndarray)
-        Array.__init__(new, np.asarray(types.SimpleNamespace(__array_interface__=facts, owner=described)), state.device)
-        return new
-
-    class Gpus:
-        def __getitem__(self, number):
-            return state.current(device=number)
-
-    cupy.cuda.get_current_stream = lambda: types.SimpleNamespace(ptr=state.stream)
-    double = types.SimpleNamespace(gpus=Gpus(), as_cuda_array=as_cuda_array)
+    found.seen = []
+    double = numba_cuda_of(state, cupy, found.seen)
     second = types.SimpleNamespace(second=second_of(state, cupy))
     kernels = types.SimpleNamespace(FEATURES={"groups", "weights"})
     monkeypatch.setitem(sys.modules, "numba.cuda", double)
@@ -105,7 +91,7 @@ def arguments(asked, library, rng, dtype=FLOAT32):
     library.state.transfers.clear()
     library.state.allocated.clear()
     library.state.calls.clear()
-    library.streams.clear()
+    library.seen.clear()
     return saved, fastbn.reference.forward(x, gamma, **here)[1], [library.put(a, 1) for a in host], host
 
 
@@ -125,7 +111,8 @@ def test_results(dtype, asked, library, rng):
         assert (type(got), got.on_device, got.on_host.dtype) == (library.type, 1, kind)
         assert_near(got.on_host, value, kind, size)
     assert [call[:2] for call in library.state.calls] == [("second", 1)] * 2
-    assert set(library.streams) == {7 if library.name == "cupy" else 1001}
+    streams = {(stream, sync) for _, stream, sync in library.seen}
+    assert streams == {(7 if library.name == "cupy" else 1001, False)}
     assert library.state.transfers == []
     sets = {"groups": [((6,), 1)], "all": [((12,), 1)]}.get(next(k for k, v in ASKED.items() if v is asked), [])
     assert library.state.allocated == [((6, 3, 5), 1)] * 3 + [((3,), 1)] + sets

@@ -11,7 +11,7 @@ import types
 import numpy as np
 import pytest
 from cases import BFLOAT16
-from device_doubles import Array, Kernels
+from device_doubles import Array, Kernels, numba_cuda_of
 from test_numba_cuda import by_numba_cuda, compiled_by
 
 import fastbn
@@ -67,23 +67,10 @@ def there(request, state, doubles, monkeypatch):
     kind = cupy.ndarray if request.param == "cupy" else torch.Tensor
     used = []
 
-    def as_cuda_array(described, sync):
-        facts = described.__cuda_array_interface__
-        array = cupy.ndarray.__new__(cupy.ndarray)
-        host = np.asarray(types.SimpleNamespace(__array_interface__=facts, owner=described))
-        Array.__init__(array, host, state.device)
-        return array
-
-    class Gpus:
-        def __getitem__(self, number):
-            return state.current(device=number)
-
-    double = types.SimpleNamespace(gpus=Gpus(), as_cuda_array=as_cuda_array)
-    monkeypatch.setitem(sys.modules, "numba.cuda", double)
+    monkeypatch.setitem(sys.modules, "numba.cuda", numba_cuda_of(state, cupy, []))
     monkeypatch.setattr(dispatch, "missing", lambda _: None)
     kernels = Kernels(state, cupy)
     monkeypatch.setattr(dispatch, "_load", lambda name: used.append(name) or kernels)
-    cupy.cuda.get_current_stream = lambda: types.SimpleNamespace(ptr=state.stream)
 
     def put(values):
         dispatch._load_for_device.cache_clear()
