@@ -559,11 +559,6 @@ def _shared_statistics(
     channels = channels_of(x.shape, axes)
     if isinstance(x, Span) and x.family is NUMBA:
         raise TypeError(f"{where}: x is a {x}, which can't be computed with across ranks. Pass cupy.asarray(x)")
-    if isinstance(x, Span) and asked is not None:  # whose gradients would leave it out
-        raise TypeError(
-            f"{where}: x is a {x}, and residual, activation, groups and weights with comm are for NumPy "
-            "arrays so far. Do that part with your array library"
-        )
     if asked is not None and asked.groups is not None:
         raise ValueError(f"{where}: groups and comm are both given; expected one. Groups are each rank's own")
     if asked is not None and asked.save == "y":
@@ -575,8 +570,9 @@ def _shared_statistics(
     else:
         plain = None if asked is None or asked.weights is None else asked.plain()
         masses, _ = run_forward(where, x, None, axes, table, (None, None, None, None), eps, plain)
-        count = float(channels.values if masses is None else masses[0])
-        shared, rows = statistics(where, ranks, family_of_values(table).host(table), count, dtype_of(x), eps, units)
+        host = family_of_values(table).host
+        count = float(channels.values if masses is None else host(masses)[0])
+        shared, rows = statistics(where, ranks, host(table), count, dtype_of(x), eps, units)
     if shared.values == 1:
         _warn_of_one_value(x, axis)
     return shared, rows

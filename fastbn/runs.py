@@ -118,7 +118,7 @@ def run_forward_shared(
         table[:4] = family.put(np.stack([hi, lo, var, invstd]), device)
     elif exact:
         table[1], table[5] = lo, 0.0 if beta is None else beta
-    return shared, None if masses is None else np.array([shared.values]), kept
+    return shared, None if masses is None else family.put(np.array([shared.values]), device), kept
 
 
 def run_backward(where: str, dy: Any, x: Any, dx: Any, saved: Saved, dgamma: Any, dbeta: Any, frozen: bool) -> None:
@@ -251,7 +251,7 @@ def _map(where: str, dy: Any, x: Any, dx: Any, dr: Any, saved: Saved, sums: np.n
     if dy.size == 0:
         return
     if isinstance(dy, Span):
-        _map_on_device(where, dy, x, dx, saved, sums, shared)
+        _map_on_device(where, dy, x, dx, dr, saved, sums, shared)
         return
     backend = kernels(where, dy)
     target = np.empty_like(dr) if dx is None else dx  # dresidual alone is rare: it costs a buffer
@@ -264,20 +264,41 @@ def _sums_on_device(where: str, dy: Span, x: Any, saved: Saved) -> np.ndarray:
     """As `_sums`, by the kernels for frozen statistics, whose sums are of any mean."""
     kind = number_type(dy.dtype.itemsize)
     found = [new((saved._table.shape[1],), kind, dy) for _ in range(2)]
-    run_backward(where, dy, x, None, saved, found[1], found[0], True)
+    _run_constant(where, dy, x, None, None, saved, found[1], found[0])
     host = family_of_values(found[0]).host
+    invstd = host(saved._table)[3]
+    both = np.stack([host(found[0]), host(found[1])]).astype(np.float64)
     with np.errstate(all="ignore"):
-        return np.stack([host(found[0]), host(found[1]) / host(saved._table)[3]]).astype(np.float64)
+        np.divide(both[1], invstd, out=both[1], where=invstd != 0)  # where no rank has weight, it is 0
+    return both
 
 
-def _map_on_device(where: str, dy: Span, x: Any, dx: Span, saved: Saved, sums: np.ndarray, shared: Shared) -> None:
+def _run_constant(where: str, dy: Span, x: Any, dx: Any, dr: Any, saved: Saved, dgamma: Any, dbeta: Any) -> None:
+    """Backward as if the statistics were constants: what kernels on a GPU add up and map without its means."""
+    if saved._asked is None:
+        run_backward(where, dy, x, dx, saved, dgamma, dbeta, True)
+        return
+    constant = Saved(x, x, saved._axes, saved._table, True, saved._asked, saved._masses)
+    run_backward_with(where, dy, x, dx, dr, constant, dgamma, dbeta)
+
+
+def _map_on_device(
+    where: str, dy: Span, x: Any, dx: Any, dr: Any, saved: Saved, sums: np.ndarray, shared: Shared
+) -> None:
     """As `_map`: what depends on x by forward's kernel, a dy by backward's for frozen statistics, and their sum."""
     family, device = place_of(saved._table)
-    hi, lo, var, invstd, gamma, _ = family.host(saved._table)
-    rest = dy.family.like(dx, dx.strides)
-    with np.errstate(all="ignore"):
-        scale, shift = (-gamma * invstd * a / shared.values for a in (invstd * sums[1], sums[0]))
-    given = tuple(family.put(a, device) for a in (scale, shift, hi + lo, var))
-    run_forward(where, x, rest, saved._axes, new((6, len(hi)), FLOAT64, dy), given, shared.eps, None)
-    run_backward(where, dy, x, dx, saved, None, None, True)
-    dx.value[...] = dx.value + rest.value
+    rest = None
+    if dx is not None:
+        hi, lo, var, invstd, gamma, _ = family.host(saved._table)
+        rest = dy.family.like(dx, dx.strides)
+        with np.errstate(all="ignore"):
+            scale, shift = (-gamma * invstd * a / shared.values for a in (invstd * sums[1], sums[0]))
+        given = tuple(family.put(a, device) for a in (scale, shift, hi + lo, var))
+        run_forward(where, x, rest, saved._axes, new((6, len(hi)), FLOAT64, dy), given, shared.eps, None)
+    _run_constant(where, dy, x, dx, dr, saved, None, None)
+    if rest is not None:
+        more = rest.value
+        if saved._asked is not None and saved._asked.weights is not None:
+            w = saved._asked.weights.value
+            more = family.xp.where(w > 0, w * more, 0.0)  # x may be NaN there
+        dx.value[...] = dx.value + more

@@ -745,14 +745,16 @@ def test_bfloat16_is_as_wide_as_it_seems():
     assert np.dtype(ml_dtypes.bfloat16).itemsize == arrays.INT16.itemsize
 
 
+class Twice:
+    """Two ranks with the same data."""
+
+    def allgather(self, frame):
+        return frame, frame
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_across_ranks(library, dtype):
     """Two ranks with the same data: statistics and dx are those of both together, twice each value."""
-
-    class Twice:
-        def allgather(self, frame):
-            return frame, frame
-
     rng = np.random.default_rng(4)
     x, dy, gamma, beta, _, _ = data(rng, (4, 5, 6), (1,), dtype)
     want, whole = fastbn.reference.forward(np.concatenate([x, x]), gamma, beta)
@@ -769,16 +771,59 @@ def test_across_ranks(library, dtype):
     np.testing.assert_allclose(got[2].on_host, dbeta, atol=10 * near)
 
 
-def test_across_ranks_nothing_is_left_out(library):
-    """The sums of ranks know of batch norm alone on a GPU: an activation would be missing from the gradient."""
-
-    class Alone:
-        def allgather(self, frame):
-            return [frame]
-
+def test_groups_across_ranks_are_refused(library):
     x = data(np.random.default_rng(4), (4, 5, 6), (1,), np.float32)[0]
-    with pytest.raises(TypeError, match=r"activation, groups and weights with comm are for NumPy arrays so far"):
-        fastbn.forward(library.put(x), activation="relu", comm=Alone())
+    with pytest.raises(ValueError, match=r"fastbn\.forward: groups and comm are both given; expected one"):
+        fastbn.forward(library.put(x), groups=2, comm=Twice())
+
+
+@pytest.mark.parametrize("masked", [None, "normalize", "zero", "keep"])
+@pytest.mark.parametrize("activation", [None, "gelu", "leaky_relu"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_weights_activation_and_residual_across_ranks(dtype, activation, masked, library, rng):
+    """As on one rank with both halves: NaN where what is masked doesn't count."""
+    x, dy, gamma, beta, _, _ = data(rng, (6, 3, 5), (1,), dtype)
+    residual = rng.normal(size=x.shape).astype(dtype)
+    w = None
+    if masked is not None:
+        w = (rng.gamma(1.0, 1.0, (6, 1, 5)) * (rng.random((6, 1, 5)) < 0.7)).astype(np.float32)
+        if masked != "normalize":
+            x[np.broadcast_to(w == 0, x.shape)] = np.nan
+    options = {"activation": activation, "masked": masked or "normalize"}
+    both = [None if a is None else np.concatenate([a, a]) for a in (x, w, residual)]
+    want, whole = fastbn.reference.forward(both[0], gamma, beta, weights=both[1], residual=both[2], **options)
+    wanted = fastbn.reference.backward(np.concatenate([dy, dy]), whole)
+    put = library.put
+    there = None if w is None else put(w)
+    y, saved = fastbn.forward(
+        put(x), put(gamma), put(beta), weights=there, residual=put(residual), comm=Twice(), **options
+    )
+    assert saved.moments.count == pytest.approx(60 if w is None else 2 * w.sum(dtype=float), rel=1e-12)
+    found = fastbn.backward(put(dy), saved, reduce_params=True)
+    near = 40 * np.finfo(dtype).eps
+    np.testing.assert_allclose(y.on_host, want[:6], atol=near)
+    np.testing.assert_allclose(found[0].on_host, wanted[0][:6], atol=near)
+    np.testing.assert_allclose(found[3].on_host, wanted[3][:6], atol=near)
+    sums = 400 * np.finfo(found[1].on_host.dtype).eps
+    for got, sum_ in zip(found[1:3], wanted[1:3], strict=True):
+        np.testing.assert_allclose(got.on_host, sum_, rtol=sums, atol=sums)
+    alone = fastbn.backward(put(dy), saved, need=(False, False, False, True))
+    assert alone[:3] == (None, None, None)
+    np.testing.assert_array_equal(alone[3].on_host, found[3].on_host)
+
+
+def test_all_weights_0_across_ranks(library, rng):
+    """No statistics: what is normalized is beta, and nothing depends on x."""
+    x, dy, gamma, beta, _, _ = data(rng, (6, 3, 5), (1,))
+    y, saved = fastbn.forward(
+        library.put(x), library.put(gamma), library.put(beta), weights=library.put(np.zeros(6, np.float32)),
+        comm=Twice(),
+    )  # fmt: skip
+    np.testing.assert_array_equal(y.on_host, np.broadcast_to(beta[:, None], x.shape))
+    dx, dgamma, dbeta = fastbn.backward(library.put(dy), saved)
+    host, kept = fastbn.forward(x, gamma, beta, weights=np.zeros(6, np.float32), comm=Twice())
+    for got, want in zip((dx, dgamma, dbeta), fastbn.backward(dy, kept), strict=True):
+        np.testing.assert_allclose(got.on_host, want, rtol=1e-5, atol=1e-5)
 
 
 WEIGHTS = {  # of (6, 3, 5): by position, by sample, of other types; in memory of any order
@@ -862,17 +907,6 @@ def test_weights_that_are_refused(make, error, match, library, rng):
     with pytest.raises(error, match=f"fastbn.forward: {match}"):
         fastbn.forward(library.put(x), weights=make(library.put))
     assert library.state.calls == library.state.transfers == []
-
-
-def test_weights_across_ranks_are_refused(library, rng):
-    x, *_ = data(rng, (6, 3, 5), (1,))
-
-    class Alone:
-        def allgather(self, frame):
-            return [frame]
-
-    with pytest.raises(TypeError, match=r"groups and weights with comm are for NumPy arrays so far"):
-        fastbn.forward(library.put(x), weights=library.put(np.ones(6)), comm=Alone())
 
 
 GROUPS = {"equal": 4, "of sizes": [3, 0, 5], "by id": np.array([2, 0, 0, 3, 1, 1, 2, 0])}
@@ -1001,11 +1035,6 @@ def test_real_tensors(make, kind, tensors, real_torch, state, rng):
 
 def test_real_tensors_of_layers_and_ranks(tensors, real_torch, rng):
     """Running statistics, merged moments, state, gradients where they are told, and sums of ranks."""
-
-    class Twice:
-        def allgather(self, frame):
-            return frame, frame
-
     x, dy, gamma, beta, _, _ = data(rng, (8, 3, 5), (1,))
     like = tensors(x)
     options = {"on_nonfinite": "skip", "debias": True}
