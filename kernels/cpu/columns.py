@@ -59,7 +59,7 @@ def _rows(shape, plan):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _borders(k, shape, plan):  # type: ignore[no-untyped-def]
+def block_rows(k, shape, plan):  # type: ignore[no-untyped-def]
     """Block k of a tile: folded rows r0 to r1."""
     rows = (_rows(shape, plan) + plan.fold - 1) // plan.fold
     return k * plan.height, min((k + 1) * plan.height, rows)
@@ -68,7 +68,7 @@ def _borders(k, shape, plan):  # type: ignore[no-untyped-def]
 @part()
 def columns_count(k, shape, plan, few):  # type: ignore[no-untyped-def]
     """Values of a channel in block k, or in its first `few` rows."""
-    r0, r1 = _borders(k, shape, plan)
+    r0, r1 = block_rows(k, shape, plan)
     r1 = min(r1, r0 + few)
     return (min(r1 * plan.fold, _rows(shape, plan)) - r0 * plan.fold) * plan.period
 
@@ -107,7 +107,7 @@ def _later(a, offset):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _by_column(plan):  # type: ignore[no-untyped-def]
+def weights_by_column(plan):  # type: ignore[no-untyped-def]
     """Whether a row's columns have weights of their own: where it is folded, or a channel is more than a column."""
     return plan.period > 1 or plan.fold > 1
 
@@ -115,7 +115,7 @@ def _by_column(plan):  # type: ignore[no-untyped-def]
 @part()
 def weights_room(width, plan):  # type: ignore[no-untyped-def]
     """Weights that are laid out at once: of ROWS rows by column, or sixteen alike for each row of a block."""
-    return (ROWS * width if _by_column(plan) else max(ROWS, plan.height) * LANES) + LANES
+    return (ROWS * width if weights_by_column(plan) else max(ROWS, plan.height) * LANES) + LANES
 
 
 @unless_none(0, lambda *args: None)
@@ -148,10 +148,10 @@ def laid_out(w, k, end, start, channels, period, width, order, room):  # type: i
 
 
 @part()
-def _weights_of(w, r, rows, shape, channels, plan, order, room):  # type: ignore[no-untyped-def]
+def weights_of(w, r, rows, shape, channels, plan, order, room):  # type: ignore[no-untyped-def]
     """Those of some folded rows from r on, by column or sixteen alike."""
     k, end = r * plan.fold, min((r + rows) * plan.fold, _rows(shape, plan))
-    width = channels if _by_column(plan) else np.int64(LANES)
+    width = channels if weights_by_column(plan) else np.int64(LANES)
     return laid_out(w, k, end, np.int64(0), channels, plan.period, width, order, room)
 
 
@@ -162,9 +162,18 @@ def _part_of(a, r, c0, plan, order):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _width(r, shape, channels, plan):  # type: ignore[no-untyped-def]
+def width_of(r, shape, channels, plan):  # type: ignore[no-untyped-def]
     """Columns of folded row r: fewer in the last one."""
     return min(plan.fold, _rows(shape, plan) - r * plan.fold) * channels * plan.period
+
+
+@part()
+def some_rows(r, most, channels, shape, plan):  # type: ignore[no-untyped-def]
+    """How many folded rows from r on, of `most`, have sums in registers, and how many columns each of them has."""
+    rows, n = min(ROWS, most), width_of(r, shape, channels, plan)
+    if rows > 1 and width_of(r + rows - 1, shape, channels, plan) != n:
+        rows -= 1
+    return rows, n
 
 
 @part()
@@ -281,21 +290,18 @@ def columns_sums(sources, res, w, k, c0, channels, near, sums, plan, few, how, l
     laid out in `room`.
     """
     keep_whole()
-    by_column = np.int64(_by_column(plan))
+    by_column = np.int64(weights_by_column(plan))
     shape = sources[0].shape
-    r, r1 = _borders(k, shape, plan)
+    r, r1 = block_rows(k, shape, plan)
     r1 = min(r1, r + few)
     while r < r1:
-        runs, steps, left = _rows_of(sources, r, c0, plan, order)
+        runs, steps, left = rows_from(sources, r, c0, plan, order)
         run_r, step_r, _ = _part_of(res, r, c0, plan, order)
-        n = _width(r, shape, channels, plan)
-        rows = min(ROWS, left, r1 - r)
-        if rows > 1 and _width(r + rows - 1, shape, channels, plan) != n:
-            rows -= 1
+        rows, n = some_rows(r, min(left, r1 - r), channels, shape, plan)
         ahead, steps_ahead = _ahead_of(
             sources, shift_all(runs, steps, rows), steps, r + rows, c0 + channels, plan, order
         )
-        weights, step_w = _weights_of(w, r, rows, shape, channels, plan, order, room), n if by_column else LANES
+        weights, step_w = weights_of(w, r, rows, shape, channels, plan, order, room), n if by_column else LANES
         _add(
             runs, steps, run_r, step_r, weights, step_w, by_column, rows, n, near, sums, how, lenses, ahead, steps_ahead
         )  # fmt: skip
@@ -377,7 +383,7 @@ def _map_run(sources, target, beside, n, width, last, numbers, mode, past, ahead
 
 
 @formula
-def _rows_of(sources, r, c0, plan, order):  # type: ignore[no-untyped-def]
+def rows_from(sources, r, c0, plan, order):  # type: ignore[no-untyped-def]
     """As `_row`, of each."""
     places, steps, left = zip(*[called(_row, a, r, c0, plan, order) for a in sources], strict=True)
     return places, steps, left[0]
@@ -388,14 +394,14 @@ def columns_map(sources, target, beside, k, c0, channels, numbers, rare, plan, h
     """Block k of the channels from c0 on; `rare`: for how many of them the fast numbers won't do."""
     keep_whole()
     shape, width, (r, w, dr) = target.shape, channels * plan.period * plan.fold, beside
-    r0, r1 = _borders(k, shape, plan)
+    r0, r1 = block_rows(k, shape, plan)
     past, mode = plan.flags & PAST != 0, EXACT if plan.flags & EXACT or rare == channels else 1 if rare else 0
-    rows, by_column = pointers_of(numbers), _by_column(plan)
+    rows, by_column = pointers_of(numbers), weights_by_column(plan)
     together, most = absent(w) or by_column or width >= LANES, ROWS if by_column and not absent(w) else plan.height
     laid = (np.int64(1), np.int64(0)) if by_column else (np.int64(0), np.int64(LANES))
     reach = 1 + 1024 // width  # rows that are fetched ahead
     while r0 < r1:
-        runs, steps, left = _rows_of(sources, r0, c0, plan, order)
+        runs, steps, left = rows_from(sources, r0, c0, plan, order)
         run, step, _ = _row(target, r0, c0, plan, order)
         run_r, step_r, _ = _part_of(r, r0, c0, plan, order)
         run_dr, step_dr, _ = _part_of(dr, r0, c0, plan, order)
@@ -405,8 +411,8 @@ def columns_map(sources, target, beside, k, c0, channels, numbers, rare, plan, h
         at_once = min(count, most) if gapless and together else 1
         for i in range(0, count, at_once):
             last = min(at_once, count - i) - 1
-            n = last * width + _width(r0 + i + last, shape, channels, plan)
-            weights = _weights_of(w, r0 + i, last + 1, shape, channels, plan, order, room)
+            n = last * width + width_of(r0 + i + last, shape, channels, plan)
+            weights = weights_of(w, r0 + i, last + 1, shape, channels, plan, order, room)
             own = _later(run_r, i * step_r), weights, _later(run_dr, i * step_dr)
             _map_run(
                 shift_all(runs, steps, i), shifted(run, i * step), own, n, width, last, rows, mode,

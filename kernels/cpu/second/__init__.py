@@ -28,98 +28,30 @@ in cache. Borders depend on the shape alone, and partial sums merge in order.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
 
 from .. import threads
+from ..cut import Cut
 from ..items import Twins
 from ..lanes import LANES
-from ..plan import ceil
+from ..plan import ORDERED, WEIGHTED, Sizes, ceil, plan_of
 from ..schedule import FINISH, MAP, SUM
-from .columns import ROWS
 from .kernel import COEFFICIENTS, second_item
-from .runs import FROZEN, GATHER, KEEP, NO_R, NO_Z, PAST, PIVOTED, SKIP
+from .runs import FROZEN, KEEP, NO_R, NO_Z, SKIP
 
 DEPTH = 10  # of partial sums
-HEIGHT = 64  # folded rows of a block
+FEW = 512  # values of a channel that make a pivot
+# Five arrays and eleven coefficients by column, all in float64: a half to a quarter of backward's tiles.
+SIZES = Sizes(block=4096, slab=800_000, columns=256, serial=65536, past=6_000_000)
 
 
-class Cut(NamedTuple):
-    """How the kernel walks a set: compiled code reads these names, which mean what they do in `cut.Cut`."""
-
-    across: int
-    tile: int
-    pieces: int  # of a tile, whose sums are one
-    blocks: int
-    height: int
-    segments: int
-    length: int
-    period: int
-    fold: int
-    flags: int
-    few: int  # values, or folded rows, that make a pivot
-    inner: int  # elements of the inner axis
-
-
-class Sizes(NamedTuple):
-    """What a plan cuts a shape by; tests make them tiny."""
-
-    block: int = 4096  # elements of a run at most, and of what is gathered
-    slab: int = 600_000  # bytes of three arrays' tile of rows
-    line: int = 2048  # bytes of a tile of rows that follow each other in memory, at least
-    columns: int = 256  # columns of a tile: their sums and coefficients stay in L1
-    weighted: int = 128  # columns of a folded row that has weights
-    few: int = 512  # values of a channel that make a pivot
-    serial: int = 65536  # elements below which all runs on one thread
-    past: int = 30_000_000  # bytes of all arrays above which stores go past the caches
-
-
-SIZES = Sizes()
-
-
-@functools.lru_cache(maxsize=1024)
-def _plan(
-    shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], itemsize: int, largest: int, flags: int,
-    orderly: bool, weighted: bool, sizes: Sizes,
-) -> Cut:  # fmt: skip
-    """`largest`: outer indices of the largest group; `orderly`: those of a group follow each other."""
-    outer, channels, inner = shape
-    if itemsize == 8:
-        flags |= PIVOTED
-    if outer * channels * inner * itemsize * len(strides) > sizes.past:
-        flags |= PAST
-    across = channels > 1 and all(s[1] == itemsize and (inner == 1 or s[2] != itemsize) for s in strides)
-    short = 1 < inner < LANES and all(s[2] == itemsize and s[1] == inner * itemsize for s in strides)
-    if across or short:
-        period = inner if short else 1
-        rows, width = largest if short else largest * inner, channels * period
-        gapless = all((s[0] if short or inner == 1 else s[2]) == width * itemsize for s in strides)
-        level = short or inner == 1 or outer == 1 or all(s[0] == inner * s[2] for s in strides)
-        fold = 1
-        most = min(sizes.columns, sizes.weighted) if weighted else sizes.columns
-        if gapless and level and orderly and 2 * width <= most:
-            fold = max(1, min(most // width, rows // ROWS))
-        tile = channels if fold > 1 else max(1, min(channels, sizes.columns // period))
-        blocks = ceil(ceil(rows, fold), HEIGHT)
-        few = ceil(sizes.few, fold * period)
-        pieces = max(1, min(64, blocks // 4, 8192 // channels))
-        return Cut(1, tile, pieces, blocks, HEIGHT, 1, 1, period, fold, flags, few, inner)
-    gather = (inner > 1 and any(s[2] != itemsize for s in strides)) or inner < min(LANES, sizes.block)
-    if gather:
-        flags |= GATHER
-    segments = ceil(inner, sizes.block)
-    length = inner if segments == 1 else min(sizes.block, ceil(ceil(inner, segments), 2 * LANES) * 2 * LANES)
-    segments = ceil(inner, length)
-    runs = max(1, min(largest, sizes.block // length))
-    tile = max(sizes.slab // (3 * largest * inner * itemsize), sizes.line // (inner * itemsize), 1)
-    if gather:
-        tile = max(tile, 16)  # whose elements share lines
-    tile = min(tile, ceil(channels, 16))
-    blocks = ceil(largest, runs) * segments
-    pieces = max(1, min(64, blocks // 4, 8192 // channels))
-    return Cut(0, tile, pieces, blocks, runs, segments, length, 1, 1, flags, sizes.few, inner)
+def _nothing(shape: tuple[int, ...], dtype: np.dtype[Any], cut: Cut) -> np.ndarray:
+    """Stands for an array that isn't there: as many zeros as are read at once, wherever that is."""
+    run = np.zeros(max(cut.length, cut.tile * cut.period * cut.fold) + LANES, dtype)
+    return np.lib.stride_tricks.as_strided(run, shape, (0, 0, 0))
 
 
 def second(
@@ -139,10 +71,9 @@ def second(
     u, g, x, r, z (O, C, I): None for u, g or x stands for 0. table (6, Q C); tangents (2, C): p and q; `more`: weights,
     masked, mass, order and starts as in `fastbn.kernels`. r and z may be u, g or x, and not each other.
     """
-    arrays = [a for a in (u, g, x, r, z) if a is not None]
-    like = arrays[0]
+    like = next(a for a in (u, g, x, r, z) if a is not None)
+    strides = tuple([(like if a is None else a).strides for a in (u, g, x, r, z)])  # the same bits without some of them
     shape, channels = like.shape, like.shape[1]
-    absent = np.empty((0, *shape[1:]), like.dtype)
     weights = order = None
     starts, skip = np.array([0, shape[0]]), "normalize"
     if more is not None:
@@ -159,24 +90,26 @@ def second(
         if skip != "normalize":
             counts = np.count_nonzero(weights if order is None else weights[order], axis=(1, 2))
             sizes[0] = np.diff(np.concatenate([[0], np.cumsum(counts)])[starts])
-    largest = max(1, int(np.diff(starts).max()))
-    plan = _plan(
-        shape, tuple([a.strides for a in arrays]), like.itemsize, largest, flags, order is None, weights is not None,
-        SIZES,
+    largest, special = max(1, int(np.diff(starts).max())), 0 if order is None else ORDERED
+    plan = plan_of(
+        (largest, *shape[1:]), strides, (like.itemsize, like.itemsize, 0), SUM | MAP, SIZES, largest, shape[0],
+        special | (0 if weights is None else WEIGHTED),
     )  # fmt: skip
-    tiles, pieces = sets * ceil(channels, plan.tile), plan.pieces
+    cut, pieces, tiles = plan.cut._replace(flags=plan.cut.flags | flags), plan.pieces, sets * plan.tiles
     stages = FINISH | (0 if frozen and not need_gamma else SUM) | (0 if r is z is None else MAP)
     part = (np.empty if stages & SUM else np.zeros)((sets * pieces, DEPTH, channels))
     co, ggamma = np.empty((sets, COEFFICIENTS, channels)), np.empty((sets, channels))
     places = np.empty(0, np.int64) if order is None else order
+    absent = _nothing(shape, like.dtype, cut)
     given = [absent if a is None else a for a in (u, g, x, r, z)]
     numbers = np.ascontiguousarray(table.reshape(6, sets, channels).swapaxes(0, 1))
+    few = ceil(FEW, cut.period * cut.fold) if cut.across else FEW
     twins = _twins(like.dtype, None if weights is None else weights.dtype)
     count = 1 if like.size < SIZES.serial else threads.threads()
 
     def run(items: int, some: int) -> None:
         args = (*given, weights, places, starts, numbers, tangents, sizes, part, co, ggamma, np.zeros(1, np.int64))
-        threads.run(twins, items, *args, plan, some, parallel=items > 1)
+        threads.run(twins, items, *args, few, cut, some, parallel=items > 1)
 
     if count == 1:
         run(1, stages)
@@ -201,6 +134,6 @@ def _twins(dtype: np.dtype[Any], weights: np.dtype[Any] | None) -> Twins:
         second_item,
         (
             given, given, given, written, written, kind, list_, list_, three, numbers, numbers, three, three, numbers,
-            list_, numba.types.NamedUniTuple(integer, len(Cut._fields), Cut), integer,
+            list_, integer, numba.types.NamedUniTuple(integer, len(Cut._fields), Cut), integer,
         ),
     )  # fmt: skip

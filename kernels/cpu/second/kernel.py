@@ -5,27 +5,20 @@ from typing import Any
 import numpy as np
 from numba import types
 
+from ..columns import spread_columns, weights_room
 from ..compile import compiled
+from ..cut import EXACT, GATHER
 from ..formulas import intrinsic
 from ..items import by_all, claim, fence
-from ..lanes import keep_whole
+from ..lanes import blank, keep_whole
 from ..parts import part, unless_none
-from ..rows import index
-from ..schedule import FINISH, MAP, SUM
-from ..views import borrowed, carved, corner, hold, row
-from .columns import (
-    ROWS,
-    SUMS,
-    columns_map,
-    columns_sums,
-    group_rows,
-    tile_width,
-    to_channels,
-    to_columns,
-    weights_room,
-)
-from .runs import FROZEN, GATHER, PIVOTED, SKIP, rows_borders, rows_map, rows_sums
+from ..rows import block, index
+from ..schedule import FINISH, MAP, SUM, by_channel, listed, planned, start_of, tile_width
+from ..views import borrowed, carved, corner, hold, outer, place, row
+from .columns import columns_map, columns_sums
+from .runs import FROZEN, NO_R, NO_Z, SKIP, rows_map, rows_sums
 
+SUMS = 8
 COEFFICIENTS = 11
 
 
@@ -37,85 +30,82 @@ def weight_of(_typing: Any, w: Any) -> Any:
 
 
 @part()
-def _block(arrays, w, order, starts, q, k, c0, near, memory, plan, few):  # type: ignore[no-untyped-def]
-    sums, columns, scratch, weights, places = memory[1], memory[2], memory[3], memory[4], memory[5]
+def _block(sources, w, k, c0, near, memory, plan, few, order):  # type: ignore[no-untyped-def]
+    _, sums, columns, scratch, weights, _ = memory
     if plan.across:
-        columns_sums(
-            arrays, w, order, starts, q, k, c0, near.shape[1], columns, sums, plan, scratch, weights, places, few
-        )
+        columns_sums(sources, w, k, c0, near.shape[1], columns, sums, plan, few, order, weights)
     else:
-        rows_sums(arrays[:3], w, order, starts, q, k, c0, near, sums, plan, scratch, weights, few)
+        rows_sums(sources, w, k, c0, near, sums, plan, few, order, scratch, weights)
 
 
 @part()
-def _first_values(k, q, starts, plan):  # type: ignore[no-untyped-def]
+def _first_values(k, shape, plan, few):  # type: ignore[no-untyped-def]
     """The first values of a channel in block k: from which outer index of the set to which, and n elements from i0 on.
 
     Where columns are a channel each, rows are counted instead, one outer index's elements behind the other's.
     """
     if plan.across:
-        inner = plan.inner if plan.period > 1 else 1
-        rows = min(plan.few, plan.height) * plan.fold
-        r0 = k * plan.height * plan.fold
-        return r0, max(r0, min(r0 + rows, group_rows(q, starts, plan))), np.int64(0), inner
-    o0, o1, i0, n = rows_borders(k, q, starts, plan)
-    return o0 - starts[q], min(o1, o0 + (plan.few + n - 1) // n) - starts[q], i0, n
+        each = shape[2] if plan.period > 1 else 1
+        rows, r0 = min(few, plan.height) * plan.fold, k * plan.height * plan.fold
+        return r0, max(r0, min(r0 + rows, shape[0] * shape[2] // each)), np.int64(0), each
+    o0, o1, i0, n = block(k, shape, plan)
+    return o0, min(o1, o0 + (few + n - 1) // n), i0, n
 
 
 @unless_none(0, lambda *args: args[-1])
-def _with_weight(w, k, q, order, starts, plan, values):  # type: ignore[no-untyped-def]
+def _with_weight(w, k, order, shape, plan, few, values):  # type: ignore[no-untyped-def]
     """How many of the first `values` have weight, where others aren't counted."""
     if plan.flags & SKIP == 0:
         return values
-    first, last, i0, n = _first_values(k, q, starts, plan)
-    inner, count = 1 if plan.across == 0 or plan.period > 1 else plan.inner, 0
+    first, last, i0, n = _first_values(k, shape, plan, few)
+    inner, count = 1 if plan.across == 0 or plan.period > 1 else shape[2], 0
     for r in range(first, last):
         o = r // inner
         for i in range(i0 + r - o * inner, i0 + r - o * inner + n):
-            if w[index(order, starts[q] + o), 0, i] != 0:
+            if w[index(order, o), 0, i] != 0:
                 count += 1
     return count
 
 
 @part()
-def _pivots(arrays, w, order, starts, q, c0, table, near, totals, memory, plan):  # type: ignore[no-untyped-def]
+def _pivots(sources, w, c0, table, near, totals, memory, plan, few, order):  # type: ignore[no-untyped-def]
     """near (3, G) <- means of the first values of u and g that count, and hi; the same whichever piece asks."""
-    near[:] = 0.0
+    shape, columns = sources[0].shape, memory[2]
+    blank(near, 3)
     if plan.across:
-        memory[2][:3] = 0.0
-    if not plan.flags & FROZEN:
+        blank(columns, 3)
+    if plan.blocks > 0 and not plan.flags & FROZEN:
         k = count = 0
         while count == 0 and k < plan.blocks:  # the first block in which something counts
-            first, last, _, n = _first_values(k, q, starts, plan)
-            count, k = _with_weight(w, k, q, order, starts, plan, (last - first) * n), k + 1
-        _block(arrays, w, order, starts, q, np.int64(k - 1), c0, near, memory, plan, plan.few)
-        to_channels(memory[1], totals, plan)
+            first, last, _, n = _first_values(k, shape, plan, few)
+            count, k = _with_weight(w, k, order, shape, plan, few, (last - first) * n), k + 1
+        _block(sources, w, np.int64(k - 1), c0, near, memory, plan, few, order)
+        by_channel(memory[1], totals, plan)
         for c in range(near.shape[1]):
             near[0, c], near[1, c] = totals[0 if w is None else 5, c] / max(1, count), totals[1, c] / max(1, count)
     for c in range(near.shape[1]):
-        near[2, c] = table[q, 0, c0 + c]
+        near[2, c] = table[0, c0 + c]
     if plan.across:
-        to_columns(near, memory[2], plan)
+        spread_columns(near, columns, plan)
 
 
 @part()
-def _sums(arrays, w, order, starts, q, p, c0, near, totals, memory, plan, part):  # type: ignore[no-untyped-def]
+def _sums(sources, w, p, c0, near, totals, memory, plan, order, part):  # type: ignore[no-untyped-def]
     """part (10, C) of piece p: the sums and the pivots."""
-    for k in range(p * plan.blocks // plan.pieces, (p + 1) * plan.blocks // plan.pieces):
-        _block(arrays, w, order, starts, q, np.int64(k), c0, near, memory, plan, np.int64(1 << 62))
-    to_channels(memory[1], totals, plan)
-    at = q * plan.pieces + p
+    for k in range(p * plan.piece, min((p + 1) * plan.piece, plan.blocks)):
+        _block(sources, w, np.int64(k), c0, near, memory, plan, np.int64(1 << 62), order)
+    by_channel(memory[1], totals, plan)
     for c in range(near.shape[1]):
         for m in range(SUMS):
-            part[at, m, c0 + c] = totals[m, c]
-        part[at, 8, c0 + c], part[at, 9, c0 + c] = near[0, c], near[1, c]
+            part[m, c0 + c] = totals[m, c]
+        part[8, c0 + c], part[9, c0 + c] = near[0, c], near[1, c]
 
 
 @part()
-def _coefficients(q, c, table, tangents, sizes, part, co, ggamma, weighted, plan):  # type: ignore[no-untyped-def]
+def _coefficients(q, c, table, tangents, sizes, part, co, ggamma, weighted, pieces, plan):  # type: ignore[no-untyped-def]
     """Of a channel of a set. Pivots go to the constants, but for float64 data, which has no digits to spare."""
-    _finish(q, c, table, tangents, sizes, part, co, ggamma, weighted, plan)
-    if plan.flags & PIVOTED == 0:
+    _finish(q, c, table, tangents, sizes, part, co, ggamma, weighted, pieces, plan)
+    if plan.flags & EXACT == 0:
         pu, pg, hi = co[q, 0, c], co[q, 1, c], co[q, 2, c]
         co[q, 5, c] -= co[q, 3, c] * pu + co[q, 4, c] * hi
         co[q, 9, c] -= co[q, 7, c] * pu + co[q, 8, c] * hi
@@ -123,16 +113,16 @@ def _coefficients(q, c, table, tangents, sizes, part, co, ggamma, weighted, plan
 
 
 @part()
-def _finish(q, c, table, tangents, sizes, part, co, ggamma, weighted, plan):  # type: ignore[no-untyped-def]
+def _finish(q, c, table, tangents, sizes, part, co, ggamma, weighted, pieces, plan):  # type: ignore[no-untyped-def]
     """Coefficients (11, C) of a channel of a group, and dL/dgamma. The letters are those of this module's docstring."""
     v = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    for i in range(q * plan.pieces, (q + 1) * plan.pieces):
+    for i in range(q * pieces, (q + 1) * pieces):
         v = (
             v[0] + part[i, 0, c], v[1] + part[i, 1, c], v[2] + part[i, 2, c], v[3] + part[i, 3, c],
             v[4] + part[i, 4, c], v[5] + part[i, 5, c], v[6] + part[i, 6, c], v[7] + part[i, 7, c],
         )  # fmt: skip
     wu, g, wud, gd, gu, u, d, wd = v
-    pu, pg = part[q * plan.pieces, 8, c], part[q * plan.pieces, 9, c]
+    pu, pg = part[q * pieces, 8, c], part[q * pieces, 9, c]
     hi, lo, s, gamma = table[q, 0, c], table[q, 1, c], table[q, 3, c], table[q, 4, c]
     a, p = gamma * s, tangents[0, c]
     co[q, 0, c], co[q, 1, c], co[q, 2, c], co[q, 3, c] = pu, pg, hi, a
@@ -169,86 +159,93 @@ def _finish(q, c, table, tangents, sizes, part, co, ggamma, weighted, plan):  # 
 
 
 @part()
-def _map(arrays, w, order, starts, q, p, c0, g, co, memory, plan):  # type: ignore[no-untyped-def]
+def _map(sources, targets, w, p, c0, co, memory, plan, order):  # type: ignore[no-untyped-def]
     """Piece p of a tile, backwards."""
-    columns, scratch, weights, places = memory[2], memory[3], memory[4], memory[5]
-    for k in range((p + 1) * plan.blocks // plan.pieces - 1, p * plan.blocks // plan.pieces - 1, -1):
+    _, _, columns, scratch, weights, unread = memory
+    for k in range(min((p + 1) * plan.piece, plan.blocks) - 1, p * plan.piece - 1, -1):
         if plan.across:
-            columns_map(arrays, w, order, starts, q, k, c0, g, columns, plan, scratch, weights, places)
+            columns_map(sources, targets, w, k, c0, co.shape[1], columns, plan, order, weights, unread)
         else:
-            rows_map(arrays[:3], w, arrays[3:], order, starts, q, k, c0, g, co[q], plan, scratch, weights)
+            rows_map(sources, targets, w, k, c0, co, plan, order, scratch, weights, unread)
 
 
 @part()
-def _lent(memory, x, like, some, plan):  # type: ignore[no-untyped-def]
+def _lent(memory, x, like, plan):  # type: ignore[no-untyped-def]
     """Matrices in a work item's memory, all of which starts as 0, and how many bytes it takes."""
-    tile = plan.tile
-    width = tile_width(tile, plan)
-    run = max(plan.length, width) if plan.across else plan.height * plan.length if plan.flags & GATHER else plan.length
-    numbers, at = carved(memory, 0, 11, tile, 0.0)
+    width = tile_width(plan.tile, plan)
+    gathered = plan.height * plan.length if plan.flags & GATHER else 0
+    run = max(plan.length, width if plan.across else 0)
+    numbers, at = carved(memory, 0, 11, plan.tile, 0.0)
     sums, at = carved(memory, at, SUMS, width, 0.0)
     columns, at = carved(memory, at, COEFFICIENTS, width if plan.across else 0, 0.0)
-    scratch, at = carved(memory, at, 5, run if plan.flags & GATHER or some else 0, x)
-    gathered = weights_room(width, plan) if plan.across else run
-    weights, at = carved(memory, at, 1, gathered, like)
-    places, at = carved(memory, at, 5, ROWS, np.int64(0))
-    return (numbers, sums, columns, scratch, row(weights, 0, gathered), places), at
+    scratch, at = carved(memory, at, 5, gathered, x)
+    room = weights_room(width, plan) if plan.across else max(gathered, plan.length)
+    weights, at = carved(memory, at, 1, room, like)
+    unread, at = carved(memory, at, 1, run if plan.flags & (NO_R | NO_Z) else 0, x)
+    return (numbers, sums, columns, scratch, row(weights, 0, room), unread), at
 
 
 @part(_nrt=True)
-def _memory(any_matrix, x, like, some, plan):  # type: ignore[no-untyped-def]
+def _memory(any_matrix, x, like, plan):  # type: ignore[no-untyped-def]
     """`views.borrowed` says why nothing below a work item may own an array."""
-    return np.zeros((1, _lent(any_matrix, x, like, some, plan)[1] // 8))
+    return np.zeros((1, _lent(any_matrix, x, like, plan)[1] // 8))
 
 
 @part()
-def _second_units(arrays, w, order, starts, table, tangents, sizes, part, co, ggamma, claims, plan, stage, memory):  # type: ignore[no-untyped-def]
+def _second_units(
+    u, g, x, r, z, w, order, starts, table, tangents, sizes, part, co, ggamma, claims, few, plan, stage, memory
+):  # type: ignore[no-untyped-def]  # fmt: skip
     """What there is for an item to do."""
     keep_whole()
-    channels = table.shape[2]
-    tiles, split = (channels + plan.tile - 1) // plan.tile, 1 if stage & FINISH else plan.pieces
+    channels, pieces = table.shape[2], part.shape[0] // sizes.shape[1]
+    tiles, split = (channels + plan.tile - 1) // plan.tile, 1 if stage & FINISH else pieces
     work = sizes.shape[1] * tiles * split
     unit = claim(claims, 0)
     while unit < work:
         q, rest = unit // (tiles * split), unit % (tiles * split)
         c0, p = rest // split * plan.tile, rest % split
-        p0, p1 = (0, plan.pieces) if stage & FINISH else (p, p + 1)
-        c1 = min(c0 + plan.tile, channels)
-        near, totals = corner(memory[0], 0, 3, c1 - c0), corner(memory[0], 3, SUMS, c1 - c0)
+        p0, p1 = (0, pieces) if stage & FINISH else (p, p + 1)
+        g0, g1 = c0, min(c0 + plan.tile, channels)
+        n0, count = start_of(order, starts[q]), starts[q + 1] - starts[q]
+        sources = outer(u, n0, count), outer(g, n0, count), outer(x, n0, count)
+        targets, weights = (outer(r, n0, count), outer(z, n0, count)), outer(w, n0, count)
+        own, order_of, numbers = planned(sources[0].shape, plan), listed(order, starts[q], count), place(table, q)
+        near, totals = corner(memory[0], 0, 3, g1 - g0), corner(memory[0], 3, SUMS, g1 - g0)
         if stage & SUM:
-            _pivots(arrays, w, order, starts, q, c0, table, near, totals, memory, plan)
+            _pivots(sources, weights, c0, numbers, near, totals, memory, own, few, order_of)
             for p in range(p0, p1):
-                _sums(arrays, w, order, starts, q, p, c0, near, totals, memory, plan, part)
+                _sums(sources, weights, p, c0, near, totals, memory, own, order_of, place(part, q * pieces + p))
         if stage & FINISH:
-            for c in range(c0, c1):
-                _coefficients(q, c, table, tangents, sizes, part, co, ggamma, w is not None, plan)
+            for c in range(g0, g1):
+                _coefficients(q, c, table, tangents, sizes, part, co, ggamma, w is not None, pieces, plan)
         if stage & MAP:
+            mine = co[q, :, g0:g1]
             if plan.across:
-                to_columns(co[q, :, c0:c1], memory[2], plan)
+                spread_columns(mine, memory[2], plan)
             for p in range(p1 - 1, p0 - 1, -1):
-                _map(arrays, w, order, starts, q, p, c0, c1 - c0, co, memory, plan)
+                _map(sources, targets, weights, p, c0, mine, memory, own, order_of)
         unit = claim(claims, 0)
 
 
 @compiled
 def second_item(
-    k, items, u, g, x, r, z, w, order, starts, table, tangents, sizes, part, co, ggamma, claims, plan, stage, every
-):  # type: ignore[no-untyped-def]
-    """u, g, x, r, z (O, C, I), u, g, r, z or none of it; w (O, 1, I) or None; order (O,) or (0,), starts (Q + 1,),
-    table (Q, 6, C), tangents (2, C), sizes (2, Q): count and sum of weights; part (Q P, 10, C), co (Q, 11, C),
-    ggamma (Q, C)."""
+    k, items, u, g, x, r, z, w, order, starts, table, tangents, sizes, part, co, ggamma, claims, few, plan, stage,
+    every
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """u, g, x, r, z (O, C, I): zeros with steps of 0 where there is none, which isn't written; w (O, 1, I) or None;
+    order (O,) or (0,), starts (Q + 1,), table (Q, 6, C), tangents (2, C), sizes (2, Q): count and sum of weights; part
+    (Q P, 10, C), co (Q, 11, C), ggamma (Q, C). few: values, or folded rows, that make a pivot."""
     keep_whole()
     if k < 0:
-        by_all(every, items, (u, g, x, r, z, w, order, starts, table, tangents, sizes, part, co, ggamma, claims, plan,
-                              stage, every))  # fmt: skip
+        by_all(every, items, (u, g, x, r, z, w, order, starts, table, tangents, sizes, part, co, ggamma, claims, few,
+                              plan, stage, every))  # fmt: skip
         return
-    some = u.shape[0] == 0 or g.shape[0] == 0 or r.shape[0] == 0 or z.shape[0] == 0 or x.shape[0] == 0
-    owned = _memory(borrowed(tangents), borrowed(x), weight_of(w), some, plan)
-    memory, _ = _lent(borrowed(owned), borrowed(x), weight_of(w), some, plan)
+    owned = _memory(borrowed(tangents), borrowed(x), weight_of(w), plan)
+    memory, _ = _lent(borrowed(owned), borrowed(x), weight_of(w), plan)
     _second_units(
-        (borrowed(u), borrowed(g), borrowed(x), borrowed(r), borrowed(z)), borrowed(w), borrowed(order),
+        borrowed(u), borrowed(g), borrowed(x), borrowed(r), borrowed(z), borrowed(w), borrowed(order),
         borrowed(starts), borrowed(table), borrowed(tangents), borrowed(sizes), borrowed(part), borrowed(co),
-        borrowed(ggamma), borrowed(claims), plan, stage, memory,
+        borrowed(ggamma), borrowed(claims), few, plan, stage, memory,
     )  # fmt: skip
     fence()
     hold(owned)

@@ -1,6 +1,7 @@
 """Sums and maps of second order along runs inside a channel, in float64 lanes."""
 
 from ..activations import loaded, loaded_part
+from ..cut import EXACT, GATHER, PAST
 from ..formulas import called, formula
 from ..lanes import (
     LANES,
@@ -16,19 +17,17 @@ from ..lanes import (
 )
 from ..maps import fetch_all, load_parts, loads, write
 from ..parts import part, unless_none
-from ..rows import at, gathered, index, lanes_of, scatter
+from ..rows import at, at_all, block, gathered, index, lanes_of, scatter
 from ..sums import AHEAD, add_lanes, load_about, load_parts_about
 from ..views import row
 
-PAST, GATHER, FROZEN, SKIP, KEEP, NO_R, NO_Z, PIVOTED = 1, 2, 4, 8, 16, 32, 64, 128  # SKIP, KEEP: for weights of 0
+# Flags beside those of `cut`; SKIP, KEEP: for weights of 0. EXACT: u, g and x are taken relative to pivots in the map.
+FROZEN, SKIP, KEEP, NO_R, NO_Z = 32, 64, 128, 256, 512
 
 # Sums: 0 w u, 1 g, 2 w u d, 3 g d, 4 g u; with weights also 5 u, 6 d, 7 w d; all less their pivots, which
 # `part` has as 8, 9.
 # Coefficients: 0 pivot of u, 1 of g, 2 hi; r = a u + b d + c: 3 a, 4 b, 5 c;
 # z = e g + k + w (f u + h d + l): 6 e, 7 f, 8 h, 9 l, 10 k.
-# A plan: 0 columns?, 1 channels of a tile, 2 pieces, 3 blocks of a group at most, 4 runs of a block or folded rows,
-# 5 segments of a run, 6 elements of a segment, 7 period, 8 fold, 9 flags, 10 first values for a pivot,
-# 11 elements of a whole run.
 
 
 @part()
@@ -81,7 +80,7 @@ def _sum_run(sources, w, n, near, skip, sums, line):  # type: ignore[no-untyped-
 def results(values, w, co, flags):  # type: ignore[no-untyped-def]
     """r and z for lanes of u, g and x."""
     u = values[0]
-    v, g, d = about(values, co[:3]) if flags & PIVOTED else values
+    v, g, d = about(values, co[:3]) if flags & EXACT else values
     r = fma(v, co[3], fma(d, co[4], co[5]))
     if flags & FROZEN:  # u and x don't count, and may be infinite; pivots are 0
         z = g * co[6]
@@ -136,111 +135,79 @@ def _map_run(sources, w, targets, n, co, flags):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _run_of(a, o, c, i, instead):  # type: ignore[no-untyped-def]
-    """A pointer into an array, or what stands in for one that isn't there."""
-    return instead if a.shape[0] == 0 else at(a, o, c, i)
+def instead(targets, unread, flags):  # type: ignore[no-untyped-def]
+    """Where r and z go: to a run that nobody reads where they aren't wanted."""
+    (of_r, of_z), run = targets, pointer(unread, 0)
+    return run if flags & NO_R else of_r, run if flags & NO_Z else of_z
 
 
 @formula
-def runs_of(arrays, o, c, i, instead):  # type: ignore[no-untyped-def]
-    """The same of each."""
-    return tuple(called(_run_of, a, o, c, i, instead) for a in arrays)
-
-
-@formula
-def stand_ins(scratch):  # type: ignore[no-untyped-def]
-    """For sources and for targets that aren't there: zeros, which stay so, and a run that nobody reads."""
-    return pointer(scratch, 0), pointer(scratch, scratch.strides[0])
+def _gathered(sources, c, o0, o1, i0, n, order, scratch):  # type: ignore[no-untyped-def]
+    """Values of a channel of each, in the first rows of scratch."""
+    runs = [row(scratch, k, scratch.shape[1]) for k in range(len(sources))]
+    return tuple(called(gathered, a, c, o0, o1, i0, n, order, run) for a, run in zip(sources, runs, strict=True))
 
 
 @unless_none(0, lambda *args: None)
-def _weights_of(w, o, i, gathered, scratch):  # type: ignore[no-untyped-def]
-    return pointer(scratch, 0) if gathered else at(w, o, 0, i)
-
-
-@part()
-def _gather(a, c, order, o0, o1, i0, n, scratch):  # type: ignore[no-untyped-def]
-    if a.shape[0] > 0:
-        gathered(a, c, o0, o1, i0, n, order, scratch)
-    return pointer(scratch, 0)
+def _weights_of(w, o, i, gather, room):  # type: ignore[no-untyped-def]
+    return pointer(room, 0) if gather else at(w, o, 0, i)
 
 
 @formula
-def _gathered(arrays, c, order, o0, o1, i0, n, scratch):  # type: ignore[no-untyped-def]
-    """Values of a channel of each, in the first rows of scratch."""
-    runs = [row(scratch, k, scratch.shape[1]) for k in range(len(arrays))]
-    return tuple(called(_gather, a, c, order, o0, o1, i0, n, run) for a, run in zip(arrays, runs, strict=True))
-
-
-@part()
-def _scatter(scratch, a, c, order, o0, o1, i0, n):  # type: ignore[no-untyped-def]
-    if a.shape[0] > 0:
-        scatter(scratch, a, c, o0, o1, i0, n, order)
-
-
-@part()
-def rows_borders(k, q, starts, plan):  # type: ignore[no-untyped-def]
-    """Block k of group q: outer o0 to o1 (places in the order), n elements from i0 on."""
-    o0 = min(starts[q] + (k // plan.segments) * plan.height, starts[q + 1])
-    i0 = (k % plan.segments) * plan.length
-    return o0, min(o0 + plan.height, starts[q + 1]), i0, min(plan.length, plan.inner - i0)
-
-
-@formula
-def _near_of(near, c):  # type: ignore[no-untyped-def]
-    """A channel's pivots, each in all lanes."""
+def _pivots_of(near, c):  # type: ignore[no-untyped-def]
+    """A channel's, each in all lanes."""
     return tuple(spread_of(near, i, c) for i in range(3))
 
 
-@part()
-def rows_sums(sources, w, order, starts, q, k, c0, near, sums, plan, scratch, weights, few):  # type: ignore[no-untyped-def]
-    """Lanes of sums (8, 16 G) += those of block k, or of its first runs of `few` values at least."""
-    keep_whole()
-    o0, o1, i0, n = rows_borders(k, q, starts, plan)
-    o1 = min(o1, o0 + (few + n - 1) // n)
-    gather, zeros, _ = plan.flags & GATHER != 0, *stand_ins(scratch)
-    if gather:
-        gathered(w, 0, o0, o1, i0, n, order, weights)
-    count = max(1, o1 - o0) if gather else 1
-    for o in range(o0, o1, count):
-        p = index(order, o)
-        run_w = _weights_of(w, p, i0, gather, weights)
-        for c in range(near.shape[1]):
-            if gather:
-                runs = _gathered(sources, c0 + c, order, o0, o1, i0, n, scratch)
-            else:
-                runs = runs_of(sources, p, c0 + c, i0, zeros)
-            skip, line = plan.flags & SKIP != 0, sums.strides[0]
-            _sum_run(runs, run_w, count * n, _near_of(near, c), skip, lanes_of(sums, 0, c), line)
-
-
 @formula
-def _eleven(co, c):  # type: ignore[no-untyped-def]
-    """A channel's coefficients, each in all lanes."""
+def _coefficients_of(co, c):  # type: ignore[no-untyped-def]
     return tuple(spread_of(co, i, c) for i in range(11))
 
 
 @part()
-def rows_map(sources, w, targets, order, starts, q, k, c0, width, co, plan, scratch, weights):  # type: ignore[no-untyped-def]
-    """r and z of block k for `width` channels from c0 on, backwards: what was read last is in cache."""
+def rows_sums(sources, w, k, c0, near, sums, plan, few, order, scratch, room):  # type: ignore[no-untyped-def]
+    """Lanes of sums (8, 16 G) += those of block k, or of its first runs of `few` values at least."""
     keep_whole()
-    o0, o1, i0, n = rows_borders(k, q, starts, plan)
-    flags, (zeros, unread) = plan.flags, stand_ins(scratch)
-    gather = flags & GATHER != 0
+    o0, o1, i0, n = block(k, sources[0].shape, plan)
+    o1 = min(o1, o0 + (few + n - 1) // n)
+    gather, skip, line = plan.flags & GATHER != 0, plan.flags & SKIP != 0, sums.strides[0]
     if gather:
-        gathered(w, 0, o0, o1, i0, n, order, weights)
+        gathered(w, 0, o0, o1, i0, n, order, room)
+    count = max(1, o1 - o0) if gather else 1
+    for o in range(o0, o1, count):
+        p = index(order, o)
+        run_w = _weights_of(w, p, i0, gather, room)
+        for c in range(near.shape[1]):
+            if gather:
+                runs = _gathered(sources, c0 + c, o0, o1, i0, n, order, scratch)
+            else:
+                runs = at_all(sources, p, c0 + c, i0)
+            _sum_run(runs, run_w, count * n, _pivots_of(near, c), skip, lanes_of(sums, 0, c), line)
+
+
+@part()
+def rows_map(sources, targets, w, k, c0, co, plan, order, scratch, room, unread):  # type: ignore[no-untyped-def]
+    """r and z of block k for the channels from c0 on, of coefficients co (11, G), backwards: what was read last is in
+    cache."""
+    keep_whole()
+    o0, o1, i0, n = block(k, sources[0].shape, plan)
+    flags, gather = plan.flags, plan.flags & GATHER != 0
+    if gather:
+        gathered(w, 0, o0, o1, i0, n, order, room)
         flags &= ~PAST
     count = max(1, o1 - o0) if gather else 1
     for o in range(o1 - count, o0 - 1, -count):
         p = index(order, o)
-        run_w = _weights_of(w, p, i0, gather, weights)
-        for c in range(c0, c0 + width):
+        run_w = _weights_of(w, p, i0, gather, room)
+        for c in range(co.shape[1]):
             if gather:
-                runs = _gathered(sources, c, order, o0, o1, i0, n, scratch)
-                results = pointer(scratch, 3 * scratch.strides[0]), pointer(scratch, 4 * scratch.strides[0])
+                runs = _gathered(sources, c0 + c, o0, o1, i0, n, order, scratch)
+                written = pointer(scratch, 3 * scratch.strides[0]), pointer(scratch, 4 * scratch.strides[0])
             else:
-                runs, results = runs_of(sources, p, c, i0, zeros), runs_of(targets, p, c, i0, unread)
-            _map_run(runs, run_w, results, count * n, _eleven(co, c), flags)
-            if gather:
-                _scatter(scratch[3], targets[0], c, order, o0, o1, i0, n)
-                _scatter(scratch[4], targets[1], c, order, o0, o1, i0, n)
+                runs = at_all(sources, p, c0 + c, i0)
+                written = instead(at_all(targets, p, c0 + c, i0), unread, flags)
+            _map_run(runs, run_w, written, count * n, _coefficients_of(co, c), flags)
+            if gather and not flags & NO_R:
+                scatter(scratch[3], targets[0], c0 + c, o0, o1, i0, n, order)
+            if gather and not flags & NO_Z:
+                scatter(scratch[4], targets[1], c0 + c, o0, o1, i0, n, order)
