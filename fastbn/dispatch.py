@@ -106,12 +106,7 @@ def kernels(where: str, x: Any) -> Kernels:
             )
         return _load(name)
     if x.whole and _backend in ("auto", "cupy"):  # CuPy's have one type of elements for x and y
-        if _backend == "cupy":
-            raise TypeError(
-                f"{where}: x is a {x}, and the backend 'cupy' is for floats; whole numbers go by \"numba-cuda\". Call "
-                'fastbn.set_backend("auto"), or convert x to float32'
-            )
-        return _load_for_device("numba-cuda", where)
+        return _numba_alone(where, x, "whole numbers")
     if _backend in _DEVICE_KERNELS:
         return _load_for_device(_backend, where)
     if _backend != "auto":
@@ -124,21 +119,24 @@ def kernels(where: str, x: Any) -> Kernels:
 
 
 def second_order_on_device(where: str, x: Span) -> Any:
-    """What has `second` for x: the kernels of numba.cuda, alone among those for arrays on a GPU."""
+    """What has `second` for x."""
+    return _numba_alone(where, x, "second order") if _backend in ("auto", "cupy") else kernels(where, x)
+
+
+def _numba_alone(where: str, x: Span, what: str) -> Kernels:
+    """The kernels of numba.cuda: alone among those for arrays on a GPU they have `what`, for arrays of any library."""
     if _backend == "cupy":
         raise TypeError(
-            f"{where}: x is a {x}, and the backend 'cupy' has no second order; expected 'numba-cuda', whose kernels "
+            f"{where}: x is a {x}, and the backend 'cupy' has no {what}; expected 'numba-cuda', whose kernels "
             'read such arrays, too. Call fastbn.set_backend("auto"), which takes them for this'
         )
-    if _backend == "auto":
-        try:
-            return _load_for_device("numba-cuda", where)
-        except RuntimeError as cause:
-            raise RuntimeError(
-                f"{where}: x is a {x}, and second order on a GPU is numba-cuda's, which can't be used: "
-                f"{missing('numba-cuda')}"
-            ) from cause
-    return kernels(where, x)
+    try:
+        return _load_for_device("numba-cuda", where)
+    except RuntimeError as cause:
+        raise RuntimeError(
+            f"{where}: x is a {x}, and {what} on a GPU is for numba-cuda's kernels, which can't be used: "
+            f"{missing('numba-cuda')}"
+        ) from cause
 
 
 @functools.cache

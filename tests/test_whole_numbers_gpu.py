@@ -134,7 +134,7 @@ def test_what_is_refused(there):
     with (
         fastbn.set_backend("cupy"),
         pytest.raises(
-            TypeError, match=r"forward: x is a uint8 .*, and the backend 'cupy' is for floats; .* \"numba-cuda\""
+            TypeError, match=r"forward: x is a uint8 .*the backend 'cupy' has no whole numbers; expected 'numba-cuda'"
         ),
     ):
         fastbn.forward(q)
@@ -150,5 +150,5 @@ def test_without_numba_cuda(there, monkeypatch):
     """CuPy, which is there, has no kernels for them."""
     monkeypatch.setitem(sys.modules, "numba.cuda", None)
     monkeypatch.setattr(dispatch, "missing", lambda _: "numba.cuda can't be imported")
-    with pytest.raises(RuntimeError, match=r"moments: the backend 'numba-cuda' can't be used: numba.cuda can't be im"):
+    with pytest.raises(RuntimeError, match=r"moments: x is a uint8 .*, which can't be used: numba.cuda can't be im"):
         fastbn.moments(there(np.eye(3, dtype=np.uint8)))
