@@ -75,7 +75,7 @@ def activate(name: str, p: float, z: np.ndarray) -> np.ndarray:
             "gelu": lambda: 0.5 * z * (1.0 + _erf(z / math.sqrt(2.0))),
             "sigmoid": lambda: _sigmoid(z),
             "tanh": lambda: np.tanh(z),
-            "hardswish": lambda: z * np.clip(z + 3.0, 0.0, 6.0) / 6.0,
+            "hardswish": lambda: z * (np.clip(z + 3.0, 0.0, 6.0) / 6.0),
         }[name]())  # fmt: skip
 
 

@@ -116,12 +116,14 @@ def test_activation_functions(activation, dtype, rng, backend):
         back = deactivate(activation, parameter, out[0].astype(np.float64))
         kept = out[0] > -0.999  # nearer to elu's limit, -1, y says ever less of z
         assert (np.abs(out[2] - back)[kept] <= 8 * np.finfo(dtype).eps * np.maximum(1, np.abs(back[kept]))).all()
-    edge = np.resize(np.array([np.nan, np.inf, -np.inf, 1e30], dtype), 16)
+    edge = np.resize(np.array([np.nan, np.inf, -np.inf, 1e30, np.finfo(dtype).max], dtype), 16)
     out = np.empty((3, 16), dtype)
     entry((parameter, 1.0, 0.0, 0.0), edge, out)
     assert np.isnan(out[0, 0])
     want = activate(activation, parameter, edge[1:2].astype(np.float64))[0]
     assert out[0, 1] == want or abs(out[0, 1] - want) < 1e-6
+    want = activate(activation, parameter, edge[3:5].astype(np.float64))
+    np.testing.assert_allclose(out[0, 3:5].astype(np.float64), want, rtol=limit)
 
 
 @pytest.mark.parametrize(

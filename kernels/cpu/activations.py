@@ -369,7 +369,7 @@ _FUNCTIONS = {
     "gelu": (lambda z, a: z * _normal(z), _gelu_slope, None),
     "sigmoid": (lambda z, a: _sigmoid(z), _sigmoid_slope, None),
     "tanh": (lambda z, a: _tanh(z), _tanh_slope, None),
-    "hardswish": (lambda z, a: z * _clip(z + 3.0) * (1.0 / 6.0), _hardswish_slope, None),
+    "hardswish": (lambda z, a: z * (_clip(z + 3.0) * (1.0 / 6.0)), _hardswish_slope, None),
 }
 
 

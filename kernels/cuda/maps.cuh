@@ -26,7 +26,7 @@ template <class A> FASTBN_DEVICE A activate(A z, A p) {
     case GELU: return (A)0.5 * z * (1 + erf(z * (A)0.70710678118654752));
     case SIGMOID: return sigmoid(z);
     case TANH: return tanh(z);
-    case HARDSWISH: return z * six(z + 3) * (A)(1.0 / 6);
+    case HARDSWISH: return z * (six(z + 3) * (A)(1.0 / 6));
   }
 }
 // Its slope; at a kink that of the left side.

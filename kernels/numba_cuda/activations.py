@@ -69,7 +69,7 @@ def functions_of(name: str, real: Any) -> tuple[Any, Any]:
         "sigmoid": (lambda z, _: sigmoid(z), lambda z, _: bell(z)),
         "tanh": (lambda z, _: real(math.tanh(z)), lambda z, _: four * bell(z + z)),
         "hardswish": (
-            lambda z, _: z * clipped(z + three) * sixth,
+            lambda z, _: z * (clipped(z + three) * sixth),
             lambda z, _: zero if z <= -three else z * third + half if z < three else one,
         ),
     }[name]
