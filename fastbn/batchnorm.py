@@ -26,7 +26,6 @@ from .arguments import (
     check_real,
     describe,
     dtype_of,
-    finite,
     native,
     same_memory,
 )
@@ -35,7 +34,7 @@ from .distributed import ALONE, Ranks, Shared, ranks_of, rows_of, statistics
 from .extras import Asked, ask
 from .host import caller_of
 from .kept import lost_channels, picked
-from .layout import channels_of, dense_copy, empty
+from .layout import channels_of, dense_copy
 from .moments import Moments
 from .plain import (
     backward_on_device,
@@ -50,6 +49,7 @@ from .runs import (
     flat,
     new,
     own,
+    placed,
     run_backward,
     run_backward_shared,
     run_backward_with,
@@ -58,6 +58,7 @@ from .runs import (
     shaped,
 )
 from .saved import Saved, moments_of, number_type
+from .units import in_whole_numbers, is_unitless, units_of
 
 _ALL = True, True, True  # of dx, dgamma and dbeta
 
@@ -308,13 +309,8 @@ def _backward(where: str, dy: Any, saved: Saved, need: Any, out: Any, reduce_par
     residual = _residual_of(asked)
 
     def large(name: str, given: Any, apart: dict[str, Any]) -> Any:
-        if given is not None:
-            may_be = {"dy": given_dy, "x": x} if name == "dx" else {"dy": given_dy}
-            may_be["residual"] = residual
-            return check_out(where, f"out ({name})", given, saved._shape, dtype, given_dy, may_be, apart, caller)
-        if like is not None:
-            return like.result()
-        return (empty if caller is None else caller.empty)(saved._shape, saved._strides, dtype)
+        may_be = {"dy": given_dy, "residual": residual} | ({"x": x} if name == "dx" else {})
+        return placed(where, f"out ({name})", given, saved, dtype, given_dy, may_be, apart, caller)
 
     if need_dx:
         dx = large("dx", given_dx, {})
@@ -383,7 +379,7 @@ def infer(
     if not (weights is groups is residual is activation is None and masked == "normalize"):
         more = (weights, masked, groups, residual, activation)
     y: Array | None = None
-    if more is None and type(x) is np.ndarray and type(axis) is int and _is_unitless(scale, zero_point):
+    if more is None and type(x) is np.ndarray and type(axis) is int and is_unitless(scale, zero_point):
         y = infer_plainly(where, x, mean, var, gamma, beta, axis, eps, out)
     if y is None:
         y = _forward(where, x, gamma, beta, axis, eps, (mean, var), out, more, scale, zero_point)[0]
@@ -401,7 +397,7 @@ def moments(x: Any, *, axis: Axis = 1, weights: Any = None, scale: float = 1.0, 
     Moments(count=2, mean=[2, 10], var=[1, 0])
     """
     where = "fastbn.moments"
-    if type(x) is np.ndarray and type(axis) is int and weights is None and _is_unitless(scale, zero_point):
+    if type(x) is np.ndarray and type(axis) is int and weights is None and is_unitless(scale, zero_point):
         way = way_of(x.shape, x.strides, x.dtype, axis)
         if way is not None and x.flags.aligned:
             return moments_plainly(where, way, x)
@@ -409,7 +405,7 @@ def moments(x: Any, *, axis: Axis = 1, weights: Any = None, scale: float = 1.0, 
     axes = check_axis(where, x, axis)
     table = new((6, channels_of(x.shape, axes).number), FLOAT64, x)
     asked = None if weights is None else ask(where, x, axes, x.dtype, weights)
-    units = _units(where, x, scale, zero_point)
+    units = units_of(where, x, scale, zero_point)
     masses, _ = run_forward(where, x, None, axes, table, (None, None, None, None), 1.0, asked)
     found: Moments = moments_of(x.shape, axes, table, x.dtype, asked, masses, units)
     return found
@@ -467,7 +463,7 @@ def _forward(
     more: tuple[Any, ...] | None, scale: float, zero_point: float, ranks: Ranks | None = None,
     known: Moments | None = None,
 ) -> tuple[Any, Saved]:  # fmt: skip
-    plain = more is None and ranks is None and _is_unitless(scale, zero_point)
+    plain = more is None and ranks is None and is_unitless(scale, zero_point)
     if plain and type(x) is np.ndarray and type(axis) is int:  # nearly always
         way = way_of(x.shape, x.strides, x.dtype, axis)
         if way is not None and x.flags.aligned:
@@ -491,7 +487,7 @@ def _forward(
     channels = channels_of(x.shape, axes)
     gamma = None if gamma is None else check_real(where, "gamma", gamma, channels.shape, x)
     beta = None if beta is None else check_real(where, "beta", beta, channels.shape, x)
-    units = _units(where, x, scale, zero_point)
+    units = units_of(where, x, scale, zero_point)
     result = x.dtype if units is None else FLOAT32
     asked = None if more is None else ask(where, x, axes, result, *more)
     if units not in (None, (1.0, 0.0)) and asked is not None and asked.masked == "keep":
@@ -525,7 +521,7 @@ def _forward(
         else:
             lost = at, picked(x, axes, at)
     if units is not None:
-        mean, var, eps = _in_whole_numbers(mean, var, eps, units)
+        mean, var, eps = in_whole_numbers(mean, var, eps, units)
     if ranks is None or frozen is not None:
         shared = None
         masses, kept = run_forward(where, x, y, axes, table, (gamma, beta, mean, var), eps, asked)
@@ -576,37 +572,6 @@ def _shared_statistics(
     if shared.values == 1:
         _warn_of_one_value(x, axis)
     return shared, rows
-
-
-def _is_unitless(scale: Any, zero_point: Any) -> bool:
-    """Whether x stands for itself. What is no number, such as an array, is for `_units` to refuse."""
-    return type(scale) in (float, int) and scale == 1.0 and type(zero_point) in (float, int) and zero_point == 0.0
-
-
-def _units(where: str, x: Any, scale: Any, zero_point: Any) -> tuple[float, float] | None:
-    """Scale and zero point of whole numbers; None for numbers that stand for themselves."""
-    if not (x.whole if isinstance(x, Span) else x.dtype.kind in "iu"):
-        if finite(scale) != 1.0 or finite(zero_point) != 0.0:
-            raise ValueError(
-                f"{where}: scale or zero_point is given with x of {dtype_of(x)}; expected them with whole numbers only"
-            )
-        return None
-    # Its square and that of its inverse are finite.
-    if (step := finite(scale)) is None or not 1e-150 <= step <= 1e150 or (zero := finite(zero_point)) is None:
-        raise ValueError(
-            f"{where}: scale is {describe(scale)} and zero_point {describe(zero_point)}; expected finite numbers, and "
-            "a scale above 0, 1e-150 to 1e150"
-        )
-    return step, zero
-
-
-def _in_whole_numbers(mean: Any, var: Any, eps: float, units: tuple[float, float]) -> tuple[Any, Any, float]:
-    """Statistics and eps of x in the unit of its whole numbers: y is the same by both."""
-    step, zero = units
-    if mean is not None and units != (1.0, 0.0):
-        family = family_of_values(mean)
-        mean, var = family.in_units(mean, step, zero), family.in_units(var, step**2, 0.0)
-    return mean, var, eps / step**2
 
 
 def _warn_of_one_value(x: Any, axis: Axis) -> None:

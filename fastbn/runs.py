@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from .arguments import same_memory
+from .arguments import check_out, same_memory
 from .arrays import FLOAT64, Span, family_of, family_of_values, place_of
 from .dispatch import Kernels, kernels
 from .distributed import Shared, sums
 from .extras import Asked, Extras
+from .host import Caller
 from .kept import assign_at, each_channel, in_runs, inverse_table, of_channels, picked, put_back
-from .layout import Views, channels_of
+from .layout import Views, channels_of, empty
 from .saved import Saved, number_type
 
 
@@ -24,6 +25,19 @@ def new(shape: tuple[int, ...], dtype: np.dtype[Any], x: Any) -> Any:
 def own(a: Any) -> Any:
     """The caller's own kind of array."""
     return a.value if isinstance(a, Span) else a
+
+
+def placed(
+    where: str, name: str, out: Any, saved: Saved, dtype: np.dtype[Any], beside: Any, may_be: dict[str, Any],
+    apart: dict[str, Any], caller: Caller | None = None,
+) -> Any:  # fmt: skip
+    """Where a result of x's size goes: to `out`, which may be some arrays and must lie apart from others, or to a new
+    array."""
+    if out is not None:
+        return check_out(where, name, out, saved._shape, dtype, beside, may_be, apart, caller)
+    if saved._like is not None:
+        return saved._like.result()
+    return (empty if caller is None else caller.empty)(saved._shape, saved._strides, dtype)
 
 
 def flat(given: Any, number: int, dtype: np.dtype[Any], like: Span | None) -> Any:

@@ -15,8 +15,8 @@ import numpy as np
 from .arguments import check_array, check_out, check_place, check_real, describe, native
 from .arrays import Span, family_of_values
 from .dispatch import get_backend, kernels, second_order_on_device
-from .layout import Views, channels_of, empty
-from .runs import elements, flat, new, own, samples, shaped
+from .layout import Views, channels_of
+from .runs import elements, flat, new, own, placed, samples, shaped
 from .saved import Saved, number_type
 
 
@@ -196,12 +196,9 @@ def _like_x(where: str, name: str, value: Any, saved: Saved) -> Any:
 
 
 def _place(where: str, name: str, out: Any, saved: Saved, may_be: dict[str, Any], apart: dict[str, Any]) -> Any:
-    """Where a result of x's size goes: to `out`, or to a new array."""
-    like = saved._like
-    if out is not None:
-        beside = like if like is not None else next((a for a in may_be.values() if a is not None), None)
-        return check_out(where, name, out, saved._shape, _dtype_of(saved), beside, may_be, apart)
-    return empty(saved._shape, saved._strides, native(saved.dtype)) if like is None else like.result()
+    beside = next((a for a in (saved._like, *may_be.values()) if a is not None), None)
+    dtype = _dtype_of(saved) if out is not None else native(_dtype_of(saved))
+    return placed(where, name, out, saved, dtype, beside, may_be, apart)
 
 
 def _tangents(where: str, one: str, gamma: Any, other: str, beta: Any, saved: Saved) -> Any:
