@@ -7,7 +7,7 @@ import pytest
 
 import fastbn
 
-pytest.register_assert_rewrite("extras")  # its asserts show their values, as a test's own do
+pytest.register_assert_rewrite("extras", "families")  # their asserts show their values, as a test's own do
 
 
 @pytest.fixture(params=["cpu", "reference"])
@@ -47,3 +47,11 @@ def doubles(state, monkeypatch):
     from device_doubles import in_their_places
 
     yield from in_their_places(monkeypatch, state)
+
+
+@pytest.fixture(params=["cupy", "torch"])
+def library(request, state, doubles):
+    """One of them."""
+    from families import Library
+
+    return Library(request.param, state, *doubles)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from cases import BFLOAT16
 from device_doubles import Call, State, in_their_places, numba_cuda_of
+from families import Library, assert_near, data
 from fastbn.kernels import reference
-from test_families import Library, assert_near, data
 
 import fastbn
 from fastbn import dispatch
@@ -225,8 +225,8 @@ def test_backends_without_it_are_named(library, rng, monkeypatch):
     monkeypatch.setattr(dispatch, "_backend", "auto")
     monkeypatch.setitem(sys.modules, "numba.cuda", None)
     text = (
-        rf"fastbn.backward_backward: x is a float32 {library.kind} .*second order on a GPU is numba-cuda's, which "
-        r"can't be used: numba.cuda can't be imported .*pip install 'fastbn\[cuda13\]'"
+        rf"fastbn.backward_backward: x is a float32 {library.kind} .*second order on a GPU is for numba-cuda's "
+        r"kernels, which can't be used: numba.cuda can't be imported .*pip install 'fastbn\[cuda13\]'"
     )
     with pytest.raises(RuntimeError, match=text):
         fastbn.backward_backward(u, None, None, dy, saved)
