@@ -5,7 +5,7 @@ import types
 
 import numpy as np
 import pytest
-from cases import BFLOAT16
+from cases import BFLOAT16, eps
 from families import Twice, assert_near, data
 
 import fastbn
@@ -107,6 +107,32 @@ def test_real_tensors_of_layers_and_ranks(tensors, real_torch, rng):
         fastbn.forward(like, out=tensors(x.astype(float)))
     with pytest.raises(TypeError, match="weights is a complex64 PyTorch CUDA tensor"):
         fastbn.forward(like, weights=tensors(np.ones(8, np.complex64)))
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("masked", ["normalize", "zero", "keep"])
+def test_real_tensors_of_ranks_with_weights(masked, kind, tensors, real_torch, rng):
+    """By PyTorch's own arithmetic, whose types are its own: float32 weights of half types."""
+    dtype = np.dtype(BFLOAT16 if kind == "bfloat16" else kind)
+    x, dy, gamma, beta, _, _ = data(rng, (8, 3, 5), (1,), dtype)
+    weights = (rng.random((8, 1, 5)) * (rng.random((8, 1, 5)) < 0.7)).astype(np.float32)
+    residual = rng.normal(size=x.shape).astype(dtype)
+    if masked != "normalize":
+        x[np.broadcast_to(weights == 0, x.shape)] = np.nan
+    put = lambda a: tensors(a.tolist(), dtype=getattr(real_torch, kind))  # noqa: E731
+    options = {"masked": masked, "activation": "silu"}
+    y, saved = fastbn.forward(
+        put(x), tensors(gamma), tensors(beta), weights=tensors(weights), residual=put(residual), comm=Twice(), **options
+    )
+    found = y, *fastbn.backward(put(dy), saved, reduce_params=True)
+    both = [np.concatenate([a, a]) for a in (x, weights, residual)]
+    want, whole = fastbn.reference.forward(both[0], gamma, beta, weights=both[1], residual=both[2], **options)
+    wanted = want, *fastbn.reference.backward(np.concatenate([dy, dy]), whole)
+    for got, right in zip(found, wanted, strict=True):
+        assert isinstance(got, real_torch.Tensor)
+        right = right[:8] if right.ndim == 3 else right
+        near = 16 * eps(dtype if right.ndim == 3 else np.dtype(np.float64 if kind == "float64" else np.float32))
+        np.testing.assert_allclose(got.double().numpy(), right, rtol=near, atol=near)
 
 
 def test_bfloat16_tensors_go_by_their_own_name(tensors, real_torch, rng):
