@@ -312,13 +312,11 @@ def _carry_out(
         args = (*arrays, *numbers, part, np.zeros(items, np.int64), plan.cut, some, starts, *extras)
         threads.run(twins, items, *args, parallel=items > 1)
 
-    if whole:
+    if whole or not stages & SUM:
         run(items, stages)
         return
-    if stages & SUM:
-        run(items, SUM)
-    if stages & FINISH:
-        run(1, FINISH)
+    run(items, SUM)
+    run(1, FINISH)
     if stages & MAP:
         run(items, MAP)
 

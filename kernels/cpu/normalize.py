@@ -289,7 +289,7 @@ def _forward_units(
                 for p in range(p0, p1):
                     _forward_sum(p, c0, xs, sums, own, memory, ws, order_of, waiting, ys, how, rs)
                 waiting = np.int64(-1)
-            if stage & FINISH:
+            if stage & FINISH and (stage & SUM or cell != ready):  # each item for itself, where all is given
                 count = mass_or(mass, g, float(xs.shape[0] * xs.shape[2]))
                 _forward_finish(s0, channels, stats, sums, eps, part.shape[0] > 0, count)
             if stage & MAP:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from .cut import EXACT, GATHER, NEXT, PAST, TWO, Cut
 from .lanes import LANES
-from .schedule import MAP, SUM
+from .schedule import SUM
 
 WEIGHTED, ORDERED = 1, 2  # what is special about a call
 
@@ -47,8 +47,8 @@ class Sizes:
     weighted: int = 128  # columns of a folded row that has weights, which are laid out by column, 16 rows at once
     height: int = 64  # rows of a block of columns: as many are added in a lane
     few: int = 256  # values of a channel below which all is done in float64
-    serial: int = 500_000  # of `Plan.work`: less runs on one thread, which takes 40 us: a region costs 2 to 120
-    asleep: int = 3_200_000  # the same where threads sleep between regions: until 0.3 ms a woken one brings nothing
+    serial: int = 600_000  # of `Plan.work`: less runs on one thread; of 0.5 MB two took 0.8 to 1.2 of the time
+    asleep: int = 1_300_000  # the same where threads sleep between regions: of 0.8 MB 1.1 to 1.4, of 1.6 MB 0.8 to 1.1
     ahead: int = 1_000_000  # bytes of a tile above which the next one isn't fetched: both don't fit into L2 (2 MB)
     past: int = dataclasses.field(default_factory=_past)  # bytes of an array from which stores go past the caches
 
@@ -59,7 +59,7 @@ class Plan(NamedTuple):
     tiles: int
     pieces: int  # of a tile
     cut: Cut
-    work: int  # bytes that all passes go through, half types' as float32: what they take is alike
+    work: int  # bytes of x, half types' as float32: what they take is alike
 
 
 def ceil(a: int, b: int) -> int:
@@ -85,8 +85,7 @@ def plan_of(
     across = channels > 1 and all(s[1] == n and (inner == 1 or s[2] != n) for s, n in each)
     short = 1 < inner < LANES and all(s[2] == n and s[1] == inner * n for s, n in each)
     flags |= PAST if size * sum(items) > sizes.past * len(items) * (1 if stages & SUM else 2) else 0
-    passes = ((stages & SUM != 0) + (stages & MAP != 0)) * (3 if at else 2)  # backward's take half as long again
-    work = size * max(4, itemsize) * passes // 2
+    work = size * max(4, itemsize)
     if across or short:
         found = _by_columns(shape, strides, items, flags, stages, inner if short else 1, sizes, special)
     else:

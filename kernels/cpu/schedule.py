@@ -3,7 +3,7 @@
 An array is cut into tiles of channels, a tile into pieces, a piece into blocks. All borders depend on the shape alone
 and all merging is in order, so one thread or many give the same bits. What a block is, `rows` and `columns` know.
 
-With the FINISH stage, a unit of work is a span of tiles that go through all stages one after the other: a tile is
+With SUM and FINISH, a unit of work is a span of tiles that go through all stages one after the other: a tile is
 mapped while its data is still in cache. Memory should read and write at once, so a tile of rows is mapped in the loop
 that sums the next one (`TWO`); where it can't, in forward, what comes next is fetched meanwhile. Without it, a unit is
 a span of pieces: that is how few tiles feed many threads.
@@ -300,9 +300,9 @@ def claimed(k, items, claims, last):  # type: ignore[no-untyped-def]
 def borders(u, items, cells, pieces, stage):  # type: ignore[no-untyped-def]
     """Unit u: the pieces of all cells from first to last, and where its share stops. A cell is a tile of a set.
 
-    With the FINISH stage it has whole cells.
+    Where cells are summed and finished it has whole ones.
     """
     units = UNITS if items > 1 else 1
-    step, work = (pieces, cells) if stage & FINISH else (1, cells * pieces)
+    step, work = (pieces, cells) if stage & SUM and stage & FINISH else (1, cells * pieces)
     first, last, stop = work * u // (items * units), work * (u + 1) // (items * units), work * (u // units + 1) // items
     return first * step, last * step, stop * step
