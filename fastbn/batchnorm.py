@@ -31,7 +31,7 @@ from .arguments import (
 )
 from .arrays import FLOAT32, FLOAT64, NUMBA, Span, family_of_values
 from .distributed import ALONE, Ranks, Shared, ranks_of, rows_of, statistics
-from .extras import Asked, ask
+from .extras import Asked, ask, asked_alone
 from .host import caller_of
 from .kept import lost_channels, picked
 from .layout import channels_of, dense_copy
@@ -267,7 +267,8 @@ def _backward(where: str, dy: Any, saved: Saved, need: Any, out: Any, reduce_par
     elif way is not None and x is not None and type(dy) is np.ndarray and need is _ALL:
         alike = dy.shape == saved._shape and dy.dtype is saved.dtype and dy.strides in (saved._strides, way.strides)
         if alike and dy.flags.aligned and (into := way.places(dy, x, out)) is not None:
-            backward_plainly(where, way, dy, x, into, saved._table, saved.frozen)
+            bare = None if saved._asked is None else saved._asked.bare()
+            backward_plainly(where, way, dy, x, into, saved._table, saved.frozen, bare)
             return tuple(into)
     like = saved._like
     given_dy = check_array(where, "dy", dy)
@@ -377,10 +378,11 @@ def infer(
     """
     where, more = "fastbn.infer", None
     if not (weights is groups is residual is activation is None and masked == "normalize"):
-        more = (weights, masked, groups, residual, activation)
+        more = (weights, masked, groups, residual, activation, "x")
     y: Array | None = None
-    if more is None and type(x) is np.ndarray and type(axis) is int and is_unitless(scale, zero_point):
-        y = infer_plainly(where, x, mean, var, gamma, beta, axis, eps, out)
+    if _is_bare(more) and type(x) is np.ndarray and type(axis) is int and is_unitless(scale, zero_point):
+        asked = None if more is None else asked_alone(where, activation)
+        y = infer_plainly(where, x, mean, var, gamma, beta, axis, eps, out, asked and asked.bare())
     if y is None:
         y = _forward(where, x, gamma, beta, axis, eps, (mean, var), out, more, scale, zero_point)[0]
     return y
@@ -463,17 +465,18 @@ def _forward(
     more: tuple[Any, ...] | None, scale: float, zero_point: float, ranks: Ranks | None = None,
     known: Moments | None = None,
 ) -> tuple[Any, Saved]:  # fmt: skip
-    plain = more is None and ranks is None and is_unitless(scale, zero_point)
+    plain = _is_bare(more) and ranks is None and is_unitless(scale, zero_point)
     if plain and type(x) is np.ndarray and type(axis) is int:  # nearly always
         way = way_of(x.shape, x.strides, x.dtype, axis)
         if way is not None and x.flags.aligned:
             like_x = np.empty_like(x) if out is None else out
             if like_x.strides == way.strides if out is None else way.takes(out, x):
-                table = forward_plainly(where, way, x, like_x, gamma, beta, eps, frozen)
-                saved = Saved(x, x, way.axes, table, frozen is not None)
+                asked = None if more is None else asked_alone(where, more[4])
+                table = forward_plainly(where, way, x, like_x, gamma, beta, eps, frozen, asked and asked.bare())
+                saved = Saved(x, x, way.axes, table, frozen is not None, asked)
                 saved._way = way
                 return like_x, saved
-    elif plain and type(axis) is int and frozen is None:
+    elif plain and more is None and type(axis) is int and frozen is None:
         made = forward_on_device(where, x, gamma, beta, axis, eps, out)
         if made is not None:
             way, read, written, there = made
@@ -540,6 +543,14 @@ def _forward(
     saved = Saved(kept, x, axes, table, frozen is not None, asked, masses, lost, units, caller)
     saved._shared, saved._overwritten = shared, overwritten
     return y, saved
+
+
+def _is_bare(more: tuple[Any, ...] | None) -> bool:
+    """Whether an activation at most is asked for."""
+    if more is None:
+        return True
+    weights, masked, groups, residual, _, save = more
+    return bool(weights is groups is residual is None and masked == "normalize" and save == "x")
 
 
 def _residual_of(asked: Asked | None) -> Any:

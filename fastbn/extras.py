@@ -75,6 +75,10 @@ class Asked(NamedTuple):
         """How many sets of statistics there are."""
         return 1 if self.groups is None else self.groups.number
 
+    def bare(self) -> Extras:
+        """For the kernels, of an activation alone, which needs no view."""
+        return Extras(self.activation, self.parameter)
+
     def plain(self) -> Asked:
         """With the weights alone: what statistics depend on."""
         return self._replace(activation="", residual=None, masked="normalize", groups=None, save="x")
@@ -172,6 +176,12 @@ def ask(
         raise ValueError(f"{where}: groups, and every axis of x, {x.shape}, is the channels'; expected one of samples")
     parted = None if groups is None else _groups(where, groups, x.shape[samples])
     return Asked(name, parameter, residual, checked, masked, samples, parted, save)
+
+
+def asked_alone(where: str, activation: Any) -> Asked | None:
+    """As `ask`, for an activation and nothing else; None for none."""
+    name, parameter = check_activation(where, activation)
+    return Asked(name, parameter, None, None, "normalize", 0, None, "x") if name else None
 
 
 _MOST = float(np.finfo(np.float32).max)

@@ -61,7 +61,8 @@ def inverse_table(table: Any) -> Any:
     xp = np if isinstance(numbers, np.ndarray) else family.xp
     _, _, var, invstd, gamma, beta = numbers
     with np.errstate(all="ignore"):
-        rows = beta, xp.zeros_like(beta), gamma**2 * var * invstd**2, 1 / gamma, gamma**2 * invstd, beta
+        scale = gamma * invstd
+        rows = beta, xp.zeros_like(beta), scale * scale * var, 1 / gamma, gamma * scale, beta
         made = xp.stack(rows)
     return _to_numba(made, device) if family is NUMBA else made
 

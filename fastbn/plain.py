@@ -108,9 +108,10 @@ def forward_plainly(
 
 
 def infer_plainly(
-    where: str, x: Any, mean: Any, var: Any, gamma: Any, beta: Any, axis: int, eps: Any, out: Any
+    where: str, x: Any, mean: Any, var: Any, gamma: Any, beta: Any, axis: int, eps: Any, out: Any,
+    more: Extras | None,
 ) -> Any:  # fmt: skip
-    """y by given statistics, without a table; None where a call needs more."""
+    """y by given statistics, without a table; None where a call needs more. `more` has an activation at most."""
     if (way := way_of(x.shape, x.strides, x.dtype, axis)) is None or not x.flags.aligned:
         return None
     y = np.empty_like(x) if out is None else out
@@ -119,7 +120,7 @@ def infer_plainly(
     eps, given = check_eps(where, eps), _given(where, way, x, gamma, beta, (mean, var))
     backend = kernels(where, x)
     read, written = way.views(backend, x, y)
-    backend.forward(read, written, None, given, eps)
+    backend.forward(read, written, None, given, eps, more)
     return y
 
 

@@ -64,6 +64,36 @@ def test_the_same_bits(layout, dtype, frozen, backend, rng, monkeypatch):
         same(a, b)
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize("layout", ["C", "channels last", "cropped"])
+def test_an_activation_alone(layout, dtype, frozen, backend, rng, monkeypatch):
+    x, dy, gamma, beta, mean, var = numbers(rng, dtype)
+    x, dy = LAYOUTS[layout](x), LAYOUTS[layout](dy)
+    given, used = (mean, var) if frozen else None, []
+    for name in ("forward_plainly", "backward_plainly", "infer_plainly"):
+        way = getattr(plain, name)
+        monkeypatch.setattr(batchnorm, name, lambda *a, n=name, way=way: used.append(n) or way(*a))
+
+    def call():
+        y, saved = fastbn.forward(x, gamma, beta, frozen=given, activation="relu")
+        assert (np.asarray(y, np.float32) >= 0).all()
+        strided = fastbn.backward(dy.swapaxes(2, 3).copy().swapaxes(2, 3), saved, need=(True, True, False))[:2]
+        inferred = fastbn.infer(x, mean, var, gamma, beta, activation="relu")
+        return [y, saved.table, *fastbn.backward(dy, saved), *strided, inferred]
+
+    short, long, taken = both(monkeypatch, call)
+    assert taken == (layout != "cropped")
+    assert used[: 3 * taken] == (["forward_plainly", "infer_plainly", "backward_plainly"] if taken else [])
+    assert used.count("backward_plainly") == taken
+    for a, b in zip(short, long, strict=True):
+        same(a, b)
+    with pytest.raises(ValueError, match=r"fastbn.forward: activation is str 'swish'; expected one of relu, leaky_relu"):
+        fastbn.forward(x, activation="swish")
+    with pytest.raises(ValueError, match=r"fastbn.infer: activation is tuple .*which takes no parameter"):
+        fastbn.infer(x, mean, var, activation=("relu", 1))
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2, -1, -2])
 def test_every_axis(axis, rng, monkeypatch):
     x, dy, *_ = numbers(rng, shape=(7, 6, 5))

@@ -98,7 +98,7 @@ def forward(
     table, sizes = np.empty((6, SPAN)), _for_spans((x, y), False)
     for some in _spans(number):
         known = tuple([None if a is None else a[some] for a in given])
-        _forward(x[:, some], y[:, some], table[:, : some.stop - some.start], known, eps, None, sizes)
+        _forward(x[:, some], y[:, some], table[:, : some.stop - some.start], known, eps, more, sizes)
 
 
 def _spans(number: int) -> list[slice]:
@@ -152,9 +152,12 @@ def _order(more: Any) -> np.ndarray:
     return _NO_ORDER if more.order is None else np.ascontiguousarray(more.order, np.int64)
 
 
+_how_of = functools.cache(How)  # to make one takes 10 us
+
+
 def _how(more: Any, frozen: bool, simple: bool) -> tuple[Any, tuple[float, ...]]:
     """The type by which extras are compiled, and its value; `simple` where an activation at most is asked for."""
-    how = How(more.activation, more.inverse, simple and not more.activation and not more.inverse)
+    how = _how_of(more.activation, more.inverse, simple and not more.activation and not more.inverse)
     return how, (float(more.parameter), float(more.masked == "normalize"), float(more.masked == "keep"), float(frozen))
 
 
@@ -288,9 +291,9 @@ def _carry_out(
     """Runs the stages; arrays (O, C, I) end in x and what is written, numbers are by channel, depth is part's."""
     x = arrays[-2]
     walked = arrays if stages & MAP else arrays[:-1]
-    if more is None:
+    if more is None or (more.starts is more.order is more.weights is more.residual is more.dresidual is None):
         strides = tuple([a.strides for a in walked])
-        job = _plain_job(item, x.shape, strides, x.dtype, arrays[-1].dtype, stages, sizes)
+        job = _plain_job(item, x.shape, strides, x.dtype, arrays[-1].dtype, stages, sizes, how)
     else:
         job = _job(item, arrays, [*walked, *(a for a in (extras[2], more.dresidual) if a is not None)], stages, how,
                    more, extras)  # fmt: skip
@@ -333,11 +336,11 @@ class _Job(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def _plain_job(
     item: Any, shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], dtype: np.dtype[Any],
-    result: np.dtype[Any], stages: int, sizes: Sizes,
+    result: np.dtype[Any], stages: int, sizes: Sizes, how: Any,
 ) -> _Job:  # fmt: skip
     sized = dtype.itemsize, result.itemsize, 0 if item is forward_item else 1
     plan = plan_of(shape, strides, sized, stages, sizes, shape[0], shape[0], 0)
-    twins = _twins(item, dtype, result, None, None)
+    twins = _twins(item, dtype, result, how, None)
     return _Job(twins, plan, plan.tiles, np.array([0, shape[0]]))
 
 

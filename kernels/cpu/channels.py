@@ -56,6 +56,7 @@ def _twins(size: int) -> Twins:
 def copy_channels(source: np.ndarray, at: np.ndarray, target: np.ndarray, to: np.ndarray) -> None:
     """target[:, to] = source[:, at], of arrays (O, C, I) with any strides and elements of one size."""
     bits = np.dtype(f"u{source.itemsize}")
-    least = SIZES.asleep if threads.SLEEPY else SIZES.serial
-    items = threads.threads() if source.shape[0] * source.shape[2] * len(at) * _LINE >= least else 1
+    runs = all(a.strides[2] == a.itemsize for a in (source, target))
+    moved = source.shape[0] * source.shape[2] * len(at) * (source.itemsize if runs else _LINE)
+    items = threads.threads() if moved >= (SIZES.asleep if threads.SLEEPY else SIZES.serial) else 1
     threads.run(_twins(source.itemsize), items, source.view(bits), target.view(bits), at, to, parallel=items > 1)
