@@ -234,7 +234,9 @@ def run_backward_shared(
     """With the sums of all ranks: one message."""
     shared = saved._shared
     assert shared is not None, "of a forward pass with comm"
-    local = total = _sums(where, dy, x, saved)
+    local = total = np.zeros((2, saved._table.shape[1]))
+    if not (dx is dgamma is dbeta is None):
+        local = total = _sums(where, dy, x, saved)
     if dx is not None or (reduce_params and not (dgamma is dbeta is None)):
         total = sums(where, shared, local, saved.dtype)
     chosen = total if reduce_params else local
@@ -300,19 +302,33 @@ def _map_on_device(
     where: str, dy: Span, x: Any, dx: Any, dr: Any, saved: Saved, sums: np.ndarray, shared: Shared
 ) -> None:
     """As `_map`: what depends on x by forward's kernel, a dy by backward's for frozen statistics, and their sum."""
-    family, device = place_of(saved._table)
     rest = None
     if dx is not None:
-        hi, lo, var, invstd, gamma, _ = family.host(saved._table)
         rest = dy.family.like(dx, dx.strides)
-        with np.errstate(all="ignore"):
-            scale, shift = (-gamma * invstd * a / shared.values for a in (invstd * sums[1], sums[0]))
-        given = tuple(family.put(a, device) for a in (scale, shift, hi + lo, var))
-        run_forward(where, x, rest, saved._axes, new((6, len(hi)), FLOAT64, dy), given, shared.eps, None)
+        _map_of_x(where, x, rest, saved, sums, shared)
     _run_constant(where, dy, x, dx, dr, saved, None, None)
     if rest is not None:
-        more = rest.value
-        if saved._asked is not None and saved._asked.weights is not None:
-            w = saved._asked.weights.value
-            more = family.xp.where(w > 0, w * more, 0.0)  # x may be NaN there
-        dx.value[...] = dx.value + more
+        target = dx.value
+        target += rest.value
+
+
+def _map_of_x(where: str, x: Any, rest: Span, saved: Saved, sums: np.ndarray, shared: Shared) -> None:
+    """rest = -w gamma / std (sum g + xhat sum g xhat) / W, by forward's kernel for frozen statistics.
+
+    Weights count by their ratios alone, and a half type holds the product: so they are divided by the largest.
+    """
+    family, device = place_of(saved._table)
+    hi, lo, var, invstd, gamma, _ = family.host(saved._table)
+    asked, weights, most = None, None, 1.0
+    if saved._asked is not None and saved._asked.weights is not None:
+        asked = saved._asked.plain()._replace(masked="zero")  # x may be NaN where they are 0
+        weights = saved._asked.weights.value
+        most = float(weights.max()) if rest.size else 1.0
+        most = most if 0 < most < np.inf else 1.0
+    with np.errstate(all="ignore"):
+        scale, shift = (-most * gamma * invstd * a / shared.values for a in (invstd * sums[1], sums[0]))
+    given = tuple(family.put(a, device) for a in (scale, shift, hi + lo, var))
+    run_forward(where, x, rest, saved._axes, new((6, len(hi)), FLOAT64, rest), given, shared.eps, asked)
+    if weights is not None:
+        values = rest.value
+        values *= weights / most

@@ -9,7 +9,7 @@ from .arrays import Span, family_of_values
 
 
 def is_unitless(scale: Any, zero_point: Any) -> bool:
-    """Whether x stands for itself. What is no number, such as an array, is for `_units` to refuse."""
+    """Whether x stands for itself. What is no number, such as an array, is for `units_of` to refuse."""
     return type(scale) in (float, int) and scale == 1.0 and type(zero_point) in (float, int) and zero_point == 0.0
 
 

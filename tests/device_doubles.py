@@ -106,6 +106,17 @@ class Array:
     def reshape(self, *shape: Any) -> Any:
         return self._made(self.on_host.reshape(*shape))
 
+    def __iadd__(self, other: Any) -> Any:
+        np.add(self.on_host, self._other(other), out=self.on_host, casting="same_kind")
+        return self
+
+    def __imul__(self, other: Any) -> Any:
+        np.multiply(self.on_host, self._other(other), out=self.on_host, casting="same_kind")
+        return self
+
+    def max(self) -> Any:
+        return self.on_host.max()
+
     def sum(self, axis: int, dtype: Any) -> Any:
         return self._made(self.on_host.sum(axis, np.dtype(getattr(dtype, "_numpy", dtype))))
 

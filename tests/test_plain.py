@@ -88,7 +88,9 @@ def test_an_activation_alone(layout, dtype, frozen, backend, rng, monkeypatch):
     assert used.count("backward_plainly") == taken
     for a, b in zip(short, long, strict=True):
         same(a, b)
-    with pytest.raises(ValueError, match=r"fastbn.forward: activation is str 'swish'; expected one of relu, leaky_relu"):
+    with pytest.raises(
+        ValueError, match=r"fastbn.forward: activation is str 'swish'; expected one of relu, leaky_relu"
+    ):
         fastbn.forward(x, activation="swish")
     with pytest.raises(ValueError, match=r"fastbn.infer: activation is tuple .*which takes no parameter"):
         fastbn.infer(x, mean, var, activation=("relu", 1))

@@ -23,7 +23,7 @@ def small(monkeypatch):
     """Blocks so small that a small array has many of each, and runs on all threads."""
     from fastbn.kernels.cpu import second
 
-    sizes = second.Sizes(block=48, slab=4000, line=64, columns=32, height=16, few=8, serial=0, past=4000)
+    sizes = second.Sizes(block=48, slab=4000, line=64, columns=32, height=16, few=8, serial=0, asleep=0, past=4000)
     monkeypatch.setattr(second, "SIZES", sizes)
     monkeypatch.setattr(second, "FEW", 7)
 
@@ -311,7 +311,8 @@ import hashlib, sys
 import numba, numpy as np
 import fastbn
 from fastbn.kernels.cpu import second
-second.SIZES, second.FEW = second.Sizes(block=512, slab=4000, line=64, columns=64, few=8, serial=0, past=4000), 7
+second.SIZES = second.Sizes(block=512, slab=4000, line=64, columns=64, few=8, serial=0, asleep=0, past=4000)
+second.FEW = 7
 for shape, axis, order in (
     ((8, 60, 31), 1, (0, 1, 2)), ((5, 2, 2000), 1, (0, 1, 2)), ((900, 70), 1, (0, 1)), ((701, 3), 1, (0, 1)),
     ((90, 40, 5), 1, (0, 2, 1)), ((200, 33), 1, (1, 0)),

@@ -5,8 +5,8 @@ and all merging is in order, so one thread or many give the same bits. What a bl
 
 With SUM and FINISH, a unit of work is a span of tiles that go through all stages one after the other: a tile is
 mapped while its data is still in cache. Memory should read and write at once, so a tile of rows is mapped in the loop
-that sums the next one (`TWO`); where it can't, in forward, what comes next is fetched meanwhile. Without it, a unit is
-a span of pieces: that is how few tiles feed many threads.
+that sums the next one (`TWO`); where it can't, in forward, what comes next is fetched meanwhile. Without one of them, a
+unit is a span of pieces: that is how few tiles feed many threads.
 
 **Sums** of float32 and half data are taken in float32 lanes around a pivot, the mean of the piece's first values: small
 deviations, whatever the mean. The piece's channel is summed again in float64, block by block, where those values
@@ -59,9 +59,6 @@ FEW = 128, 256, 32
 NARROW = 1, 2
 SINGLE, DOUBLE = 1e30, 1e250  # what squares in lanes of float32 and float64 may be at most, and at least its inverse
 ALL = np.int64(1 << 62)  # a literal would be a type of its own, and all that takes it compiled again
-
-# A plan: 0 by columns?, 1 channels of a tile, 2 blocks, 3 blocks of a piece; then of rows: 4 runs of a block,
-# 5 segments of a run, 6 elements of a segment; of columns: 4 rows of a block, 5 period, 6 fold; 7 flags.
 
 
 @part()

@@ -18,8 +18,8 @@ Frozen statistics are constants: r = a u + p s d + q, z = p s g, dL/dgamma = s s
 
 All is computed in float64 lanes, whatever the elements. For the sums u and g are taken relative to pivots, means of
 some first values, so that products stay small at any offset; x relative to its known mean. So they are in the map of
-float64 data; in that of the others pivots go to the constants, where float64 has eight digits to spare (11 coefficients
-by column took 1.2 times as long as 7).
+float64 data and of sets of few values; in that of the others pivots go to the constants, where float64 has eight digits
+to spare (11 coefficients by column took 1.2 times as long as 7).
 
 A unit of work is a piece of a tile of channels of a group, or a tile with all its pieces, which is mapped while it is
 in cache. Borders depend on the shape alone, and partial sums merge in order.
@@ -45,7 +45,7 @@ from .runs import FROZEN, KEEP, NO_R, NO_Z, SKIP
 DEPTH = 10  # of partial sums
 FEW = 512  # values of a channel that make a pivot
 # Five arrays and eleven coefficients by column, all in float64: a half to a quarter of backward's tiles.
-SIZES = Sizes(block=4096, slab=800_000, columns=256, serial=65536, past=6_000_000)
+SIZES = Sizes(block=4096, slab=800_000, columns=256, serial=250_000, asleep=600_000, past=6_000_000)
 
 
 def _nothing(shape: tuple[int, ...], dtype: np.dtype[Any], cut: Cut) -> np.ndarray:
@@ -72,7 +72,8 @@ def second(
     masked, mass, order and starts as in `fastbn.kernels`. r and z may be u, g or x, and not each other.
     """
     like = next(a for a in (u, g, x, r, z) if a is not None)
-    strides = tuple([(like if a is None else a).strides for a in (u, g, x, r, z)])  # the same bits without some of them
+    # Where they are alike, results have the same bits without some of the arrays.
+    strides = tuple([(like if a is None else a).strides for a in (u, g, x, r, z)])
     shape, channels = like.shape, like.shape[1]
     weights = order = None
     starts, skip = np.array([0, shape[0]]), "normalize"
@@ -84,15 +85,17 @@ def second(
     flags = (FROZEN if frozen else 0) | (NO_R if r is None else 0) | (NO_Z if z is None else 0)
     flags |= {"normalize": 0, "zero": SKIP, "keep": SKIP | KEEP}[skip]
     sizes = np.empty((2, sets))
-    sizes[:] = np.diff(starts) * shape[2]
+    of_sets = np.diff(starts)
+    sizes[:] = of_sets * shape[2]
     if weights is not None:
         sizes[1] = more.mass
         if skip != "normalize":
             counts = np.count_nonzero(weights if order is None else weights[order], axis=(1, 2))
             sizes[0] = np.diff(np.concatenate([[0], np.cumsum(counts)])[starts])
-    largest, special = max(1, int(np.diff(starts).max())), 0 if order is None else ORDERED
+    largest, special = max(1, int(of_sets.max())), 0 if order is None else ORDERED
+    least = int(of_sets[of_sets > 0].min(initial=largest))
     plan = plan_of(
-        (largest, *shape[1:]), strides, (like.itemsize, like.itemsize, 0), SUM | MAP, SIZES, largest, shape[0],
+        (largest, *shape[1:]), strides, (like.itemsize, like.itemsize, 0), SUM | MAP, SIZES, least, shape[0],
         special | (0 if weights is None else WEIGHTED),
     )  # fmt: skip
     cut, pieces, tiles = plan.cut._replace(flags=plan.cut.flags | flags), plan.pieces, sets * plan.tiles
@@ -105,7 +108,7 @@ def second(
     numbers = np.ascontiguousarray(table.reshape(6, sets, channels).swapaxes(0, 1))
     few = ceil(FEW, cut.period * cut.fold) if cut.across else FEW
     twins = _twins(like.dtype, None if weights is None else weights.dtype)
-    count = 1 if like.size < SIZES.serial else threads.threads()
+    count = threads.threads() if plan.work >= (SIZES.asleep if threads.SLEEPY else SIZES.serial) else 1
 
     def run(items: int, some: int) -> None:
         args = (*given, weights, places, starts, numbers, tangents, sizes, part, co, ggamma, np.zeros(1, np.int64))

@@ -103,7 +103,7 @@ def _sums(sources, w, p, c0, near, totals, memory, plan, order, part):  # type: 
 
 @part()
 def _coefficients(q, c, table, tangents, sizes, part, co, ggamma, weighted, pieces, plan):  # type: ignore[no-untyped-def]
-    """Of a channel of a set. Pivots go to the constants, but for float64 data, which has no digits to spare."""
+    """Of a channel of a set. Pivots go to the constants, unless digits are short (EXACT)."""
     _finish(q, c, table, tangents, sizes, part, co, ggamma, weighted, pieces, plan)
     if plan.flags & EXACT == 0:
         pu, pg, hi = co[q, 0, c], co[q, 1, c], co[q, 2, c]
