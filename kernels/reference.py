@@ -321,7 +321,8 @@ def second_order(
     with np.errstate(all="ignore"):
         g, d = np.where(counts, g, 0.0), np.where(counts, d, 0.0)
         if frozen:
-            r, z, ggamma = gamma * s * u + p * s * d + q, np.where(counts, p * s * g, 0.0), s * add(g * u)
+            r, z = gamma * s * u + p * s * d + q, np.where(counts, p * s * g, 0.0)
+            ggamma = s * add(g * np.where(counts, u, 0.0))
         elif mass == 0:
             r, z, ggamma = np.broadcast_to(q, u.shape), np.zeros(u.shape), add(np.zeros(u.shape))
         else:

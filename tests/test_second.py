@@ -120,6 +120,26 @@ def as_wide(w, shape, axis):
     return w.reshape([-1 if a == others[0] else 1 for a in range(len(shape))]) if w.ndim == 1 else w
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("masked", ["zero", "keep"])
+def test_what_is_absent_may_hold_anything(masked, frozen, backend, rng):
+    """x, dy and ddx too."""
+    x, u, dy = rng.normal(rng.normal(0, 3, (6, 1)), 2, (3, 20, 6, 5))
+    gamma, p, q, mean = rng.normal(size=(4, 6))
+    weights = rng.random((20, 1, 5)) < 0.7
+    given = (mean, rng.uniform(0.5, 2, 6)) if frozen else None
+    results = []
+    for filler in (np.nan, 0.0):
+        a, b, c = (np.where(weights, v, filler) for v in (x, u, dy))
+        _, saved = fastbn.forward(a, gamma, weights=weights, masked=masked, frozen=given)
+        gx, ggamma, gdy = fastbn.backward_backward(b, p, q, c, saved)
+        results.append((gx, ggamma, np.where(weights, gdy, 0.0)))
+        assert np.isfinite(gx).all()
+        assert np.isfinite(ggamma).all()
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("offset", [0, 1e3, 1e5])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("last", [False, True])
