@@ -323,7 +323,7 @@ def _map_of_x(where: str, x: Any, rest: Span, saved: Saved, sums: np.ndarray, sh
     if saved._asked is not None and saved._asked.weights is not None:
         asked = saved._asked.plain()._replace(masked="zero")  # x may be NaN where they are 0
         weights = saved._asked.weights.value
-        most = float(weights.max()) if rest.size else 1.0
+        most = float(weights.max())
         most = most if 0 < most < np.inf else 1.0
     with np.errstate(all="ignore"):
         scale, shift = (-most * gamma * invstd * a / shared.values for a in (invstd * sums[1], sums[0]))

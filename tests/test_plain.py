@@ -65,7 +65,7 @@ def test_the_same_bits(layout, dtype, frozen, backend, rng, monkeypatch):
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
-@pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=lambda d: np.dtype(d).name)
 @pytest.mark.parametrize("layout", ["C", "channels last", "cropped"])
 def test_an_activation_alone(layout, dtype, frozen, backend, rng, monkeypatch):
     x, dy, gamma, beta, mean, var = numbers(rng, dtype)

@@ -44,8 +44,9 @@ from .runs import FROZEN, KEEP, NO_R, NO_Z, SKIP
 
 DEPTH = 10  # of partial sums
 FEW = 512  # values of a channel that make a pivot
-# Five arrays and eleven coefficients by column, all in float64: a half to a quarter of backward's tiles.
-SIZES = Sizes(block=4096, slab=800_000, columns=256, serial=250_000, asleep=600_000, past=6_000_000)
+# Rows of 1024 columns whole, though eleven coefficients of each in float64 are more than L1: by tiles of 256 (1 KB of a
+# row of 4) backward_backward took 1.3 to 1.6 times as long, by runs in tiles of half the size up to 1.2.
+SIZES = Sizes(block=4096, slab=1_600_000, serial=250_000, asleep=600_000, past=6_000_000)
 
 
 def _nothing(shape: tuple[int, ...], dtype: np.dtype[Any], cut: Cut) -> np.ndarray:
