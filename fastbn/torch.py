@@ -49,10 +49,6 @@ def _seen(a: Any) -> Any:
     return a if a is None else a.detach() if a.is_cuda else TENSORS.view(a)
 
 
-def _more(activation: str, parameter: float) -> Extras | None:
-    return Extras(activation, parameter) if activation else None
-
-
 def _pair(activation: str, parameter: float) -> Any:
     """An activation as `fastbn.forward` takes it."""
     return None if not activation else activation if ACTIVATIONS[activation] is None else (activation, parameter)
@@ -66,7 +62,7 @@ def _forward(
     frozen = None if mean is None else (_seen(mean), _seen(var))
     way = None if x.is_cuda else way_of(read.shape, read.strides, read.dtype, 1)
     if way is not None and written.strides == way.strides:  # nearly every call
-        more = _more(activation, parameter)
+        more = Extras(activation, parameter) if activation else None
         return y, torch.from_numpy(forward_plainly(_FORWARD, way, read, written, gamma, beta, eps, frozen, more))
     asked = _pair(activation, parameter)
     _, saved = forward(read, gamma, beta, eps=eps, frozen=frozen, out=written, activation=asked)
@@ -81,7 +77,8 @@ def _backward(
     way = None if x.is_cuda or not all(need) else way_of(read.shape, read.strides, read.dtype, 1)
     if way is not None and given.strides == read.strides == written.strides == way.strides:  # nearly every call
         sums = way.new_sums()
-        backward_plainly(_BACKWARD, way, given, read, (written, *sums), numbers, frozen, _more(activation, parameter))
+        more = Extras(activation, parameter) if activation else None
+        backward_plainly(_BACKWARD, way, given, read, (written, *sums), numbers, frozen, more)
         return dx, *map(torch.from_numpy, sums)
     saved = Saved.of(read, numbers, frozen, activation=_pair(activation, parameter))
     _, dgamma, dbeta = backward(given, saved, need=need, out=(written, None, None))

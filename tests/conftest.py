@@ -49,6 +49,22 @@ def doubles(state, monkeypatch):
     yield from in_their_places(monkeypatch, state)
 
 
+@pytest.fixture(scope="session")
+def emulator():
+    from cupy_double import emulation
+    from emulator import library
+
+    return emulation(library())
+
+
+@pytest.fixture
+def emulated(monkeypatch, emulator):
+    """A double of CUDA's driver, whose launches the emulator carries out."""
+    from cupy_double import small_devices
+
+    yield from small_devices(monkeypatch, emulator)
+
+
 @pytest.fixture(params=["cupy", "torch"])
 def library(request, state, doubles):
     """One of them."""

@@ -10,8 +10,7 @@ import pytest
 pytest.importorskip("cupy", reason="CuPy isn't installed")
 
 import cupy
-from cupy_double import MOST, emulation, small_devices
-from emulator import library
+from cupy_double import MOST
 from fastbn.kernels import reference
 from fastbn.kernels.cuda import launch as cuda
 
@@ -39,16 +38,6 @@ LAYOUTS = {
 }
 TYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": np.int16}
 UNIT = {"float32": 2.0**-23, "float64": 2.0**-52, "float16": 2.0**-10, "bfloat16": 2.0**-7}
-
-
-@pytest.fixture(scope="session")
-def emulator():
-    return emulation(library())
-
-
-@pytest.fixture
-def emulated(monkeypatch, emulator):
-    yield from small_devices(monkeypatch, emulator)
 
 
 def elements(values, dtype):

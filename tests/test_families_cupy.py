@@ -9,22 +9,16 @@ import pytest
 pytest.importorskip("cupy", reason="CuPy isn't installed")
 
 import cupy
-from cupy_double import MOST, emulation, small_devices
-from emulator import library
+from cupy_double import MOST
 
 import fastbn
 from fastbn import kept as kept_apart
 from fastbn.arrays import CUPY
 
 
-@pytest.fixture(scope="module")
-def emulator():
-    return emulation(library())
-
-
 @pytest.fixture
-def gpu(monkeypatch, emulator):
-    yield from small_devices(monkeypatch, emulator)
+def gpu(emulated):
+    return emulated
 
 
 # Eight channels and more: the emulator has the half types in words of eight.

@@ -299,13 +299,12 @@ def _carry_out(
                    more, extras)  # fmt: skip
     twins, plan, cells, starts = job
     sums = 1 if stages & SUM else 0
-    least = sizes.asleep if threads.SLEEPY else sizes.serial
-    count = threads.threads() if plan.work >= least else 1
+    count = threads.threads_for(plan.work, sizes)
     # Cell by cell, all stages of each; where cells are too few for the threads, stage by stage, piece by piece, as is a
     # map of given statistics, whose coefficients each thread makes for itself.
     whole = cells >= 4 * count or (cells >= count and cells % count == 0) or plan.pieces == 1
     twice = not whole and stages & SUM and stages & MAP  # threads are woken for the sums, and for the map
-    if count == 1 or (twice and plan.work < 2 * least):
+    if count == 1 or (twice and plan.work < 2 * threads.least(sizes)):
         part = np.empty((sums, plan.pieces, depth, plan.cut.tile))
         twins.serial(1, *arrays, *numbers, part, _NO_CLAIMS, plan.cut, stages, starts, *extras)
         return

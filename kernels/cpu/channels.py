@@ -58,5 +58,5 @@ def copy_channels(source: np.ndarray, at: np.ndarray, target: np.ndarray, to: np
     bits = np.dtype(f"u{source.itemsize}")
     runs = all(a.strides[2] == a.itemsize for a in (source, target))
     moved = source.shape[0] * source.shape[2] * len(at) * (source.itemsize if runs else _LINE)
-    items = threads.threads() if moved >= (SIZES.asleep if threads.SLEEPY else SIZES.serial) else 1
+    items = threads.threads_for(moved, SIZES)
     threads.run(_twins(source.itemsize), items, source.view(bits), target.view(bits), at, to, parallel=items > 1)

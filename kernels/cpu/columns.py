@@ -149,10 +149,12 @@ def laid_out(w, k, end, start, channels, period, width, order, room):  # type: i
 
 @part()
 def weights_of(w, r, rows, shape, channels, plan, order, room):  # type: ignore[no-untyped-def]
-    """Those of some folded rows from r on, by column or sixteen alike."""
+    """Those of some folded rows from r on, by column or sixteen alike; and from a row's to the next one's, elements."""
     k, end = r * plan.fold, min((r + rows) * plan.fold, _rows(shape, plan))
-    width = channels if weights_by_column(plan) else np.int64(LANES)
-    return laid_out(w, k, end, np.int64(0), channels, plan.period, width, order, room)
+    by_column = weights_by_column(plan)
+    width = channels if by_column else np.int64(LANES)
+    laid = laid_out(w, k, end, np.int64(0), channels, plan.period, width, order, room)
+    return laid, channels * plan.period * plan.fold if by_column else np.int64(LANES)
 
 
 @unless_none(0, lambda *args: (None, 0, 0))
@@ -301,7 +303,7 @@ def columns_sums(sources, res, w, k, c0, channels, near, sums, plan, few, how, l
         ahead, steps_ahead = _ahead_of(
             sources, shift_all(runs, steps, rows), steps, r + rows, c0 + channels, plan, order
         )
-        weights, step_w = weights_of(w, r, rows, shape, channels, plan, order, room), n if by_column else LANES
+        weights, step_w = weights_of(w, r, rows, shape, channels, plan, order, room)
         _add(
             runs, steps, run_r, step_r, weights, step_w, by_column, rows, n, near, sums, how, lenses, ahead, steps_ahead
         )  # fmt: skip
@@ -412,7 +414,7 @@ def columns_map(sources, target, beside, k, c0, channels, numbers, rare, plan, h
         for i in range(0, count, at_once):
             last = min(at_once, count - i) - 1
             n = last * width + width_of(r0 + i + last, shape, channels, plan)
-            weights = weights_of(w, r0 + i, last + 1, shape, channels, plan, order, room)
+            weights, _ = weights_of(w, r0 + i, last + 1, shape, channels, plan, order, room)
             own = _later(run_r, i * step_r), weights, _later(run_dr, i * step_dr)
             _map_run(
                 shift_all(runs, steps, i), shifted(run, i * step), own, n, width, last, rows, mode,

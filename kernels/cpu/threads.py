@@ -67,6 +67,16 @@ def threads() -> int:
     return int(numba.get_num_threads())
 
 
+def least(sizes: Any) -> int:
+    """Bytes of x from which more threads than one are worth it, by a kernel's `plan.Sizes`."""
+    return int(sizes.asleep if SLEEPY else sizes.serial)
+
+
+def threads_for(work: int, sizes: Any) -> int:
+    """Number of threads for so many bytes of x."""
+    return threads() if work >= least(sizes) else 1
+
+
 def threading_layer() -> str | None:
     """`omp`, `tbb` or `workqueue`; None while none has been started."""
     try:

@@ -104,12 +104,14 @@ def second(
     part = (np.empty if stages & SUM else np.zeros)((sets * pieces, DEPTH, channels))
     co, ggamma = np.empty((sets, COEFFICIENTS, channels)), np.empty((sets, channels))
     places = np.empty(0, np.int64) if order is None else order
-    absent = _nothing(shape, like.dtype, cut)
-    given = [absent if a is None else a for a in (u, g, x, r, z)]
+    given = [u, g, x, r, z]
+    if any(a is None for a in given):
+        absent = _nothing(shape, like.dtype, cut)
+        given = [absent if a is None else a for a in given]
     numbers = np.ascontiguousarray(table.reshape(6, sets, channels).swapaxes(0, 1))
     few = ceil(FEW, cut.period * cut.fold) if cut.across else FEW
     twins = _twins(like.dtype, None if weights is None else weights.dtype)
-    count = threads.threads() if plan.work >= (SIZES.asleep if threads.SLEEPY else SIZES.serial) else 1
+    count = threads.threads_for(plan.work, SIZES)
 
     def run(items: int, some: int) -> None:
         args = (*given, weights, places, starts, numbers, tangents, sizes, part, co, ggamma, np.zeros(1, np.int64))

@@ -12,16 +12,6 @@ from ..sums import load_about, load_parts_about
 from .runs import SKIP, added, borders_past, instead, keep, none_of, results, save_parts, write_all
 
 
-@part()
-def _weights_of(w, r, rows, n, shape, channels, plan, order, room):  # type: ignore[no-untyped-def]
-    """Those of some rows, elements from a row's to the next one's, and whether each column has its own (1, 0)."""
-    by_column = weights_by_column(plan)
-    return (
-        weights_of(w, r, rows, shape, channels, plan, order, room), n if by_column else np.int64(LANES),
-        np.int64(by_column),
-    )  # fmt: skip
-
-
 @formula
 def _pivots_at(near, j):  # type: ignore[no-untyped-def]
     return tuple(load_own(p, j) for p in rows_of(near, 3))
@@ -37,13 +27,13 @@ def _coefficients_at(co, j):  # type: ignore[no-untyped-def]
 def columns_sums(sources, w, k, c0, channels, near, sums, plan, few, order, room):  # type: ignore[no-untyped-def]
     """Columns of sums (8, W) += those of block k, or of its first `few` rows; near (3, W) has the pivots by column."""
     keep_whole()
-    shape, skip = sources[0].shape, plan.flags & SKIP != 0
+    shape, skip, along = sources[0].shape, plan.flags & SKIP != 0, np.int64(weights_by_column(plan))
     r, end = block_rows(k, shape, plan)
     end = min(end, r + few)
     while r < end:
         runs, steps, left = rows_from(sources, r, c0, plan, order)
         rows, n = some_rows(r, min(left, end - r), channels, shape, plan)
-        seen, step_w, along = _weights_of(w, r, rows, n, shape, channels, plan, order, room)
+        seen, step_w = weights_of(w, r, rows, shape, channels, plan, order, room)
         for j in range(0, n, LANES):
             pivots = _pivots_at(near, j)
             t, m = none_of(pivots[0]), n - j
@@ -77,13 +67,13 @@ def _map_row(sources, w, i, along, targets, n, co, like, flags):  # type: ignore
 def columns_map(sources, targets, w, k, c0, channels, co, plan, order, room, unread):  # type: ignore[no-untyped-def]
     """r and z of block k; co (11, W) by column."""
     keep_whole()
-    shape = sources[0].shape
+    shape, along = sources[0].shape, np.int64(weights_by_column(plan))
     r, end = block_rows(k, shape, plan)
     while r < end:
         runs, steps, left = rows_from(sources, r, c0, plan, order)
         written, steps_written, _ = rows_from(targets, r, c0, plan, order)
         rows, n = some_rows(r, min(left, end - r), channels, shape, plan)
-        seen, step_w, along = _weights_of(w, r, rows, n, shape, channels, plan, order, room)
+        seen, step_w = weights_of(w, r, rows, shape, channels, plan, order, room)
         for i in range(rows):  # one behind the other: loads of a row 4 KB on would wait for this one's stores
             own = instead(shift_all(written, steps_written, i), unread, plan.flags)
             _map_row(shift_all(runs, steps, i), seen, i * step_w, along, own, n, co, spread(0.0), plan.flags)
