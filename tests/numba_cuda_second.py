@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from cases import BFLOAT16
-from numba_cuda_run import (
+from numba_cuda_cases import (
     BROADCAST_OUTER,
     COLUMN_WINDOW,
     COLUMNS,

@@ -14,7 +14,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from numba_cuda_run import CASES, FLOAT64, Case, filled, inputs, window
+from numba_cuda_cases import CASES, FLOAT64, Case, filled, inputs, window
 
 from fastbn import reference
 

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 from fastbn.kernels import reference
-from numba_cuda_run import FLOAT64, filled
+from numba_cuda_cases import FLOAT64, filled
 from numba_cuda_second import SECOND_CASES, SecondCase, layouts, second_inputs
 
 from fastbn.extras import Extras

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 from fastbn.kernels import reference
-from numba_cuda_run import FLOAT64, WEIGHTED_CASES, MoreCase, more_inputs
+from numba_cuda_cases import FLOAT64, WEIGHTED_CASES, MoreCase, more_inputs
 
 from fastbn.extras import Extras
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numba_cuda_run import TINY
+from numba_cuda_cases import TINY
 
 import fastbn
 
