@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cache, cached_property
 from typing import Any
@@ -70,6 +71,12 @@ class Arrays:
     def dx(self) -> np.ndarray:
         """For results of x's size, touched already."""
         return np.full_like(self.x, np.nan)
+
+    def apart(self) -> Arrays:
+        """The same with an x of its own."""
+        other = copy.copy(self)
+        other.x = self.x.copy(order="K")
+        return other
 
     def _fill(self, a: np.ndarray, noise: np.ndarray, offset: np.ndarray) -> None:
         """`noise` over and over along a's memory, plus each channel's offset; in parts, as a may be 4 GB."""

@@ -33,7 +33,7 @@ from .arrays import FLOAT32, FLOAT64, NUMBA, Span, family_of_values
 from .distributed import ALONE, Ranks, Shared, ranks_of, rows_of, statistics
 from .extras import Asked, ask, asked_alone
 from .host import caller_of
-from .kept import lost_channels, picked
+from .kept import lost_channels
 from .layout import channels_of, dense_copy
 from .moments import Moments
 from .plain import (
@@ -408,7 +408,7 @@ def moments(x: Any, *, axis: Axis = 1, weights: Any = None, scale: float = 1.0, 
     table = new((6, channels_of(x.shape, axes).number), FLOAT64, x)
     asked = None if weights is None else ask(where, x, axes, x.dtype, weights)
     units = units_of(where, x, scale, zero_point)
-    masses, _ = run_forward(where, x, None, axes, table, (None, None, None, None), 1.0, asked)
+    masses = run_forward(where, x, None, axes, table, (None, None, None, None), 1.0, asked)[0]
     found: Moments = moments_of(x.shape, axes, table, x.dtype, asked, masses, units)
     return found
 
@@ -513,22 +513,23 @@ def _forward(
     if frozen is None and ranks is None and channels.values == 1:
         _warn_of_one_value(x, axis)
     table = new((6, channels.number * (1 if asked is None else asked.sets)), FLOAT64, x)
-    lost = whole = None
+    whole = None
     if (
         asked is not None
         and asked.save == "y"
         and len(at := lost_channels(where, x.shape, axes, gamma, beta, result, asked))
     ):
-        if len(at) == channels.number:  # as where gamma begins at 0
+        if len(at) == channels.number or units is not None:  # gamma begins at 0; whole numbers are smaller than y
             whole, asked = dense_copy(x, x), asked._replace(save="x")
         else:
-            lost = at, picked(x, axes, at)
+            asked = asked._replace(lost=at)
     if units is not None:
         mean, var, eps = in_whole_numbers(mean, var, eps, units)
     if ranks is None or frozen is not None:
         shared = None
-        masses, kept = run_forward(where, x, y, axes, table, (gamma, beta, mean, var), eps, asked)
+        masses, kept, lost = run_forward(where, x, y, axes, table, (gamma, beta, mean, var), eps, asked)
     else:
+        lost = None
         found = _shared_statistics(where, x, axes, table, eps, asked, units, ranks, axis, known)
         shared, masses, kept = run_forward_shared(where, x, y, axes, table, (gamma, beta), eps, asked, *found)
     if whole is not None:
@@ -576,7 +577,7 @@ def _shared_statistics(
         shared = Shared(ranks, ranks.calls, known.count, eps)
     else:
         plain = None if asked is None or asked.weights is None else asked.plain()
-        masses, _ = run_forward(where, x, None, axes, table, (None, None, None, None), eps, plain)
+        masses = run_forward(where, x, None, axes, table, (None, None, None, None), eps, plain)[0]
         host = family_of_values(table).host
         count = float(channels.values if masses is None else host(masses)[0])
         shared, rows = statistics(where, ranks, host(table), count, dtype_of(x), eps, units)

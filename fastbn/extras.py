@@ -45,6 +45,8 @@ class Extras(NamedTuple):
     order: Any = None  # (O,) int64: the outer indices, group by group; None: as they come
     starts: Any = None  # (G + 1,) int64: where a group starts in `order`; None: one group
     inverse: bool = False  # in backward, x holds the y that forward gave
+    lost: Any = None  # (n,) int64, ascending: channels that can't be had back from y. Of arrays in main memory alone
+    kept: Any = None  # (O, n, I) of x's type: their x, which forward writes and backward reads
 
     def features(self) -> list[str]:
         """What it asks of a backend, by the names in `forward`'s signature."""
@@ -53,7 +55,7 @@ class Extras(NamedTuple):
             "residual": self.residual is not None or self.dresidual is not None,
             "groups": self.starts is not None,
             "weights": self.weights is not None,
-            "save='y'": self.inverse,
+            "save='y'": self.inverse or self.lost is not None,
         }
         return [name for name, there in asked.items() if there]
 
@@ -69,6 +71,7 @@ class Asked(NamedTuple):
     samples: int  # the axis of the samples
     groups: Groups | None
     save: str
+    lost: np.ndarray | None = None  # with save="y": the channels that can't be had back from it, if there are any
 
     @property
     def sets(self) -> int:
@@ -108,8 +111,8 @@ class Asked(NamedTuple):
             sums[some] = np.add.reduceat(ordered, first[some])
         return sums
 
-    def seen(self, views: Views, masses: Any, residual: Any, dresidual: Any, inverse: bool) -> Extras:
-        """For the kernels, in the view that they have of x; residuals are seen so already."""
+    def seen(self, views: Views, masses: Any, residual: Any, dresidual: Any, inverse: bool, kept: Any = None) -> Extras:
+        """For the kernels, in the view that they have of x; residuals and x of lost channels are seen so already."""
         outer = views.shape[0]
         weights = None if self.weights is None else views.positions(self.weights)
         order = starts = None
@@ -120,7 +123,8 @@ class Asked(NamedTuple):
             if order is not None and rows > 1:
                 order = (order[:, None] * rows + np.arange(rows)).reshape(-1)
         return Extras(
-            self.activation, self.parameter, residual, dresidual, weights, self.masked, masses, order, starts, inverse
+            self.activation, self.parameter, residual, dresidual, weights, self.masked, masses, order, starts, inverse,
+            None if kept is None else self.lost, kept,
         )  # fmt: skip
 
 

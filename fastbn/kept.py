@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from .arrays import NUMBA, Span, family_of_values, place_of
-from .dispatch import get_backend
 from .extras import Asked
-from .layout import channels_of, collapse, empty
-
-LONG = 1 << 18  # bytes of a channel
+from .layout import channels_of
 
 
 def lost_channels(
@@ -47,23 +43,32 @@ def lost_channels(
     scale, shift = np.abs(found[0]), found[1]
     least = 2.0**-14 if result.char == "e" else 1e-30
     slope = asked.parameter if asked.activation else 1.0
-    had = (scale >= np.abs(shift) * 2.0**-6) & (scale * min(1.0, slope) > least) & (scale * max(1.0, slope) < 1e30)
+    had = scale >= np.maximum(np.abs(shift) * 2.0**-6, least / min(1.0, slope))
+    had &= scale < 1e30 / max(1.0, slope)
     if asked.activation == "elu":
         with np.errstate(over="ignore", invalid="ignore"):
             had &= np.exp(4.0 * scale - shift) <= (64.0 if result.itemsize == 2 else 1024.0) * scale
     return np.flatnonzero(~had)
 
 
-def inverse_table(table: Any) -> Any:
-    """For `backward` on z = gamma xhat + beta in place of x: its mean is beta, and its 1 / std 1 / gamma, with sign."""
+def inverse_table(table: Any, sets: int = 1, lost: np.ndarray | None = None) -> Any:
+    """For `backward` on z = gamma xhat + beta in place of x: its mean is beta, and its 1 / std 1 / gamma, with sign.
+
+    For x itself where channels are lost.
+    """
     family, device = place_of(table)
     numbers = family.numbers(table)
-    xp = np if isinstance(numbers, np.ndarray) else family.xp
     _, _, var, invstd, gamma, beta = numbers
+    made = 1.0 * numbers  # then row by row: by `stack` it took twice as long, 150 us behind large arrays
     with np.errstate(all="ignore"):
         scale = gamma * invstd
-        rows = beta, xp.zeros_like(beta), scale * scale * var, 1 / gamma, gamma * scale, beta
-        made = xp.stack(rows)
+        made[0] = made[5] = beta
+        made[1] = 0.0
+        made[2] = scale * scale * var
+        made[3] = 1 / gamma
+        made[4] = gamma * scale
+    if lost is not None:
+        made.reshape(6, sets, -1)[:, :, lost] = numbers.reshape(6, sets, -1)[:, :, lost]
     return _to_numba(made, device) if family is NUMBA else made
 
 
@@ -89,29 +94,21 @@ def assign_at(values: Any, at: np.ndarray, found: Any) -> None:
         values[at if isinstance(values, np.ndarray) else family.put(at, device)] = found
 
 
-def picked(x: Any, axes: tuple[int, ...], at: np.ndarray) -> Any:
+def picked(x: Span, axes: tuple[int, ...], at: np.ndarray) -> Span:
     """A copy of the channels `at`: of x's shape with n on one channel axis and 1 on the others, and in memory in x's
     order."""
     one = _one_of(x.shape, axes)
     shape = tuple(len(at) if a == one else 1 if a in axes else n for a, n in enumerate(x.shape))
-    if isinstance(x, Span):
-        new = x.family.like(Span(x.family, None, 0, shape, (), x.dtype, x.type, x.device), x.strides)
-        for ours, theirs in _each(x, new, axes, at):
-            x.family.assign(theirs, ours)
-        return new
-    made = empty(shape, x.strides, x.dtype)
-    if not _copied(x, axes, at, made, False):
-        _as_one(made, x.shape, axes)[...] = _last(x, axes)[(..., *_places(x.shape, axes, at))]
-    return made
+    new = x.family.like(Span(x.family, None, 0, shape, (), x.dtype, x.type, x.device), x.strides)
+    for ours, theirs in _each(x, new, axes, at):
+        x.family.assign(theirs, ours)
+    return new
 
 
-def put_back(x: Any, axes: tuple[int, ...], at: np.ndarray, values: Any) -> None:
+def put_back(x: Span, axes: tuple[int, ...], at: np.ndarray, values: Span) -> None:
     """The opposite."""
-    if isinstance(x, Span):
-        for ours, theirs in _each(x, values, axes, at):
-            x.family.assign(ours, theirs)
-    elif not _copied(x, axes, at, values, True):
-        _last(x, axes)[(..., *_places(x.shape, axes, at))] = _as_one(values, x.shape, axes)
+    for ours, theirs in _each(x, values, axes, at):
+        x.family.assign(ours, theirs)
 
 
 def _in_main_memory(values: Any) -> np.ndarray:
@@ -130,70 +127,13 @@ def _one_of(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
     return next((a for a in axes if shape[a] > 1), axes[0])
 
 
-def _places(shape: tuple[int, ...], axes: tuple[int, ...], at: np.ndarray) -> tuple[Any, ...]:
-    """Indices on the channel axes of these channels."""
-    return np.unravel_index(at, tuple(shape[a] for a in axes))
-
-
-def _last(x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """With the channel axes last."""
-    return x.transpose(*[a for a in range(x.ndim) if a not in axes], *axes)
-
-
-def _as_one(few: np.ndarray, shape: tuple[int, ...], axes: tuple[int, ...]) -> np.ndarray:
-    """The same of `picked` channels, without the axes that have one."""
-    one = _one_of(shape, axes)
-    index: tuple[Any, ...] = ..., *[slice(None) if a == one else 0 for a in axes]
-    found: np.ndarray = _last(few, axes)[index]
-    return found
-
-
-def in_runs(*arrays: Any, axes: tuple[int, ...]) -> bool:
-    """Whether each channel of those that there are is so long, and in runs, that a kernel takes it best where it lies.
-
-    Two of 64 channels of 103 MB: 2.5 ms by copies, most of it new memory's pages, and 0.8 so; of fewer bytes a call
-    takes as long as copies.
-    """
-    return all(a is None or (isinstance(a, np.ndarray) and _in_long_runs(a, axes)) for a in arrays)
-
-
-def _in_long_runs(x: np.ndarray, axes: tuple[int, ...]) -> bool:
-    plan = collapse(x.shape, axes, x.strides)
-    if plan is None:
-        return False
-    outer, _, inner = plan.shape
-    return inner > 1 and plan.view(x).strides[2] == x.itemsize and outer * inner * x.itemsize >= LONG
-
-
-def each_channel(shape: tuple[int, ...], axes: tuple[int, ...], at: np.ndarray) -> Iterator[tuple[Any, Any]]:
-    """Of each of the channels `at`: where it lies in an array of this shape, and where among what was `picked`."""
-    one = _one_of(shape, axes)
-    for j, place in enumerate(zip(*_places(shape, axes, at), strict=True)):
-        own, few = dict(zip(axes, map(int, place), strict=True)), {a: j if a == one else 0 for a in axes}
-        yield tuple(  # type: ignore[misc]
-            tuple(slice(where[a], where[a] + 1) if a in where else slice(None) for a in range(len(shape)))
-            for where in (own, few)
-        )
-
-
-def _each(x: Span, few: Span, axes: tuple[int, ...], at: np.ndarray) -> Iterator[tuple[Span, Span]]:
+def _each(x: Span, few: Span, axes: tuple[int, ...], at: np.ndarray) -> Iterator[list[Span]]:
     """A channel of `x`, and that of `few` which belongs to it; a library has no call for all of them, but for each."""
-    for ours, theirs in each_channel(x.shape, axes, at):
-        yield x.family.locate(x.value[ours]), x.family.locate(few.value[theirs])
+    one, places = _one_of(x.shape, axes), np.unravel_index(at, tuple(x.shape[a] for a in axes))
+    for j, place in enumerate(zip(*places, strict=True)):
+        ours, theirs = dict(zip(axes, map(int, place), strict=True)), {a: j if a == one else 0 for a in axes}
+        yield [x.family.locate(array.value[_only(where, x.shape)]) for array, where in ((x, ours), (few, theirs))]
 
 
-def _copied(x: np.ndarray, axes: tuple[int, ...], at: np.ndarray, few: np.ndarray, back: bool) -> bool:
-    """few = x[:, at], or the opposite, by the kernel for that, if it can walk x."""
-    if get_backend() == "reference" or not (x.size and x.dtype.isnative and x.flags.aligned):
-        return False
-    plan = collapse(x.shape, axes, x.strides)
-    if plan is None:
-        return False
-    copy = importlib.import_module("fastbn.kernels.cpu.channels").copy_channels
-    all_of_them, wide = np.arange(len(at)), plan.view(x)
-    narrow = few.transpose(plan.order).reshape(plan.shape[0], len(at), plan.shape[2])
-    if back:
-        copy(narrow, all_of_them, wide, at)
-    else:
-        copy(wide, at, narrow, all_of_them)
-    return True
+def _only(where: dict[int, int], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(where[a], where[a] + 1) if a in where else slice(None) for a in range(len(shape)))

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from .arguments import check_out, same_memory
+from .arguments import check_out
 from .arrays import FLOAT64, Span, family_of, family_of_values, place_of
 from .dispatch import Kernels, kernels
 from .distributed import Shared, sums
 from .extras import Asked, Extras
 from .host import Caller
-from .kept import assign_at, each_channel, in_runs, inverse_table, of_channels, picked, put_back
+from .kept import assign_at, inverse_table, of_channels, picked, put_back
 from .layout import Views, channels_of, empty
 from .saved import Saved, number_type
 
@@ -82,32 +82,39 @@ def samples(asked: Asked | None) -> int | None:
 def run_forward(
     where: str, x: Any, y: Any, axes: tuple[int, ...], table: Any, given: tuple[Any, ...], eps: float,
     asked: Asked | None,
-) -> tuple[Any, Any]:  # fmt: skip
-    """Fills y and table; returns the masses of sets, and x as the kernels walked it, which `backward` walks again."""
+) -> tuple[Any, Any, Any]:  # fmt: skip
+    """Fills y and table; returns the masses of sets, x as the kernels walked it, which `backward` walks again, and x of
+    the channels that are lost otherwise."""
     backend = kernels(where, x)
-    masses = None
+    masses = few = None
+    lost: Any = None
     if asked is not None and (asked.weights is not None or asked.groups is not None):
         masses = asked.masses(channels_of(x.shape, axes), x.shape)
     if x.size == 0:
         family_of_values(table).clear(table)
         if masses is not None:
             family_of_values(masses).clear(masses)
-        return masses, x
+        return masses, x, None
     if asked is None and x.dtype is (x if y is None else y).dtype:  # nearly every call
         views = Views(axes, [x], [y])
         read, written = elements(views.views, backend)
         backend.forward(read, written, table, given, eps)
         views.finish()
-        return None, views.inputs[0]
+        return None, views.inputs[0], None
     residual = None if asked is None else asked.residual
     views = Views(axes, [x] if residual is None else [x, residual], [y], samples(asked))
     seen = _each(views.views, backend)
     more = None
     if asked is not None:
-        more = asked.seen(views, masses, None if residual is None else seen[1], None, False)
+        if asked.lost is not None and isinstance(x, Span):
+            lost = picked(x, axes, asked.lost)
+        elif asked.lost is not None:
+            lost, few = views.few(len(asked.lost))
+            (few,) = elements([few], backend)
+        more = asked.seen(views, masses, None if residual is None else seen[1], None, False, few)
     backend.forward(seen[0], seen[-1], table, given, eps, more)
     views.finish()
-    return masses, views.inputs[0]
+    return masses, views.inputs[0], lost
 
 
 def run_forward_shared(
@@ -119,7 +126,7 @@ def run_forward_shared(
     hi, lo, var = rows
     gamma, beta = affine
     if shared.values == 0:  # no statistics anywhere, and none here
-        return shared, *run_forward(where, x, y, axes, table, (gamma, beta, None, None), eps, asked)
+        return shared, *run_forward(where, x, y, axes, table, (gamma, beta, None, None), eps, asked)[:2]
     exact = isinstance(table, np.ndarray) and x.dtype == FLOAT64 and bool(lo.any())
     shift = beta
     with np.errstate(all="ignore"):
@@ -127,7 +134,7 @@ def run_forward_shared(
         if exact:  # given statistics have no lo: it goes into beta
             shift = (0.0 if beta is None else beta) - (1.0 if gamma is None else gamma) * invstd * lo
     given = gamma, shift, family.put(hi if exact else hi + lo, device), family.put(var, device)
-    masses, kept = run_forward(where, x, y, axes, table, given, eps, asked)
+    masses, kept, _ = run_forward(where, x, y, axes, table, given, eps, asked)
     if x.size == 0:
         table[:4] = family.put(np.stack([hi, lo, var, invstd]), device)
     elif exact:
@@ -164,8 +171,10 @@ def _seen(
     seen = _each(views.views, backend)
     more = None
     if asked is not None:
-        residuals = None if residual is None else seen[2], None if dr is None else seen[-1]
-        more = asked.seen(views, saved._masses, *residuals, asked.save == "y")
+        residuals, few = (None if residual is None else seen[2], None if dr is None else seen[-1]), None
+        if isinstance(saved._lost, np.ndarray):
+            (few,) = elements([views.few_seen(saved._lost)], backend)
+        more = asked.seen(views, saved._masses, *residuals, asked.save == "y", few)
     return views, (seen[1], seen[0], seen[len(inputs)]), more
 
 
@@ -176,13 +185,13 @@ def run_backward_with(where: str, dy: Any, x: Any, dx: Any, dr: Any, saved: Save
     if dy.size == 0:
         _clear(dgamma, dbeta)
         return
-    lost = saved._lost
-    alone, lost_dy = False, None
-    if lost is not None:
-        alone = (dx is None or not same_memory(dx, dy)) and in_runs(dy, dx, axes=saved._axes)
-        lost_dy = None if alone else picked(dy, saved._axes, lost[0])  # before dx is written over dy
+    lost, lost_dy = asked.lost, None
+    if lost is not None and isinstance(dy, Span):
+        lost_dy = picked(dy, saved._axes, lost)  # before dx is written over dy
     views, seen, more = _seen(backend, dy, x, dx, dr, saved)
-    table = inverse_table(saved._table) if asked.save == "y" else saved._table
+    table = saved._table
+    if asked.save == "y":
+        table = inverse_table(table, asked.sets, lost if lost_dy is None else None)
     sums = [dgamma, dbeta]
     if asked.groups is not None:
         kind = number_type(dy.dtype.itemsize)  # that of the sums: a dtype of theirs is their library's
@@ -193,39 +202,23 @@ def run_backward_with(where: str, dy: Any, x: Any, dx: Any, dr: Any, saved: Save
         for total, parts in zip((dgamma, dbeta), sums, strict=True):
             if total is not None and parts is not None:
                 family_of_values(total).total(parts, total)
-    if alone:
-        _run_each_lost(where, dy, dx, saved, dgamma, asked)
-    elif lost is not None:
-        _run_lost(where, lost_dy, dx, saved, dgamma, asked)
+    if lost_dy is not None:
+        _run_lost(where, lost_dy, dx, saved, dgamma, asked, lost)
 
 
-def _run_lost(where: str, dy: Any, dx: Any, saved: Saved, dgamma: Any, asked: Asked) -> None:
-    """dx and dgamma of the channels that can't be had back from y, from their dy, and from their x, which was kept."""
-    at, x = saved._lost
-    found_dx = None
-    if dx is not None:
-        found_dx = x.family.like(x, x.strides) if isinstance(x, Span) else np.empty_like(x)
+def _run_lost(where: str, dy: Span, dx: Any, saved: Saved, dgamma: Any, asked: Asked, at: Any) -> None:
+    """dx and dgamma of the channels on a GPU that can't be had back from y, from their dy, and from their x, which was
+    kept."""
+    x = saved._lost
+    found_dx = None if dx is None else x.family.like(x, x.strides)
     found = None if dgamma is None else new((len(at),), number_type(dy.dtype.itemsize), x)
-    run_backward_with(where, dy, x, found_dx, None, _saved_of(saved, at, x, asked), found, None)
-    if dx is not None:
+    table = of_channels(saved._table, asked.sets, at)
+    part = Saved(x, x, saved._axes, table, saved.frozen, asked._replace(save="x", lost=None), saved._masses)
+    run_backward_with(where, dy, x, found_dx, None, part, found, None)
+    if found_dx is not None:
         put_back(dx, saved._axes, at, found_dx)
     if dgamma is not None:
         assign_at(dgamma, at, found)
-
-
-def _run_each_lost(where: str, dy: Any, dx: Any, saved: Saved, dgamma: Any, asked: Asked) -> None:
-    """The same where they lie, one by one."""
-    at, x = saved._lost
-    for j, (own, few) in enumerate(each_channel(dy.shape, saved._axes, at)):
-        part = _saved_of(saved, at[j : j + 1], x[few], asked)
-        found_dx, found = None if dx is None else dx[own], None if dgamma is None else dgamma[at[j] : at[j] + 1]
-        run_backward_with(where, dy[own], x[few], found_dx, None, part, found, None)
-
-
-def _saved_of(saved: Saved, at: np.ndarray, x: Any, asked: Asked) -> Saved:
-    """For backward of the channels `at`, whose x this is."""
-    table = of_channels(saved._table, asked.sets, at)
-    return Saved(x, x, saved._axes, table, saved.frozen, asked._replace(save="x"), saved._masses)
 
 
 def run_backward_shared(

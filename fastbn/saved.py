@@ -50,7 +50,7 @@ class Saved:
         self._asked = asked
         # (G,), by set: sums of weights, beside x, or numbers of values, in main memory; None without weights and groups
         self._masses = masses
-        self._lost = lost  # with save="y": the channels that can't be had back from y, and their x
+        self._lost = lost  # with save="y": x of the channels that can't be had back from y
         self._units = units  # scale and zero point of whole numbers
         self._overwritten = False  # whether an `out` went over the residual, which the slopes of an activation need
         self._way: Any = None  # of a plain call on NumPy arrays: `fastbn.plain`

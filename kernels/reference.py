@@ -150,6 +150,8 @@ def forward(
     gamma, beta, mean, var = given
     channels = x.shape[1]
     table = np.empty((6, channels)) if table is None else table
+    if more is not None and more.lost is not None:
+        more.kept[...] = x[:, more.lost]
     for g, rows in enumerate(_sets(x.shape[0], more) if more is not None else [np.arange(x.shape[0])]):
         part = slice(g * channels, (g + 1) * channels)
         t, xs = table[:, part], x[rows]
@@ -227,6 +229,10 @@ def _terms(dy: np.ndarray, x: np.ndarray, table: np.ndarray, more: Any, rows: An
     with np.errstate(all="ignore"):
         if more.inverse:
             v = z = deactivate(more.activation, more.parameter, v)
+            if more.lost is not None:
+                v[:, more.lost] = more.kept[rows]
+                z = z.copy()
+                z[:, more.lost] = _linear(v, table)[:, more.lost]
         else:
             z = _linear(v, table)
             if more.residual is not None:

@@ -7,7 +7,9 @@ import pytest
 
 import fastbn
 
-pytest.register_assert_rewrite("emulated_more", "extras", "families")  # their asserts show their values, as a test's own do
+pytest.register_assert_rewrite(
+    "emulated_more", "extras", "families"
+)  # their asserts show their values, as a test's own do
 
 
 @pytest.fixture(params=["cpu", "reference"])

@@ -135,17 +135,18 @@ def _forward(
         by_set[1] = 0.0 if beta is None else beta
     if y is None:
         y = np.empty((0, 0, 0), np.float32 if _is_whole(x.dtype) else x.dtype)
-    how, extras = None, _NO_EXTRAS[:5]
+    how, extras = None, _NO_EXTRAS[:6]
     if more is not None:
         weights = more.weights if stages & SUM or more.masked != "normalize" else None
         how, value = _how(more, False, more.residual is None and (weights is None or more.masked == "normalize"))
-        extras = _order(more), value, more.residual, weights, None if weights is None else more.mass
+        beside = more.residual if more.lost is None else more.kept
+        extras = _order(more), value, beside, weights, None if weights is None else more.mass, more.lost
     _carry_out(forward_item, (x, y), (table, affine, float(eps)), 4, stages, how, more, extras, sizes)
 
 
 _NO_ORDER = _NO_CLAIMS = np.zeros(0, np.int64)
 _PLAINLY = (0.0, 1.0, 0.0, 0.0)
-_NO_EXTRAS: tuple[Any, ...] = (_NO_ORDER, _PLAINLY, None, None, None, None)  # of backward; of forward the first five
+_NO_EXTRAS: tuple[Any, ...] = _NO_ORDER, _PLAINLY, *(None,) * 5  # of backward; of forward the first six
 
 
 def _order(more: Any) -> np.ndarray:
@@ -207,7 +208,7 @@ def _backward(
         return
     with np.errstate(all="ignore"):
         if dgamma is not None:
-            dgamma[...] = _products(x, grads, None) * table[3]
+            dgamma[...] = _products(x, grads) * table[3]
         if dx is not None:  # by the forward map, after the sums, as it may overwrite dy and x
             nothing = np.zeros(x.shape[1])
             _forward(dy, dx, np.empty_like(table), (table[4] * table[3], None, nothing, nothing), 1.0, None, sizes)
@@ -239,13 +240,7 @@ def _backward_with(
         target = np.empty(dy.shape, dy.dtype) if dx is None else dx  # dresidual alone is rare: it costs a buffer
     how, extras = _gradient_extras(more, frozen)
     stages = (SUM | FINISH if summed else 0) | (MAP if mapped else 0)
-    # x less its mean adds up to 0, and the kernel's own dgamma has nothing of what rounding left of that. Not so by
-    # weights, nor of an x had back from y.
-    own = not frozen and more.weights is None and not more.inverse
-    _carry_back((dy, x, target), table, grads, (dgamma if own else None, dbeta), stages, how, more, extras, SIZES)
-    if dgamma is not None and not own:
-        with np.errstate(all="ignore"):
-            dgamma[...] = _products(x, grads, more) * table[3]
+    _carry_back((dy, x, target), table, grads, (dgamma, dbeta), stages, how, more, extras, SIZES)
 
 
 def _gradient_extras(more: Any, frozen: bool) -> tuple[Any, tuple[Any, ...]]:
@@ -254,14 +249,14 @@ def _gradient_extras(more: Any, frozen: bool) -> tuple[Any, tuple[Any, ...]]:
         return None, _NO_EXTRAS
     weights = more.weights if not frozen or more.masked != "normalize" else None
     how, value = _how(more, frozen, not frozen and weights is None and more.dresidual is None)
-    residual = more.residual if more.activation else None
-    return how, (_order(more), value, residual, weights, more.dresidual, None if weights is None else more.mass)
+    beside = more.kept if more.inverse else more.residual if more.activation else None
+    mass = None if weights is None else more.mass
+    return how, (_order(more), value, beside, weights, more.dresidual, mass, more.lost)
 
 
-def _products(x: np.ndarray, grads: np.ndarray, more: Any) -> Any:
-    """sum dy (x - mean) by set and channel: the mean of x - mean isn't 0 where that is not x's own."""
-    sizes = x.shape[0] if more is None or more.starts is None else np.repeat(np.diff(more.starts), x.shape[1])
-    return sizes * x.shape[2] * grads[2] + grads[4] * grads[3]
+def _products(x: np.ndarray, grads: np.ndarray) -> Any:
+    """sum dy (x - mean) by channel: the mean of x - mean isn't 0 where that is not x's own."""
+    return x.shape[0] * x.shape[2] * grads[2] + grads[4] * grads[3]
 
 
 def gradient_sums(dy: np.ndarray, x: np.ndarray, table: np.ndarray, more: Any = None) -> np.ndarray:
@@ -269,14 +264,14 @@ def gradient_sums(dy: np.ndarray, x: np.ndarray, table: np.ndarray, more: Any = 
     how, extras = _gradient_extras(more, False)
     _carry_back((dy, x, target), table, grads, (None, None), SUM | FINISH, how, more, extras, SIZES)
     with np.errstate(all="ignore"):
-        return np.stack([grads[4], _products(x, grads, more)])
+        return np.stack([grads[4], _products(x, grads)])
 
 
 def gradient_map(
     dy: np.ndarray, x: np.ndarray, dx: np.ndarray, table: np.ndarray, sums: np.ndarray, count: float, more: Any = None
 ) -> None:
     how, extras = _gradient_extras(more, False)
-    if extras[-1] is not None:  # the kernel divides by the mass then, and multiplies by the number of values here
+    if extras[-2] is not None:  # the kernel divides by the mass then, and multiplies by the number of values here
         count = x.shape[0] * x.shape[2]
     grads = np.zeros((5, x.shape[1]))
     with np.errstate(all="ignore"):
@@ -291,12 +286,14 @@ def _carry_out(
     """Runs the stages; arrays (O, C, I) end in x and what is written, numbers are by channel, depth is part's."""
     x = arrays[-2]
     walked = arrays if stages & MAP else arrays[:-1]
-    if more is None or (more.starts is more.order is more.weights is more.residual is more.dresidual is None):
+    if more is None or (
+        more.starts is more.order is more.weights is more.residual is more.dresidual is more.lost is None
+    ):
         strides = tuple([a.strides for a in walked])
         job = _plain_job(item, x.shape, strides, x.dtype, arrays[-1].dtype, stages, sizes, how)
     else:
-        job = _job(item, arrays, [*walked, *(a for a in (extras[2], more.dresidual) if a is not None)], stages, how,
-                   more, extras)  # fmt: skip
+        beside = extras[2] if more.lost is None else None, more.dresidual
+        job = _job(item, arrays, [*walked, *(a for a in beside if a is not None)], stages, how, more, extras)
     twins, plan, cells, starts = job
     sums = 1 if stages & SUM else 0
     count = threads.threads_for(plan.work, sizes)
@@ -379,10 +376,10 @@ def _twins(item: Any, dtype: np.dtype[Any], result: np.dtype[Any], how: Any, kin
     row, reals = array(integer, 1, "C"), array(real, 1, "C")
     sums = reals if dtype.itemsize == 8 else array(numba.types.float32, 1, "C")
     arrays, layouts = {
-        forward_item: ((given, written, numbers, numbers, real, part), (read, None, reals)),
+        forward_item: ((given, written, numbers, numbers, real, part), (read, None, reals, row)),
         backward_item: (
             (read, given, written, numbers, numbers, numbers, sums, sums, part),
-            (read, None, written, reals),
+            (read, None, written, reals, row),
         ),
     }[item]  # fmt: skip
     if kinds is None:

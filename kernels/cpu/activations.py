@@ -14,13 +14,14 @@ from llvmlite import ir
 from numba import types
 from numba.extending import models, register_model, unbox
 
-from .formulas import formula, full, intrinsic
+from .formulas import called, formula, full, intrinsic
 from .lanes import (
     DOUBLE,
     LANES,
     SINGLE,
     fma,
     load,
+    load_apart,
     load_part,
     negative,
     nothing,
@@ -31,6 +32,7 @@ from .lanes import (
     where_nonzero,
     wide,
 )
+from .parts import part
 
 
 class How(types.Type):  # type: ignore[misc]
@@ -85,6 +87,12 @@ def _number(i: int) -> Any:
 
 # The activation's parameter; 1 or 0: masked positions are normalized, or else keep x; statistics are constants.
 parameter, all_normalized, kept, is_frozen = _number(0), _number(1), _number(2), _number(3)
+
+
+@intrinsic
+def onwards(_typing: Any, how: Any) -> Any:
+    """The same where x holds x itself."""
+    return How(how.activation, False, False, how.short)(how), lambda _context, _builder, _signature, args: args[0]
 
 
 @intrinsic
@@ -454,24 +462,40 @@ def _is_none(value: Any) -> bool:
     return value is None or isinstance(value, types.NoneType)
 
 
-def looks(how: Any) -> bool:
+def keeps(how: Any, r: Any) -> bool:
+    """Whether x is had back from y, and r is no residual: it holds x of the channels that can't be had back."""
+    return not _is_none(how) and how.inverse and not _is_none(r)
+
+
+def looks(how: Any, r: Any) -> bool:
     """Whether `bent` looks at z at all."""
-    return bool(how.activation) and not how.inverse
+    return bool(how.activation) and (not how.inverse or keeps(how, r))
 
 
 def has_edge(how: Any, r: Any) -> bool:
     """Whether the lens that `bent` takes is an edge: s and t in the places of h and a."""
-    return looks(how) and how.activation in _LINES and _is_none(r)
+    return looks(how, r) and how.activation in _LINES and (_is_none(r) or how.inverse)
 
 
 def needs_z(how: Any, r: Any) -> bool:
     """Whether `bent` computes z, for its slope."""
-    return looks(how) and not has_edge(how, r)
+    return looks(how, r) and not has_edge(how, r)
+
+
+@formula
+def residual_of(how, r):  # type: ignore[no-untyped-def]
+    """r, if it is a residual."""
+    return None if keeps(how, r) else r
 
 
 @formula
 def bent(how, g, v, h, a, b, r):  # type: ignore[no-untyped-def]
-    """dy f'(z) and x, for lanes g of dy, v of x (or of y) and r of the residual; z = a (x - h) + b + r in float64."""
+    """dy f'(z) and x, for lanes g of dy, v of x (or of y) and r of the residual; z = a (x - h) + b + r in float64.
+
+    Of y, r may be what `kept` takes.
+    """
+    if keeps(how, r):
+        return called(_had_back_or_kept, how, g, v, h, a, b, *r)
     if not how.activation:
         return g, v
     if how.inverse:
@@ -484,6 +508,17 @@ def bent(how, g, v, h, a, b, r):  # type: ignore[no-untyped-def]
         return where_at_most(v * alike(h, v), alike(a, v), g * slope(how, nothing(g)), g), v
     z = fma(wide(v) - h, a, b)
     return g * alike(slope(how, alike(z if r is None else z + wide(r), v)), g), v
+
+
+@part()
+def _had_back_or_kept(how, g, v, h, a, b, place, i, n, flags):  # type: ignore[no-untyped-def]
+    """`bent` of y, and of x where a flag is not 0: these stand at `place[i]`, one behind the other, unless i < 0."""
+    bowed, x = bent(how, g, v, h, a, b, None)
+    if i >= 0:
+        own = load_apart(place, i, n, flags, v)
+        instead, _ = bent(onwards(how), g, own, h, a, b, None)
+        bowed, x = where_nonzero(flags, instead, bowed), where_nonzero(flags, own, x)
+    return bowed, x
 
 
 @formula
@@ -568,6 +603,12 @@ def read_as(how, r, narrow, used):  # type: ignore[no-untyped-def]
 def is_plain(how):  # type: ignore[no-untyped-def]
     """Whether nothing beyond batch norm is done, as a constant."""
     return how.simple
+
+
+@formula
+def is_kept(how, r):  # type: ignore[no-untyped-def]
+    """`keeps`, as a constant."""
+    return keeps(how, r)
 
 
 @formula

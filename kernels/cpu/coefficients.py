@@ -2,7 +2,7 @@
 
 import math
 
-from .activations import has_edge, looks
+from .activations import has_edge, is_kept, looks
 from .formulas import formula, full
 from .lanes import (
     LANES,
@@ -157,10 +157,13 @@ def _gradient_numbers(s, c, g, stats, numbers, singles, dy, x, a, covariance, fi
 
 @by_type
 def lenses_of(how, r, s0, stats, affine, numbers, singles, exact):  # type: ignore[no-untyped-def]
-    """The lenses that `bent` takes: h, a, b of z = a (x - h) + b, or for an edge s and t in place of h and a."""
+    """The lenses that `bent` takes: h, a, b of z = a (x - h) + b, or for an edge s and t in place of h and a.
+
+    Where x of some channels is kept, the fourth row of numbers says of which.
+    """
     if has_edge(how, r):
         return _edges
-    return _plain_lenses if looks(how) else nothing_of
+    return _plain_lenses if looks(how, r) else nothing_of
 
 
 @formula
@@ -180,6 +183,8 @@ def _edges(how, r, s0, stats, affine, numbers, singles, exact):  # type: ignore[
     slot, own = row(singles, 0, 1), corner(singles, 2, 6, numbers.shape[1])
     forward_coefficients(how, s0, stats, affine, numbers, own, exact, slot.itemsize == 8)
     for c in range(numbers.shape[1]):
+        if is_kept(how, r) and numbers[3, c] < 0.0:  # it is had back from y
+            continue
         lens = numbers[0, c], numbers[1, c], numbers[2, c]
         numbers[0, c], numbers[1, c] = edge(how, lens, own, c, exact or own[5, c] != 0, slot)
 

@@ -11,19 +11,22 @@ A tile is some neighbouring channels, a block some rows of it.
 import numpy as np
 from numba import types
 
-from .activations import absent, loaded, loaded_part, put, put_part
+from .activations import absent, is_kept, keeps, loaded, loaded_part, put, put_part
 from .cut import EXACT, PAST
 from .formulas import called, formula
 from .lanes import (
     LANES,
     before_line,
     blank,
+    fetch,
+    first,
     give,
     joined,
     keep_whole,
     load,
     load_own,
     load_part,
+    move,
     pointer,
     save,
     save_part,
@@ -44,10 +47,11 @@ from .maps import (
     shift_all,
     write,
 )
-from .parts import by_type, part, unless_none
-from .rows import at, index
+from .parts import by_type, nothing_of, part, unless_none
+from .rows import KEPT, at, index
 from .sums import add_sums, load_about, load_parts_about, no_sums, with_first, with_values
 
+ALL = np.int64(1 << 62)
 FULL = 1024  # columns of a row from which it is stored past the caches alone: its ends are parts of lines
 ROWS = 16  # whose sums stay in registers; no more are added in float32 (see `sums.CHAIN`)
 
@@ -102,8 +106,10 @@ def _in_step(r, rows, order):  # type: ignore[no-untyped-def]
 
 @formula
 def _later(a, offset):  # type: ignore[no-untyped-def]
-    """A pointer, `offset` bytes on; None of None."""
-    return None if a is None else shifted(a, offset)
+    """A pointer, `offset` bytes on, with what goes with it; None of None."""
+    if a is None:
+        return None
+    return (shifted(a[0], offset), a[1]) if isinstance(a, tuple) else shifted(a, offset)
 
 
 @part()
@@ -161,6 +167,105 @@ def weights_of(w, r, rows, shape, channels, plan, order, room):  # type: ignore[
 def _part_of(a, r, c0, plan, order):  # type: ignore[no-untyped-def]
     """As `_row`, of an array that may be None."""
     return _row(a, r, c0, plan, order)
+
+
+# What lies beside x: a residual, which is as x is; or where x is had back from y, that of the channels of which it was
+# kept (`activations.keeps`), in rows of their own. Then a row is a pair, of a pointer and bytes to the next one.
+
+
+@by_type
+def _beside(how, a, r, c0, plan, order):  # type: ignore[no-untyped-def]
+    """As `_part_of`."""
+    return _beside_kept if keeps(how, a) else _beside_other
+
+
+def _beside_other(how, a, r, c0, plan, order):  # type: ignore[no-untyped-def]
+    return _part_of(a, r, c0, plan, order)
+
+
+def _beside_kept(how, a, r, c0, plan, order):  # type: ignore[no-untyped-def]
+    place, step, left = _row(a, r, np.int64(0), plan, order)
+    return (place, step), step, left
+
+
+@formula
+def _places_at(place, j, lenses):  # type: ignore[no-untyped-def]
+    """From column j on, where the first kept one stands in a row, and flags for which lanes; None of a residual."""
+    if not isinstance(place, tuple):
+        return None
+    flags, there = (load_own(lenses[KEPT + k], j) for k in range(2))
+    return called(_whole, first(there)), flags
+
+
+@formula
+def _beside_at(place, i, row, n, places, like):  # type: ignore[no-untyped-def]
+    """n elements, or a vector of them (None), from `place[i]` on, for `bent`: or what is kept in a row."""
+    if isinstance(place, tuple):
+        there, flags = places
+        return shifted(place[0], row * place[1]), there, LANES if n is None else n, flags
+    return loaded(place, i, like) if n is None else loaded_part(place, i, n, like)
+
+
+@part()
+def _whole(number):  # type: ignore[no-untyped-def]
+    return np.int64(number)
+
+
+@formula
+def _plainly_beside(place, i, like):  # type: ignore[no-untyped-def]
+    """The same where nothing is kept of the vector."""
+    return None if isinstance(place, tuple) else loaded(place, i, like)
+
+
+@by_type
+def _without(how, place, j, lenses):  # type: ignore[no-untyped-def]
+    """How many vectors from column j on have nothing that was kept; 0 where this one does. They may end the row."""
+    return _count_without if isinstance(place, types.BaseTuple) else lambda *_: ALL
+
+
+def _count_without(how, place, j, lenses):  # type: ignore[no-untyped-def]
+    return max(0, -np.int64(first(load_own(lenses[KEPT + 1], j))))
+
+
+@by_type
+def find_kept(how, r, lenses, channels, plan):  # type: ignore[no-untyped-def]
+    """lenses (5, W) by column, which have the places of channels among those kept, or -1: flags for `bent` instead, and
+    from each column on where the first one of a vector stands in a row of what was kept, or how many vectors have none,
+    as a negative number."""
+    return _find_kept if keeps(how, r) else nothing_of
+
+
+def _find_kept(how, r, lenses, channels, plan):  # type: ignore[no-untyped-def]
+    period, n = plan.period, r.shape[1]
+    width, next_one, there = plan.fold * channels * period, np.int64(-1), np.int64(-1)
+    for j in range(width + LANES - 1, -1, -1):  # rows follow each other, where a vector has the end of one
+        if lenses[KEPT, j] >= 0.0:
+            next_one, there = j, (j // (channels * period) * n + np.int64(lenses[KEPT, j])) * period + j % period
+        if next_one >= 0 and next_one - j < LANES:
+            lenses[KEPT + 1, j] = there
+        else:
+            lenses[KEPT + 1, j] = min(0.0, lenses[KEPT + 1, j + LANES]) - 1.0 if j + LANES < width else -1.0
+        lenses[KEPT, j] += 1.0
+
+
+@part()
+def keep_columns(k, x, kept, lost, j0, j1, plan, order):  # type: ignore[no-untyped-def]
+    """As `keep_rows`."""
+    r, r1 = block_rows(k, x.shape, plan)
+    while r < r1:
+        place, step, left = _row(x, r, np.int64(0), plan, order)
+        there, step_kept, _ = _row(kept, r, np.int64(0), plan, order)
+        step, step_kept, rows = step // plan.fold, step_kept // plan.fold, min(left, r1 - r)
+        count = min((r + rows) * plan.fold, _rows(x.shape, plan)) - r * plan.fold
+        for j in range(j0, j1):
+            for i in range(plan.period):
+                source = shifted(place, lost[j] * x.strides[1] + i * x.strides[2])
+                target = shifted(there, j * kept.strides[1] + i * kept.strides[2])
+                for n in range(count):  # or each load would wait for its line
+                    fetch(shifted(source, n * step), 0)
+                for n in range(count):
+                    move(shifted(target, n * step_kept), shifted(source, n * step))
+        r += rows
 
 
 @part()
@@ -256,16 +361,21 @@ def _about(near, lenses, j, sources):  # type: ignore[no-untyped-def]
     return pivots, None if lenses is None else tuple(load_own(p, j) for p in rows_of(lenses, 3))
 
 
+@formula
+def _rows_of_lenses(lenses):  # type: ignore[no-untyped-def]
+    return None if lenses is None else rows_of(lenses, KEPT + 2)
+
+
 @part()
 def _add(sources, steps, res, step_r, w, step_w, by_column, rows, n, near, sums, how, lenses, ahead, steps_ahead):  # type: ignore[no-untyped-def]
     """Columns of sums (M, W) float64 += over some rows of n columns, in lanes of the type of near (1 or 2, W).
 
     Weights w are laid out, step_w elements for a row, `by_column` or not (1, 0).
     """
-    i = 0  # what is fetched is so in the order of memory
+    i, of_lenses = 0, _rows_of_lenses(lenses)  # what is fetched is so in the order of memory
     for j in range(0, n, LANES):
         pivots, lens = _about(near, lenses, j, sources)
-        held, like, k = no_sums(pivots), pivots[-1], n - j
+        held, like, k, places = no_sums(pivots), pivots[-1], n - j, _places_at(res, j, of_lenses)
         if j + LANES <= n:
             for r in range(rows):
                 fetch_all(ahead, i)
@@ -273,12 +383,13 @@ def _add(sources, steps, res, step_r, w, step_w, by_column, rows, n, near, sums,
                 if i >= n:
                     ahead, i = shift_all(ahead, steps_ahead, 1), 0
                 values = load_about(shift_all(sources, steps, r), j, pivots)
-                e, f = loaded(_later(res, r * step_r), j, like), loaded(w, r * step_w + j * by_column, like)
+                e = _beside_at(_later(res, r * step_r), j, np.int64(0), None, places, like)
+                f = loaded(w, r * step_w + j * by_column, like)
                 held = with_values(held, values, e, f, how, pivots, lens)
         else:  # lanes behind the last column belong to none of this tile, but to some of the next one
             for r in range(rows):
                 values = load_parts_about(shift_all(sources, steps, r), j, k, pivots)
-                e = loaded_part(_later(res, r * step_r), j, k, like)
+                e = _beside_at(_later(res, r * step_r), j, np.int64(0), k, places, like)
                 f = loaded(w, r * step_w + j * by_column, like)
                 held = with_first(held, k, values, e, f, how, pivots, lens)
         add_sums(w, pointer(sums, 8 * j), sums.strides[0], held)
@@ -298,7 +409,7 @@ def columns_sums(sources, res, w, k, c0, channels, near, sums, plan, few, how, l
     r1 = min(r1, r + few)
     while r < r1:
         runs, steps, left = rows_from(sources, r, c0, plan, order)
-        run_r, step_r, _ = _part_of(res, r, c0, plan, order)
+        run_r, step_r, _ = _beside(how, res, r, c0, plan, order)
         rows, n = some_rows(r, min(left, r1 - r), channels, shape, plan)
         ahead, steps_ahead = _ahead_of(
             sources, shift_all(runs, steps, rows), steps, r + rows, c0 + channels, plan, order
@@ -340,21 +451,34 @@ def _weights_from(w, laid, i, row, then, left, like):  # type: ignore[no-untyped
 
 
 @part()
-def _within(j, width):  # type: ignore[no-untyped-def]
-    """j % width, where it is a few rows at most: divisions took a third of the time of rows of 64."""
+def _within(j, row, width):  # type: ignore[no-untyped-def]
+    """Column and row of what is in column j of a row, a few rows behind it at most: divisions took a third of the time
+    of rows of 64."""
     while j >= width:
-        j -= width
-    return j
+        j, row = j - width, row + 1
+    return j, row
 
 
 @formula
-def _map_part(sources, target, beside, i, k, j, weight, numbers, mode, how, like):  # type: ignore[no-untyped-def]
-    """k elements from i on, whose first is in column j."""
+def _map_part(sources, target, beside, i, k, row, j, weight, numbers, mode, how, like):  # type: ignore[no-untyped-def]
+    """k elements from i on, whose first is in column j of a row."""
     r, _, dr = beside
-    values = load_parts(sources, i, k, like)
-    result, bowed = called(_mapped, how, values, j, numbers, mode, loaded_part(r, i, k, like), weight)
+    values, e = load_parts(sources, i, k, like), _beside_at(r, i, row, k, _places_at(r, j, numbers[2]), like)
+    result, bowed = called(_mapped, how, values, j, numbers, mode, e, weight)
     save_part(target, i, k, result)
     put_part(dr, i, k, bowed)
+
+
+@by_type
+def _map_kept(sources, target, r, i, row, j, weight, numbers, mode, past, how, like):  # type: ignore[no-untyped-def]
+    """A vector with elements that were kept."""
+    return _map_some_kept if isinstance(r, types.BaseTuple) else nothing_of
+
+
+def _map_some_kept(sources, target, r, i, row, j, weight, numbers, mode, past, how, like):  # type: ignore[no-untyped-def]
+    e = _beside_at(r, i, row, None, _places_at(r, j, numbers[2]), like)
+    result, _ = _mapped(how, loads(sources, i, like), j, numbers, mode, e, weight)
+    write(target, i, result, past)
 
 
 @part()
@@ -367,21 +491,26 @@ def _map_run(sources, target, beside, n, width, last, numbers, mode, past, ahead
     if past:
         i = min(n, before_line(target))
     if i > 0:
-        _map_part(sources, target, beside, 0, i, 0, loaded(w, 0, like), numbers, mode, how, like)
-    j = _within(i, width)
+        _map_part(sources, target, beside, 0, i, 0, 0, loaded(w, 0, like), numbers, mode, how, like)
+    j, row = _within(i, row, width)
     while i + LANES <= n:
-        for _ in range(min((width - j + LANES - 1) // LANES, (n - i) // LANES)):
+        plain = _without(how, r, j, numbers[2])
+        for _ in range(min(plain, (width - j + LANES - 1) // LANES, (n - i) // LANES)):
             fetch_all(ahead, i)
             f = _weights_from(w, laid, i, row, min(row + 1, last), width - j, like)
-            result, bowed = _mapped(how, loads(sources, i, like), j, numbers, mode, loaded(r, i, like), f)
+            result, bowed = _mapped(how, loads(sources, i, like), j, numbers, mode, _plainly_beside(r, i, like), f)
             write(target, i, result, past)
             put(dr, i, bowed)
             i, j = i + LANES, j + LANES
-        if j >= width:
-            j, row = _within(j, width), row + 1
+        if plain == 0:
+            fetch_all(ahead, i)
+            f = _weights_from(w, laid, i, row, min(row + 1, last), width - j, like)
+            _map_kept(sources, target, r, i, row, j, f, numbers, mode, past, how, like)
+            i, j = i + LANES, j + LANES
+        j, row = _within(j, row, width)
     if i < n:
         f = _weights_from(w, laid, i, row, min(row + 1, last), width - j, like)
-        _map_part(sources, target, beside, i, n - i, j, f, numbers, mode, how, like)
+        _map_part(sources, target, beside, i, n - i, row, j, f, numbers, mode, how, like)
 
 
 @formula
@@ -405,9 +534,13 @@ def columns_map(sources, target, beside, k, c0, channels, numbers, rare, plan, h
     while r0 < r1:
         runs, steps, left = rows_from(sources, r0, c0, plan, order)
         run, step, _ = _row(target, r0, c0, plan, order)
-        run_r, step_r, _ = _part_of(r, r0, c0, plan, order)
+        run_r, step_r, _ = _beside(how, r, r0, c0, plan, order)
         run_dr, step_dr, _ = _part_of(dr, r0, c0, plan, order)
-        gapless = step == width * target.itemsize and (absent(r) or step_r == step) and (absent(dr) or step_dr == step)
+        gapless = (
+            step == width * target.itemsize
+            and (absent(r) or is_kept(how, r) or step_r == step)
+            and (absent(dr) or step_dr == step)
+        )
         gapless = gapless and steps[0] == width * sources[0].itemsize and steps[-1] == width * sources[-1].itemsize
         count = min(left, r1 - r0)
         at_once = min(count, most) if gapless and together else 1

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from .activations import absent, is_frozen, is_plain, read_as, used_of
+from .activations import absent, is_frozen, is_kept, is_plain, keeps, read_as, residual_of, used_of
 from .blocks import joined_comoments, settle
 from .coefficients import backward_coefficients, columns_of, lenses_of
-from .columns import columns_map, spread_column, spread_columns
+from .columns import columns_map, find_kept, spread_column, spread_columns
 from .compile import compiled
 from .cut import EXACT, TWO
 from .formulas import formula, full
@@ -29,8 +29,8 @@ from .lanes import (
     where_less,
     where_nonzero,
 )
-from .parts import by_type, part
-from .rows import rows_map
+from .parts import by_type, nothing_of, part
+from .rows import KEPT, rows_map
 from .schedule import (
     ALL,
     DOUBLE,
@@ -40,6 +40,7 @@ from .schedule import (
     SUM,
     add_block,
     adopt,
+    any_lost,
     borders,
     by_channel,
     claimed,
@@ -47,6 +48,7 @@ from .schedule import (
     divide,
     few_in_double,
     few_of,
+    first_from,
     lent,
     listed,
     mass_or,
@@ -64,6 +66,24 @@ from .views import borrowed, corner, hold, outer, place, rest, row
 IN_DOUBLE = 4  # sums of products, in float64: d^4 is for what float32 can't do
 
 
+@formula
+def _lens_rows(how, r):  # type: ignore[no-untyped-def]
+    return KEPT + 2 if is_kept(how, r) else KEPT
+
+
+@by_type
+def _say_kept(how, r, lost, c0, lenses):  # type: ignore[no-untyped-def]
+    """lenses (5, G): in which of the channels whose x is kept that of a channel is, or -1."""
+    return _which_are_kept if keeps(how, r) else nothing_of
+
+
+def _which_are_kept(how, r, lost, c0, lenses):  # type: ignore[no-untyped-def]
+    for c in range(lenses.shape[1]):
+        lenses[KEPT, c] = -1.0
+    for j in range(first_from(lost, c0), first_from(lost, c0 + lenses.shape[1])):
+        lenses[KEPT, lost[j] - c0] = j
+
+
 @part()
 def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order, cm, dx, dr):  # type: ignore[no-untyped-def]
     """part (P, 5, G) of piece p of a tile: count, mean of dy as hi and lo, mean of x - hi, co-moment; meanwhile channel
@@ -74,8 +94,8 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order,
     room = scratch[2][0]
     totals, sums = corner(numbers, 5, 5, g), corner(all_sums, 0, 5, tile_width(g, plan))
     pivot, hi = row(singles, 0, g), row(singles, 1, g)
-    lenses = corner(numbers, 10, 3, g), columns_of(how, r, rest(near64, 5), rest(near, 8))
-    both, beside, used = (dy, x), (r, w, dr), used_of(how, r, x, numbers, rest(singles, 2))
+    lenses = corner(numbers, 10, _lens_rows(how, r), g), columns_of(how, r, rest(near64, 5), rest(near, 8))
+    both, beside, used = (dy, x), (residual_of(how, r), w, dr), used_of(how, r, x, numbers, rest(singles, 2))
     waiting, like = (numbers, used, rest(numbers, 20)), read_as(how, r, spread(narrowest(x)), spread(used[0, 0]))
     mine = place(part, p)
     if k0 >= k1:
@@ -101,7 +121,7 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order,
         again = _first(s0, pivot, hi, totals, stats, mine, n, float(x.shape[0] * x.shape[2]))
     if again:
         mean, merged, hi64 = row(numbers, 15, g), corner(numbers, 16, 4, g), stats[0, s0 : s0 + g]
-        own, far = row(numbers, 13, g), row(numbers, 14, g)
+        own, far = row(numbers, 24, g), row(numbers, 25, g)
         blank(merged, merged.shape[0])
         if plan.across:
             spread_column(hi64, near64[1], plan)
@@ -237,16 +257,16 @@ def _mean_of_dy_bent(
 
 
 @part()
-def _backward_finish(s0, g, stats, grads, dgamma, dbeta, part, values):  # type: ignore[no-untyped-def]
-    """grads (5, G C): mean of dy as hi and lo, covariance, mean of x - mean, and sum of dy; dgamma of training, and
-    dbeta, where they aren't empty."""
+def _backward_finish(s0, g, stats, grads, dgamma, dbeta, part, values, how, w):  # type: ignore[no-untyped-def]
+    """grads (5, G C): mean of dy as hi and lo, covariance, mean of x - mean, and sum of dy; dgamma and dbeta, if not
+    empty."""
     for c in range(0, g, LANES):
         s, k = s0 + c, min(LANES, g - c)
         sums = (spread(0.0), spread(0.0), spread(0.0), spread(0.0), spread(0.0))
         for p in range(part.shape[0]):
             of = place(part, p)
             sums = joined_comoments(*sums, take(of, 0, c, k, spread(0.0)), *four_of(of, 1, c, k))
-        total, product = _give_sums(s, k, stats, grads, sums, float(values))
+        total, product = _give_sums(s, k, stats, grads, sums, float(values), how, w)
         if dgamma.size > 0:
             give(dgamma, 0, s, k, product)
         if dbeta.size > 0:
@@ -254,13 +274,20 @@ def _backward_finish(s0, g, stats, grads, dgamma, dbeta, part, values):  # type:
 
 
 @formula
-def _give_sums(s, k, stats, grads, sums, values):  # type: ignore[no-untyped-def]
-    """grads of k channels; the sum of dy is given back, and dgamma."""
+def _give_sums(s, k, stats, grads, sums, values, how, w):  # type: ignore[no-untyped-def]
+    """grads of k channels; the sum of dy is given back, and dgamma.
+
+    x less its mean adds up to 0, and dgamma has nothing of what rounding left of that. Not so by weights, nor of an x
+    had back from y, nor of constants.
+    """
     n, hi, lo, t, m = sums
     zero, (hi, lo) = nothing(n), settle(hi, lo)
     covariance, total = where_nonzero(n, m * (1.0 / values), zero), n * hi + n * lo
-    give_rows(grads, 0, s, k, (hi, lo, covariance, t - take(stats, 1, s, k, zero), total))
-    return total, n * covariance * take(stats, 3, s, k, zero)
+    mean, product = t - take(stats, 1, s, k, zero), n * covariance
+    give_rows(grads, 0, s, k, (hi, lo, covariance, mean, total))
+    off = product + total * mean
+    product = where_nonzero(spread(is_frozen(how)), off, product) if w is None and not how.inverse else off
+    return total, product * take(stats, 3, s, k, zero)
 
 
 @part()
@@ -299,16 +326,29 @@ def _backward_map(p0, p1, c0, dy, x, dx, rare, plan, memory, how, r, w, dr, orde
 
 @part()
 def _hand_on(lenses, waiting):  # type: ignore[no-untyped-def]
-    """waiting (3, G) <- lenses (3, G). One array set to another costs 3 s: Numba compiles strings for its error."""
-    for i in range(3):
+    """waiting (4, G) <- lenses (3, G). One array set to another costs 3 s: Numba compiles strings for its error."""
+    for i in range(KEPT):
         for c in range(lenses.shape[1]):
             waiting[i, c] = lenses[i, c]
+            waiting[KEPT, c] = -1.0  # nothing waits of which channels are kept
+
+
+@part()
+def _map_waiting(c0, dy, x, dx, rare, starts, order, plan, memory, how, r, w, dr):  # type: ignore[no-untyped-def]
+    """The tile of the channels from c0 on, whose map waited for the next one's sums."""
+    n0, outers = start_of(order, starts[0]), starts[1] - starts[0]
+    pieces, _ = part_sizes(x.shape, plan)
+    _backward_map(
+        np.int64(0), pieces, c0, outer(dy, n0, outers), outer(x, n0, outers), outer(dx, n0, outers), rare,
+        planned(x.shape, plan), memory, how, outer(r, n0, outers), outer(w, n0, outers), outer(dr, n0, outers), order,
+        rest(memory[0], 20),
+    )  # fmt: skip
 
 
 @part()
 def _backward_units(
     k, items, dy, x, dx, stats, affine, grads, dgamma, dbeta, part, claims, plan, stage, starts, order, how, r, w,
-    dr, mass, memory
+    dr, mass, lost, memory
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """As forward's."""
     keep_whole()
@@ -327,12 +367,19 @@ def _backward_units(
             own, order_of = planned(xs.shape, plan), listed(order, starts[g], count)
             p0, p1 = max(0, first - cell * pieces), min(pieces, last - cell * pieces)
             sums = place(part, k if stage & SUM and stage & FINISH else cell)
+            apart = any_lost(lost, c0, channels)
+            if apart and waiting >= 0:  # what maps beside sums has no eye for channels
+                _map_waiting(waiting, dy, x, dx, rare, starts, order, plan, memory, how, r, w, dr)
+                waiting = np.int64(-1)
             if not is_plain(how) and cell != seen:
-                seen, lenses = cell, corner(memory[0], 10, 3, channels)
+                seen, lenses = cell, corner(memory[0], 10, _lens_rows(how, r), channels)
+                _say_kept(how, r, lost, c0, lenses)
                 exactly = not absent(w) or plan.flags & EXACT != 0
                 lenses_of(how, r, s0, stats, affine, lenses, rest(memory[3], 10), exactly)
                 if plan.across:
-                    spread_columns(lenses, columns_of(how, r, rest(memory[2], 5), rest(memory[4], 8)), plan)
+                    by_column = columns_of(how, r, rest(memory[2], 5), rest(memory[4], 8))
+                    spread_columns(lenses, by_column, plan)
+                    find_kept(how, r, by_column, channels, plan)
             if stage & SUM:
                 for p in range(p0, p1):
                     _backward_sum(
@@ -340,14 +387,14 @@ def _backward_units(
                     )
                 waiting = np.int64(-1)
             if stage & FINISH:
-                _backward_finish(s0, channels, stats, grads, dgamma, dbeta, sums, xs.shape[0] * xs.shape[2])
+                _backward_finish(s0, channels, stats, grads, dgamma, dbeta, sums, xs.shape[0] * xs.shape[2], how, ws)
             if stage & MAP:
                 if stage & SUM or cell != ready:
                     rare = _backward_numbers(
                         s0, c0, xs, stats, affine, grads, own, memory, how, rs, ws, mass_or(mass, g, 0.0)
                     )
                     ready = cell
-                if in_turn and rare == 0:
+                if in_turn and rare == 0 and not apart:
                     waiting = c0
                     _hand_on(rest(memory[0], 10), rest(memory[0], 20))
                     continue
@@ -356,36 +403,33 @@ def _backward_units(
                 )
         u = claimed(k, items, claims, u)
     if waiting >= 0:
-        n0, outers = start_of(order, starts[0]), starts[1] - starts[0]
-        _backward_map(
-            np.int64(0), pieces, waiting, outer(dy, n0, outers), outer(x, n0, outers), outer(dx, n0, outers), rare,
-            planned(x.shape, plan), memory, how, outer(r, n0, outers), outer(w, n0, outers), outer(dr, n0, outers),
-            order, rest(memory[0], 20),
-        )  # fmt: skip
+        _map_waiting(waiting, dy, x, dx, rare, starts, order, plan, memory, how, r, w, dr)
 
 
 @compiled
 def backward_item(
     k, items, dy, x, dx, stats, affine, grads, dgamma, dbeta, part, claims, plan, stage, starts, order, how, r, w,
-    dr, mass, every
+    dr, mass, lost, every
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """dy, x, dx (O, C, I), stats (4, G C), affine (2, G C), grads (5, G C), dgamma and dbeta (G C,) or (0,), part
     (cells or items, P, 5, channels).
 
-    starts (G + 1,), order (O,) or (0,), r and dr (O, C, I) or None, w (O, 1, I) or None, mass (G,) or None.
+    starts (G + 1,), order (O,) or (0,), r and dr (O, C, I) or None, w (O, 1, I) or None, mass (G,) or None. Where x is
+    had back from y, r (O, n, I) has x of the channels `lost` (n,), both of which may be None.
     """
     keep_whole()
     if k < 0:
         by_all(every, items, (dy, x, dx, stats, affine, grads, dgamma, dbeta, part, claims, plan, stage, starts, order,
-                              how, r, w, dr, mass, every))  # fmt: skip
+                              how, r, w, dr, mass, lost, every))  # fmt: skip
         return
-    wants = np.int64(5), np.int64(8), np.int64(11)
+    lens = np.int64(_lens_rows(how, r))
+    wants = np.int64(5), 5 + lens, 8 + lens
     owned = memory_of(borrowed(affine), borrowed(x), borrowed(dx), plan, stage, wants, not absent(w))
     memory = lent(borrowed(owned), borrowed(x), borrowed(dx), plan, stage, wants, not absent(w))
     _backward_units(
         k, items, borrowed(dy), borrowed(x), borrowed(dx), borrowed(stats), borrowed(affine), borrowed(grads),
         borrowed(dgamma), borrowed(dbeta), borrowed(part), borrowed(claims), plan, stage, borrowed(starts),
-        borrowed(order), how, borrowed(r), borrowed(w), borrowed(dr), borrowed(mass), memory,
+        borrowed(order), how, borrowed(r), borrowed(w), borrowed(dr), borrowed(mass), borrowed(lost), memory,
     )  # fmt: skip
     fence()
     hold(owned)

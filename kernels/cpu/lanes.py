@@ -345,13 +345,13 @@ def _lanes_below(builder: Any, n: Any) -> Any:
     return builder.icmp_signed("<", counts, in_all(builder, builder.trunc(n, _I32), LANES))
 
 
-def _masked(builder: Any, name: str, pointer: Any, kinds: list[Any], result: Any, values: list[Any]) -> Any:
-    # The name has pointer types, for the LLVM 14 of Numba 0.60; later ones read it as their own.
-    element = pointer.type.pointee.element
-    letter = {_FLOAT: "f32", _DOUBLE: "f64", _I8: "i8"}.get(element, "i16")
+def _masked(builder: Any, name: str, kind: Any, kinds: list[Any], result: Any, values: list[Any]) -> Any:
+    letter = {_FLOAT: "f32", _DOUBLE: "f64", _I8: "i8"}.get(kind.element, "i16")
     suffix = f"v{LANES}{letter}"
+    if name != "expandload":  # names have pointer types, for the LLVM 14 of Numba 0.60; later ones read them as theirs
+        suffix += f".p0{suffix}"
     function = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(result, kinds), f"llvm.masked.{name}.{suffix}.p0{suffix}"
+        builder.module, ir.FunctionType(result, kinds), f"llvm.masked.{name}.{suffix}"
     )
     return builder.call(function, values)
 
@@ -408,8 +408,35 @@ def _load_part(context: Any, builder: Any, place: Any, element: Any, n: Any, wan
     mask, kind = _lanes_below(builder, n), place.type.pointee
     kinds = [place.type, _I32, mask.type, kind]
     values = [place, ir.Constant(_I32, _bytes(element)), mask, ir.Constant(kind, None)]
-    bits = _masked(builder, "load", place, kinds, kind, values)
+    bits = _masked(builder, "load", kind, kinds, kind, values)
     return builder.select(mask, _decode(context, builder, bits, element, wanted), fill)
+
+
+@intrinsic
+def load_apart(_typing: Any, pointer: Any, i: Any, n: Any, flags: Any, fill: Any) -> Any:
+    """Elements from `pointer[i]` on, one behind the other, in those of the first n lanes whose flag is not 0, and what
+    `fill` has in the others."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        mask = builder.and_(_nonzero(builder, args[3]), _lanes_below(builder, args[2]))
+        place = builder.gep(args[0], [args[1]])
+        kind = _vector(place.type.pointee)
+        values = [place, mask, ir.Constant(kind, None)]
+        bits = _masked(builder, "expandload", kind, [v.type for v in values], kind, values)
+        return builder.select(mask, _decode(context, builder, bits, pointer.dtype, fill), args[4])
+
+    return fill(pointer, types.intp, types.intp, flags, fill), codegen
+
+
+@intrinsic
+def move(_typing: Any, target: Any, source: Any) -> Any:
+    """One element, as it is, from where one pointer is to where the other one is."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        builder.store(builder.load(args[1]), args[0])
+        return context.get_dummy_value()
+
+    return types.void(target, source), codegen
 
 
 @intrinsic
@@ -437,7 +464,7 @@ def _save_part(context: Any, builder: Any, place: Any, element: Any, n: Any, giv
     mask, bits = _lanes_below(builder, n), _encode(context, builder, lanes, given, element)
     kinds = [bits.type, place.type, _I32, mask.type]
     values = [bits, place, ir.Constant(_I32, _bytes(element)), mask]
-    _masked(builder, "store", place, kinds, ir.VoidType(), values)
+    _masked(builder, "store", bits.type, kinds, ir.VoidType(), values)
 
 
 @intrinsic

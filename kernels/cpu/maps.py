@@ -180,7 +180,7 @@ def pointers_of(numbers):  # type: ignore[no-untyped-def]
     doubles, fast, lenses = numbers
     if lenses is None:
         return rows_of(doubles, 3), None if fast is None else rows_of(fast, 6), None
-    return rows_of(doubles, 5), rows_of(fast, 8), rows_of(lenses, 3)
+    return rows_of(doubles, 5), rows_of(fast, 8), rows_of(lenses, 5)
 
 
 @formula

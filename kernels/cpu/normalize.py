@@ -5,7 +5,7 @@ import numpy as np
 from .activations import absent, fast_numbers
 from .blocks import joined_moments, not_negative, settle
 from .coefficients import forward_coefficients
-from .columns import columns_map, spread_columns
+from .columns import columns_map, keep_columns, spread_columns
 from .compile import compiled
 from .cut import EXACT, NEXT, TWO
 from .formulas import formula
@@ -27,8 +27,8 @@ from .lanes import (
     where_less,
     where_nonzero,
 )
-from .parts import part
-from .rows import rows_map
+from .parts import part, unless_none
+from .rows import keep_rows, rows_map
 from .schedule import (
     ALL,
     DOUBLE,
@@ -37,6 +37,7 @@ from .schedule import (
     SINGLE,
     SUM,
     adopt,
+    any_lost,
     borders,
     by_channel,
     claimed,
@@ -45,6 +46,7 @@ from .schedule import (
     deviations,
     few_in_double,
     few_of,
+    first_from,
     lent,
     listed,
     mass_or,
@@ -92,7 +94,7 @@ def _forward_sum(p, c0, x, part, plan, memory, w, order, cm, y, how, r):  # type
         again = _first(pivot, totals, mine, count, w)
     if again:
         mean, merged = row(numbers, 15, g), corner(numbers, 16, 4, g)
-        own, far = row(numbers, 13, g), row(numbers, 14, g)
+        own, far = row(numbers, 24, g), row(numbers, 25, g)
         blank(merged, merged.shape[0])
         mean_of(x, k0, c0, mean, totals, sums, near64, scratch, plan, few_in_double(x, plan, w), w, order)
         share = share_of(x, 0.5)
@@ -231,6 +233,19 @@ def _unless_unused(how, w):  # type: ignore[no-untyped-def]
     return None if how.simple else w
 
 
+# Of borrowed arrays: Numba takes what a formula gives for a reference of its own, and would free it.
+
+
+@formula
+def _residual(r, lost):  # type: ignore[no-untyped-def]
+    return r if lost is None else None
+
+
+@formula
+def _kept(r, lost):  # type: ignore[no-untyped-def]
+    return None if lost is None else r
+
+
 @part()
 def _forward_numbers(s0, g, stats, affine, plan, memory, double, how, r, w):  # type: ignore[no-untyped-def]
     """What the map of a tile takes of its channels, in `memory`; and for how many of them float32 won't do."""
@@ -245,10 +260,10 @@ def _forward_numbers(s0, g, stats, affine, plan, memory, double, how, r, w):  # 
 
 
 @part()
-def _forward_map(p0, p1, c0, ca, x, y, rare, summed, plan, memory, how, r, w, order):  # type: ignore[no-untyped-def]
+def _forward_map(p0, p1, c0, ca, x, y, rare, summed, plan, memory, how, r, w, order, kept, lost):  # type: ignore[no-untyped-def]
     """Pieces p0 to p1 of a tile, backwards if they were summed: what was read last is in cache.
 
-    The channels from ca on are fetched meanwhile, if it is >= 0.
+    The channels from ca on are fetched meanwhile, if it is >= 0. Those that are `lost` are kept.
     """
     g = min(plan.tile, x.shape[1] - c0)
     numbers, _, columns, singles, like_columns, scratch = memory
@@ -258,15 +273,26 @@ def _forward_map(p0, p1, c0, ca, x, y, rare, summed, plan, memory, how, r, w, or
     k0, k1 = p0 * plan.piece, min(p1 * plan.piece, plan.blocks)
     for i in range(k1 - k0):
         k = k1 - 1 - i if summed else k0 + i
+        _keep(lost, k, x, kept, c0, g, plan, order)  # before y is written: it may be x
         if plan.across:
             columns_map((x,), y, (r, w, None), k, c0, g, of_columns, rare, plan, how, like, order, scratch[2][0])
         else:
             rows_map((x,), y, (r, w, None), k, c0, ca, of_rows, rare, plan, scratch, how, like, order)
 
 
+@unless_none()
+def _keep(lost, k, x, kept, c0, channels, plan, order):  # type: ignore[no-untyped-def]
+    """kept (O, n, I) <- block k of x, of those of the channels that are lost."""
+    j0, j1 = first_from(lost, c0), first_from(lost, c0 + channels)
+    if j0 < j1 and plan.across:
+        keep_columns(k, x, kept, lost, j0, j1, plan, order)
+    elif j0 < j1:
+        keep_rows(k, x, kept, lost, j0, j1, plan, order)
+
+
 @part()
 def _forward_units(
-    k, items, x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w, mass, memory
+    k, items, x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w, mass, kept, lost, memory
 ):  # type: ignore[no-untyped-def]
     """What there is for item k to do; in a part, as Numba writes a page of code for each array that may own memory."""
     keep_whole()
@@ -299,6 +325,9 @@ def _forward_units(
                     )  # fmt: skip
                     ready = cell
                 if in_turn and rare == 0:
+                    if any_lost(lost, c0, channels):  # what maps beside sums keeps nothing
+                        for block in range(own.blocks):
+                            _keep(lost, block, xs, kept, c0, channels, own, order_of)
                     waiting = c0
                     continue
                 ahead = np.int64(-1)
@@ -306,7 +335,7 @@ def _forward_units(
                     ahead = c0 + plan.tile
                 _forward_map(
                     p0, p1, c0, ahead, xs, ys, rare, part.shape[0] > 0, own, memory, how, rs, _unless_unused(how, ws),
-                    order_of,
+                    order_of, outer(kept, n0, outers), lost,
                 )  # fmt: skip
         u = claimed(k, items, claims, u)
     if waiting >= 0:
@@ -314,31 +343,31 @@ def _forward_units(
         _forward_map(
             np.int64(0), pieces, waiting, np.int64(-1), outer(x, n0, outers), outer(y, n0, outers), rare,
             part.shape[0] > 0, planned(x.shape, plan), memory, how, outer(r, n0, outers),
-            _unless_unused(how, outer(w, n0, outers)), order,
+            _unless_unused(how, outer(w, n0, outers)), order, outer(kept, n0, outers), lost,
         )  # fmt: skip
 
 
 @compiled
 def forward_item(
-    k, items, x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w, mass, every
+    k, items, x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w, mass, lost, every
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """x, y (O, C, I), stats (4, G C), affine (2, G C), part (cells or items, P, 4, channels of a tile).
 
     y is not touched without the MAP stage. starts (G + 1,), order (O,) or (0,), r (O, C, I), w (O, 1, I) and mass (G,)
-    or None.
+    or None. With the channels `lost` (n,), r (O, n, I) is written: their x.
     """
     keep_whole()
     if k < 0:
-        by_all(
-            every, items, (x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w, mass, every)
-        )
+        by_all(every, items, (x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w, mass, lost,
+                              every))  # fmt: skip
         return
     wants = 2 if absent(w) else 3, np.int64(3), np.int64(6)
     owned = memory_of(borrowed(affine), borrowed(x), borrowed(y), plan, stage, wants, not absent(w))
     memory = lent(borrowed(owned), borrowed(x), borrowed(y), plan, stage, wants, not absent(w))
     _forward_units(
         k, items, borrowed(x), borrowed(y), borrowed(stats), borrowed(affine), eps, borrowed(part), borrowed(claims),
-        plan, stage, borrowed(starts), borrowed(order), how, borrowed(r), borrowed(w), borrowed(mass), memory,
+        plan, stage, borrowed(starts), borrowed(order), how, _residual(borrowed(r), lost), borrowed(w),
+        borrowed(mass), _kept(borrowed(r), lost), borrowed(lost), memory,
     )  # fmt: skip
     fence()
     hold(owned)

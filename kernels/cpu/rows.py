@@ -10,7 +10,7 @@ scratch run, and results are scattered from one.
 
 import numpy as np
 
-from .activations import absent
+from .activations import absent, keeps, onwards, residual_of
 from .cut import GATHER, PAST
 from .formulas import called, formula
 from .lanes import (
@@ -40,13 +40,14 @@ from .maps import (
     shift_all,
     sizes_of,
 )
-from .parts import part, unless_none
+from .parts import by_type, part, unless_none
 from .sums import AHEAD, run_sums
 from .views import row
 
 # Constants go to parts as runtime values below (`np.int64(0)`): Numba compiles them again for each literal.
 
 SAMPLE = 2 * LANES
+KEPT = 3  # row of a lens: which channel of those kept this one is, or -1
 
 
 @part()
@@ -187,21 +188,109 @@ def rows_sums(sources, r, w, k, c0, pivots, sums, plan, scratch, few, how, lense
     shape = sources[0].shape
     o0, o1, i0, _ = block(k, shape, plan)
     samples, count, n, step, further = _samples(k, shape, plan, few)
-    gather, o, i = plan.flags & GATHER, o0, i0
+    gather, o, i, residual = plan.flags & GATHER, o0, i0, residual_of(how, r)
     for _ in range(samples):
         p = index(order, o)
         for c in range(pivots[0].size):
+            if _kept_summed(
+                how, r, sources, w, c0, c, o, count, i, n, pivots, sums, gather != 0, scratch, lenses, order
+            ):
+                continue
             if gather:
                 runs = _gathered_all(sources, c0 + c, o, o + count, i, n, order, scratch)
-                run_r = gathered(r, c0 + c, o, o + count, i, n, order, scratch[1][2])
+                run_r = gathered(residual, c0 + c, o, o + count, i, n, order, scratch[1][2])
                 run_w = gathered(w, 0, o, o + count, i, n, order, scratch[2][0])
             else:
-                runs, run_r, run_w = at_all(sources, p, c0 + c, i), at(r, p, c0 + c, i), at(w, p, 0, i)
+                runs, run_r, run_w = at_all(sources, p, c0 + c, i), at(residual, p, c0 + c, i), at(w, p, 0, i)
             run_sums(
                 runs, run_r, run_w, count * n, pivots_of(pivots, c), lanes_of(sums, 0, c), sums.strides[0], how,
                 lens(lenses, c), _then_all(sources, runs, o, n, order),
             )  # fmt: skip
         o, i = following(o, i, o0, o1, count, step, further)
+
+
+# Channels whose x was kept, where that of others is had back from y: their runs, by what knows no y. `lenses` say which
+# of those kept a channel is, or -1. Of other kinds of calls there are none, as a constant.
+
+
+@by_type
+def _any_kept(how, r, lenses, channels):  # type: ignore[no-untyped-def]
+    """Whether a tile has such channels."""
+    return _are_kept if keeps(how, r) else lambda *_: False
+
+
+def _are_kept(how, r, lenses, channels):  # type: ignore[no-untyped-def]
+    some = False
+    for c in range(channels):
+        some = some or lenses[KEPT, c] >= 0.0
+    return some
+
+
+@part()
+def _kept_runs(sources, r, j, c, o, count, i, n, gather, order, scratch):  # type: ignore[no-untyped-def]
+    """Of dy, and of channel j of what was kept."""
+    if gather:
+        of_x, of_dy = row(scratch[0], 0, scratch[0].shape[1]), row(scratch[1], 0, scratch[1].shape[1])
+        return gathered(sources[0], c, o, o + count, i, n, order, of_dy), gathered(
+            r, j, o, o + count, i, n, order, of_x
+        )
+    p = index(order, o)
+    return at(sources[0], p, c, i), at(r, p, j, i)
+
+
+@by_type
+def _kept_summed(how, r, sources, w, c0, c, o, count, i, n, pivots, sums, gather, scratch, lenses, order):  # type: ignore[no-untyped-def]
+    """As `rows_sums` does it, and True, if the channel's x was kept."""
+    return _sum_of_kept if keeps(how, r) else lambda *_: False
+
+
+def _sum_of_kept(how, r, sources, w, c0, c, o, count, i, n, pivots, sums, gather, scratch, lenses, order):  # type: ignore[no-untyped-def]
+    if lenses[KEPT, c] < 0.0:
+        return False
+    runs = _kept_runs(sources, r, np.int64(lenses[KEPT, c]), c0 + c, o, count, i, n, gather, order, scratch)
+    run_w = gathered(w, 0, o, o + count, i, n, order, scratch[2][0]) if gather else at(w, index(order, o), 0, i)
+    run_sums(
+        runs, None, run_w, count * n, pivots_of(pivots, c), lanes_of(sums, 0, c), sums.strides[0], onwards(how),
+        lens(lenses, c), runs,
+    )  # fmt: skip
+    return True
+
+
+@by_type
+def _kept_mapped(
+    how, r, sources, target, w, c0, c, o, count, i, n, numbers, rare, past, gather, scratch, like, order
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """As `rows_map` does it, and True, if the channel's x was kept."""
+    return _map_of_kept if keeps(how, r) else lambda *_: False
+
+
+def _map_of_kept(
+    how, r, sources, target, w, c0, c, o, count, i, n, numbers, rare, past, gather, scratch, like, order
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    lenses, one = numbers[2], np.int64(1)
+    if lenses[KEPT, c] < 0.0:
+        return False
+    runs = _kept_runs(sources, r, np.int64(lenses[KEPT, c]), c0 + c, o, count, i, n, gather, order, scratch)
+    if gather:
+        result, own = pointer(scratch[1][1], 0), (None, gathered(w, 0, o, o + count, i, n, order, scratch[2][0]), None)
+        _map_run(runs, result, own, count * n, c, one, numbers, rare, False, runs, onwards(how), like)
+        scatter(scratch[1][1], target, c0 + c, o, o + count, i, n, order)
+    else:
+        p = index(order, o)
+        own = None, at(w, p, 0, i), None
+        _map_run(runs, at(target, p, c0 + c, i), own, n, c, one, numbers, rare, past, runs, onwards(how), like)
+    return True
+
+
+@part()
+def keep_rows(k, x, kept, lost, j0, j1, plan, order):  # type: ignore[no-untyped-def]
+    """kept (O, n, I) <- x, of its channels lost[j0:j1] and block k."""
+    o0, o1, i0, n = block(k, x.shape, plan)
+    for o in range(o0, o1):
+        p = index(order, o)
+        for j in range(j0, j1):
+            for i in range(i0, i0 + n):
+                kept[p, j, i] = x[p, lost[j], i]
 
 
 @formula
@@ -278,10 +367,16 @@ def rows_map(sources, target, beside, k, c0, ca, numbers, rare, plan, scratch, h
     `rare`: for how many of them the fast numbers won't do.
     """
     keep_whole()
-    shape, g, past, (r, w, dr) = target.shape, numbers[0].shape[1], plan.flags & PAST != 0, beside
+    shape, g, past, (kept, w, dr) = target.shape, numbers[0].shape[1], plan.flags & PAST != 0, beside
+    r = residual_of(how, kept)
     o0, o1, i0, n = block(k, shape, plan)
     if plan.flags & GATHER:
         for c in range(g):
+            if _kept_mapped(
+                how, kept, sources, target, w, c0, c, o0, o1 - o0, i0, n, numbers, rare, past, True, scratch, like,
+                order,
+            ):  # fmt: skip
+                continue
             runs = _gathered_all(sources, c0 + c, o0, o1, i0, n, order, scratch)
             run_r = gathered(r, c0 + c, o0, o1, i0, n, order, scratch[1][2])
             run_w = gathered(w, 0, o0, o1, i0, n, order, scratch[2][0])
@@ -293,13 +388,18 @@ def rows_map(sources, target, beside, k, c0, ca, numbers, rare, plan, scratch, h
         return
     whole = n >= LANES and (rare == 0 or rare == g or absent(numbers[1])) and (absent(w) or g > 1)
     whole = whole and _adjacent(sources[0], n) and _adjacent(sources[-1], n) and _adjacent(target, n)
-    whole = whole and _adjacent(r, n) and _adjacent(dr, n)
+    whole = whole and _adjacent(r, n) and _adjacent(dr, n) and not _any_kept(how, kept, numbers[2], g)
     count = g if whole else 1
     oa, _, ia, _ = block(plan.blocks - 1 - k, shape, plan)
     for o in range(o1 - 1, o0 - 1, -1):  # what was read last is in cache
         p = index(order, o)
         run_w = repeated(w, p, i0, n, scratch[2][0]) if whole else at(w, p, 0, i0)
         for c in range(0, g, count):
+            if _kept_mapped(
+                how, kept, sources, target, w, c0, c, o, np.int64(1), i0, n, numbers, rare, past, False, scratch, like,
+                order,
+            ):  # fmt: skip
+                continue
             runs = at_all(sources, p, c0 + c, i0)
             ahead = shift_all(runs, sizes_of(sources), AHEAD)
             if ca >= 0:
