@@ -195,6 +195,7 @@ def measure(
         for out in dict.fromkeys(out for name, out in wanted if name == "backward+y"):
             call = prepare(libraries[0], arrays.apart(), plain, out)
             runs |= {f"apart {out}": call.run} if isinstance(call, Call) else {}
+            del call
         times = take_turns(runs, budget)
         medians = {name: float(np.median(seconds)) for name, (seconds, _) in times.items()}
         best = min(ways, key=lambda way: medians[f"copy {way}"])

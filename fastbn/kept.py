@@ -54,7 +54,7 @@ def lost_channels(
 def inverse_table(table: Any, sets: int = 1, lost: np.ndarray | None = None) -> Any:
     """For `backward` on z = gamma xhat + beta in place of x: its mean is beta, and its 1 / std 1 / gamma, with sign.
 
-    For x itself where channels are lost.
+    Columns of `lost` channels stay those of x.
     """
     family, device = place_of(table)
     numbers = family.numbers(table)
@@ -68,7 +68,8 @@ def inverse_table(table: Any, sets: int = 1, lost: np.ndarray | None = None) -> 
         made[3] = 1 / gamma
         made[4] = gamma * scale
     if lost is not None:
-        made.reshape(6, sets, -1)[:, :, lost] = numbers.reshape(6, sets, -1)[:, :, lost]
+        columns = (np.arange(sets)[:, None] * (numbers.shape[1] // sets) + lost).reshape(-1)
+        made[:, columns] = numbers[:, columns]
     return _to_numba(made, device) if family is NUMBA else made
 
 

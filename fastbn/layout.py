@@ -114,6 +114,13 @@ def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any]
     return np.empty(dense, dtype).transpose(places)
 
 
+class Few(NamedTuple):
+    """Some channels of an array, (O, n, I), as a view of it has all of them."""
+
+    seen: np.ndarray
+    plan: Collapse
+
+
 class Views:
     """Inputs and outputs of one call as (O, C, I) views that agree axis by axis.
 
@@ -160,32 +167,29 @@ class Views:
             values = new
         return values.seen(shape, dense_strides(shape, size))
 
-    def few(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """A new array of so many channels, in memory as the first input is: in that one's shape, with all of them on
-        one channel axis, and as (O, n, I)."""
-        x, (outer, _, inner), order = self._first(), self._plan.shape, self._plan.order
-        seen = empty((outer, number, inner), x.strides, x.dtype)
-        one = self._one()
-        sizes = [number if a == one else 1 if a in self._axes else self.inputs[0].shape[a] for a in order]
-        return seen.reshape(sizes).transpose(np.argsort(order)), seen
+    def few(self, number: int) -> Few:
+        """A new array of so many channels, in memory as the first input is."""
+        x, (outer, _, inner) = self._first(), self._plan.shape
+        return Few(empty((outer, number, inner), x.strides, x.dtype), self._plan)
 
-    def few_seen(self, few: np.ndarray) -> np.ndarray:
-        """Such an array, maybe of another call, as (O, n, I) in the memory order of the first input."""
+    def few_seen(self, few: Few) -> np.ndarray:
+        """Such an array of another call on the same shape, as (O, n, I) in the memory order of the first input."""
+        seen, plan = few
         outer, _, inner = self._plan.shape
-        seen = few.transpose(self._plan.order).reshape(outer, few.shape[self._one()], inner)
-        wanted = empty(seen.shape, self._first().strides, few.dtype)
+        if plan.order != self._plan.order or plan.shape != self._plan.shape:
+            shape, number = self.inputs[0].shape, seen.shape[1]
+            one = next(a for a in self._axes if shape[a] > 1)  # all of them on one channel axis, and 1 on the others
+            sizes = [number if a == one else 1 if a in self._axes else shape[a] for a in plan.order]
+            each = seen.reshape(sizes).transpose(np.argsort(plan.order))
+            seen = each.transpose(self._plan.order).reshape(outer, number, inner)
+        wanted = empty(seen.shape, self._first().strides, seen.dtype)
         if any(s != t for s, t, n in zip(seen.strides, wanted.strides, seen.shape, strict=True) if n > 1):
             wanted[...] = seen
             return wanted
         return seen
 
-    def _first(self) -> np.ndarray:
-        x: np.ndarray = self.views[0]
-        return x
-
-    def _one(self) -> int:
-        """The first channel axis with more than one channel."""
-        return next(a for a in self._axes if self.inputs[0].shape[a] > 1)
+    def _first(self) -> Any:
+        return self.views[0]
 
     def finish(self) -> None:
         for target, result in self._copied:

@@ -13,7 +13,7 @@ from .distributed import Shared, sums
 from .extras import Asked, Extras
 from .host import Caller
 from .kept import assign_at, inverse_table, of_channels, picked, put_back
-from .layout import Views, channels_of, empty
+from .layout import Few, Views, channels_of, empty
 from .saved import Saved, number_type
 
 
@@ -109,8 +109,8 @@ def run_forward(
         if asked.lost is not None and isinstance(x, Span):
             lost = picked(x, axes, asked.lost)
         elif asked.lost is not None:
-            lost, few = views.few(len(asked.lost))
-            (few,) = elements([few], backend)
+            lost = views.few(len(asked.lost))
+            (few,) = elements([lost.seen], backend)
         more = asked.seen(views, masses, None if residual is None else seen[1], None, False, few)
     backend.forward(seen[0], seen[-1], table, given, eps, more)
     views.finish()
@@ -172,7 +172,7 @@ def _seen(
     more = None
     if asked is not None:
         residuals, few = (None if residual is None else seen[2], None if dr is None else seen[-1]), None
-        if isinstance(saved._lost, np.ndarray):
+        if isinstance(saved._lost, Few):
             (few,) = elements([views.few_seen(saved._lost)], backend)
         more = asked.seen(views, saved._masses, *residuals, asked.save == "y", few)
     return views, (seen[1], seen[0], seen[len(inputs)]), more

@@ -285,15 +285,15 @@ def _carry_out(
 ) -> None:  # fmt: skip
     """Runs the stages; arrays (O, C, I) end in x and what is written, numbers are by channel, depth is part's."""
     x = arrays[-2]
-    walked = arrays if stages & MAP else arrays[:-1]
-    if more is None or (
-        more.starts is more.order is more.weights is more.residual is more.dresidual is more.lost is None
-    ):
-        strides = tuple([a.strides for a in walked])
-        job = _plain_job(item, x.shape, strides, x.dtype, arrays[-1].dtype, stages, sizes, how)
+    strides, kinds = tuple([a.strides for a in (arrays if stages & MAP else arrays[:-1])]), None
+    if more is not None:
+        residual = extras[2] if more.lost is None else None
+        strides += tuple([a.strides for a in (residual, more.dresidual) if a is not None])
+        kinds = tuple([None if a is None else a.dtype for a in extras[2:]])
+    if more is None or more.starts is more.order is more.weights is None:
+        job = _job_of_one(item, x.shape, strides, x.dtype, arrays[-1].dtype, stages, sizes, how, kinds)
     else:
-        beside = extras[2] if more.lost is None else None, more.dresidual
-        job = _job(item, arrays, [*walked, *(a for a in beside if a is not None)], stages, how, more, extras)
+        job = _job(item, arrays, strides, stages, how, kinds, more)
     twins, plan, cells, starts = job
     sums = 1 if stages & SUM else 0
     count = threads.threads_for(plan.work, sizes)
@@ -331,19 +331,20 @@ class _Job(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _plain_job(
+def _job_of_one(
     item: Any, shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], dtype: np.dtype[Any],
-    result: np.dtype[Any], stages: int, sizes: Sizes, how: Any,
+    result: np.dtype[Any], stages: int, sizes: Sizes, how: Any, kinds: tuple[Any, ...] | None,
 ) -> _Job:  # fmt: skip
+    """Of one set, without weights: the same for all calls on such arrays."""
     sized = dtype.itemsize, result.itemsize, 0 if item is forward_item else 1
     plan = plan_of(shape, strides, sized, stages, sizes, shape[0], shape[0], 0)
-    twins = _twins(item, dtype, result, how, None)
+    twins = _twins(item, dtype, result, how, kinds)
     return _Job(twins, plan, plan.tiles, np.array([0, shape[0]]))
 
 
 def _job(
-    item: Any, arrays: tuple[np.ndarray, ...], walked: list[np.ndarray], stages: int, how: Any, more: Any,
-    extras: tuple[Any, ...],
+    item: Any, arrays: tuple[np.ndarray, ...], strides: tuple[tuple[int, int, int], ...], stages: int, how: Any,
+    kinds: tuple[Any, ...] | None, more: Any,
 ) -> _Job:  # fmt: skip
     x, shape, least = arrays[-2], arrays[-2].shape, arrays[-2].shape[0]
     starts = np.array([0, least])
@@ -351,9 +352,8 @@ def _job(
         starts, sizes = np.ascontiguousarray(more.starts, np.int64), np.diff(more.starts)
         shape, least = (int(sizes.max(initial=0)), *shape[1:]), int(sizes[sizes > 0].min(initial=shape[0]))
     special = (WEIGHTED if more.weights is not None else 0) | (ORDERED if more.order is not None else 0)
-    strides, sized = tuple([a.strides for a in walked]), (x.itemsize, arrays[-1].itemsize, len(arrays) - 2)
+    sized = x.itemsize, arrays[-1].itemsize, len(arrays) - 2
     plan = plan_of(shape, strides, sized, stages, SIZES, least, x.shape[0], special)
-    kinds = tuple([a.dtype if isinstance(a, np.ndarray) else None for a in extras[2:]])
     twins = _twins(item, x.dtype, arrays[-1].dtype, how, kinds)
     return _Job(twins, plan, (len(starts) - 1) * plan.tiles, starts)
 

@@ -12,7 +12,7 @@ import numpy as np
 from numba import types
 
 from .activations import absent, is_kept, keeps, loaded, loaded_part, put, put_part
-from .cut import EXACT, PAST
+from .cut import ALL, EXACT, PAST
 from .formulas import called, formula
 from .lanes import (
     LANES,
@@ -51,7 +51,6 @@ from .parts import by_type, nothing_of, part, unless_none
 from .rows import KEPT, at, index
 from .sums import add_sums, load_about, load_parts_about, no_sums, with_first, with_values
 
-ALL = np.int64(1 << 62)
 FULL = 1024  # columns of a row from which it is stored past the caches alone: its ends are parts of lines
 ROWS = 16  # whose sums stay in registers; no more are added in float32 (see `sums.CHAIN`)
 
@@ -363,7 +362,7 @@ def _about(near, lenses, j, sources):  # type: ignore[no-untyped-def]
 
 @formula
 def _rows_of_lenses(lenses):  # type: ignore[no-untyped-def]
-    return None if lenses is None else rows_of(lenses, KEPT + 2)
+    return None if lenses is None else rows_of(lenses, KEPT + 2)  # the last two are there, and read, if `keeps`
 
 
 @part()
@@ -399,8 +398,8 @@ def _add(sources, steps, res, step_r, w, step_w, by_column, rows, n, near, sums,
 def columns_sums(sources, res, w, k, c0, channels, near, sums, plan, few, how, lenses, order, room):  # type: ignore[no-untyped-def]
     """Columns of sums (M, W) += those of the channels from c0 on; near has the pivots of each source, by column.
 
-    For all of block k, or for its first `few` rows. lenses (3, W + 16) has what `bent` takes, by column; weights are
-    laid out in `room`.
+    For all of block k, or for its first `few` rows. lenses (3 or 5, W + 16) have what `bent` takes, by column; weights
+    are laid out in `room`.
     """
     keep_whole()
     by_column = np.int64(weights_by_column(plan))
@@ -471,7 +470,7 @@ def _map_part(sources, target, beside, i, k, row, j, weight, numbers, mode, how,
 
 @by_type
 def _map_kept(sources, target, r, i, row, j, weight, numbers, mode, past, how, like):  # type: ignore[no-untyped-def]
-    """A vector with elements that were kept."""
+    """A vector with elements that were kept; there is no residual then, to give a gradient."""
     return _map_some_kept if isinstance(r, types.BaseTuple) else nothing_of
 
 

@@ -2,6 +2,10 @@
 
 from typing import NamedTuple
 
+import numpy as np
+
+ALL = np.int64(1 << 62)  # a literal would be a type of its own, and all that takes it compiled again
+
 # Flags: store past the caches; gather; all in float64; fetch the next tile while one is mapped, or sum it meanwhile.
 PAST, GATHER, EXACT, NEXT, TWO = 1, 2, 4, 8, 16
 

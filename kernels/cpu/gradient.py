@@ -7,8 +7,8 @@ from .blocks import joined_comoments, settle
 from .coefficients import backward_coefficients, columns_of, lenses_of
 from .columns import columns_map, find_kept, spread_column, spread_columns
 from .compile import compiled
-from .cut import EXACT, TWO
-from .formulas import formula, full
+from .cut import ALL, EXACT, TWO
+from .formulas import called, formula, full
 from .in_turn import rows_two
 from .items import by_all, fence
 from .lanes import (
@@ -32,7 +32,6 @@ from .lanes import (
 from .parts import by_type, nothing_of, part
 from .rows import KEPT, rows_map
 from .schedule import (
-    ALL,
     DOUBLE,
     FINISH,
     MAP,
@@ -61,7 +60,7 @@ from .schedule import (
     start_of,
     tile_width,
 )
-from .views import borrowed, corner, hold, outer, place, rest, row
+from .views import borrowed, corner, hold, moved, outer, place, rest, row
 
 IN_DOUBLE = 4  # sums of products, in float64: d^4 is for what float32 can't do
 
@@ -71,17 +70,27 @@ def _lens_rows(how, r):  # type: ignore[no-untyped-def]
     return KEPT + 2 if is_kept(how, r) else KEPT
 
 
+@formula
+def _beside_tile(how, r, lost, c0):  # type: ignore[no-untyped-def]
+    """r, and where it is what was kept, from the tile's first channel of it on."""
+    return moved(r, called(first_from, lost, c0) * r.strides[1]) if keeps(how, r) else r
+
+
 @by_type
 def _say_kept(how, r, lost, c0, lenses):  # type: ignore[no-untyped-def]
-    """lenses (5, G): in which of the channels whose x is kept that of a channel is, or -1."""
+    """lenses (5, G): which of the tile's channels whose x is kept a channel is, or -1.
+
+    Of the tile's: among all of them it may be a number that float32 hasn't.
+    """
     return _which_are_kept if keeps(how, r) else nothing_of
 
 
 def _which_are_kept(how, r, lost, c0, lenses):  # type: ignore[no-untyped-def]
+    start, stop = first_from(lost, c0), first_from(lost, c0 + lenses.shape[1])
     for c in range(lenses.shape[1]):
         lenses[KEPT, c] = -1.0
-    for j in range(first_from(lost, c0), first_from(lost, c0 + lenses.shape[1])):
-        lenses[KEPT, lost[j] - c0] = j
+    for j in range(start, stop):
+        lenses[KEPT, lost[j] - c0] = j - start
 
 
 @part()
@@ -257,7 +266,7 @@ def _mean_of_dy_bent(
 
 
 @part()
-def _backward_finish(s0, g, stats, grads, dgamma, dbeta, part, values, how, w):  # type: ignore[no-untyped-def]
+def _backward_finish(s0, g, stats, grads, dgamma, dbeta, part, values, how, r, w, lenses):  # type: ignore[no-untyped-def]
     """grads (5, G C): mean of dy as hi and lo, covariance, mean of x - mean, and sum of dy; dgamma and dbeta, if not
     empty."""
     for c in range(0, g, LANES):
@@ -266,7 +275,9 @@ def _backward_finish(s0, g, stats, grads, dgamma, dbeta, part, values, how, w): 
         for p in range(part.shape[0]):
             of = place(part, p)
             sums = joined_comoments(*sums, take(of, 0, c, k, spread(0.0)), *four_of(of, 1, c, k))
-        total, product = _give_sums(s, k, stats, grads, sums, float(values), how, w)
+        total, product = _give_sums(
+            s, k, stats, grads, sums, float(values), how, r, w, take(lenses, KEPT, c, k, spread(-1.0))
+        )
         if dgamma.size > 0:
             give(dgamma, 0, s, k, product)
         if dbeta.size > 0:
@@ -274,11 +285,11 @@ def _backward_finish(s0, g, stats, grads, dgamma, dbeta, part, values, how, w): 
 
 
 @formula
-def _give_sums(s, k, stats, grads, sums, values, how, w):  # type: ignore[no-untyped-def]
+def _give_sums(s, k, stats, grads, sums, values, how, r, w, kept):  # type: ignore[no-untyped-def]
     """grads of k channels; the sum of dy is given back, and dgamma.
 
     x less its mean adds up to 0, and dgamma has nothing of what rounding left of that. Not so by weights, nor of an x
-    had back from y, nor of constants.
+    had back from y, not `kept` (0 and above), nor of constants.
     """
     n, hi, lo, t, m = sums
     zero, (hi, lo) = nothing(n), settle(hi, lo)
@@ -286,8 +297,12 @@ def _give_sums(s, k, stats, grads, sums, values, how, w):  # type: ignore[no-unt
     mean, product = t - take(stats, 1, s, k, zero), n * covariance
     give_rows(grads, 0, s, k, (hi, lo, covariance, mean, total))
     off = product + total * mean
-    product = where_nonzero(spread(is_frozen(how)), off, product) if w is None and not how.inverse else off
-    return total, product * take(stats, 3, s, k, zero)
+    own = where_nonzero(spread(is_frozen(how)), off, product)
+    if w is not None or (how.inverse and not keeps(how, r)):
+        own = off
+    elif how.inverse:
+        own = where_less(kept, zero, off, own)
+    return total, own * take(stats, 3, s, k, zero)
 
 
 @part()
@@ -326,11 +341,14 @@ def _backward_map(p0, p1, c0, dy, x, dx, rare, plan, memory, how, r, w, dr, orde
 
 @part()
 def _hand_on(lenses, waiting):  # type: ignore[no-untyped-def]
-    """waiting (4, G) <- lenses (3, G). One array set to another costs 3 s: Numba compiles strings for its error."""
-    for i in range(KEPT):
-        for c in range(lenses.shape[1]):
+    """waiting (4, G) <- three rows of lenses, and no channel that is kept: no tile waits that has one.
+
+    One array set to another costs 3 s: Numba compiles strings for its error.
+    """
+    for c in range(lenses.shape[1]):
+        for i in range(KEPT):
             waiting[i, c] = lenses[i, c]
-            waiting[KEPT, c] = -1.0  # nothing waits of which channels are kept
+        waiting[KEPT, c] = -1.0
 
 
 @part()
@@ -363,12 +381,12 @@ def _backward_units(
             n0 = start_of(order, starts[g])
             s0, channels = g * x.shape[1] + c0, min(plan.tile, x.shape[1] - c0)
             xs, dys, dxs = outer(x, n0, count), outer(dy, n0, count), outer(dx, n0, count)
-            rs, ws, drs = outer(r, n0, count), outer(w, n0, count), outer(dr, n0, count)
+            rs, ws, drs = _beside_tile(how, outer(r, n0, count), lost, c0), outer(w, n0, count), outer(dr, n0, count)
             own, order_of = planned(xs.shape, plan), listed(order, starts[g], count)
             p0, p1 = max(0, first - cell * pieces), min(pieces, last - cell * pieces)
             sums = place(part, k if stage & SUM and stage & FINISH else cell)
-            apart = any_lost(lost, c0, channels)
-            if apart and waiting >= 0:  # what maps beside sums has no eye for channels
+            some_kept = any_lost(lost, c0, channels)
+            if some_kept and waiting >= 0:  # what maps beside sums has no eye for channels
                 _map_waiting(waiting, dy, x, dx, rare, starts, order, plan, memory, how, r, w, dr)
                 waiting = np.int64(-1)
             if not is_plain(how) and cell != seen:
@@ -387,14 +405,16 @@ def _backward_units(
                     )
                 waiting = np.int64(-1)
             if stage & FINISH:
-                _backward_finish(s0, channels, stats, grads, dgamma, dbeta, sums, xs.shape[0] * xs.shape[2], how, ws)
+                kept = corner(memory[0], 10, KEPT + 1, channels)
+                values = xs.shape[0] * xs.shape[2]
+                _backward_finish(s0, channels, stats, grads, dgamma, dbeta, sums, values, how, rs, ws, kept)
             if stage & MAP:
                 if stage & SUM or cell != ready:
                     rare = _backward_numbers(
                         s0, c0, xs, stats, affine, grads, own, memory, how, rs, ws, mass_or(mass, g, 0.0)
                     )
                     ready = cell
-                if in_turn and rare == 0 and not apart:
+                if in_turn and rare == 0 and not some_kept:
                     waiting = c0
                     _hand_on(rest(memory[0], 10), rest(memory[0], 20))
                     continue

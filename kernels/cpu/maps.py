@@ -176,7 +176,8 @@ def rows_of(matrix, n):  # type: ignore[no-untyped-def]
 
 @formula
 def pointers_of(numbers):  # type: ignore[no-untyped-def]
-    """To the rows of the three matrices: where each lane has a column of its own."""
+    """To the rows of the three matrices: where each lane has a column of its own. The last two of lenses are there, and
+    read, if `activations.keeps`."""
     doubles, fast, lenses = numbers
     if lenses is None:
         return rows_of(doubles, 3), None if fast is None else rows_of(fast, 6), None

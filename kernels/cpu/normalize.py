@@ -7,7 +7,7 @@ from .blocks import joined_moments, not_negative, settle
 from .coefficients import forward_coefficients
 from .columns import columns_map, keep_columns, spread_columns
 from .compile import compiled
-from .cut import EXACT, NEXT, TWO
+from .cut import ALL, EXACT, NEXT, TWO
 from .formulas import formula
 from .in_turn import rows_two
 from .items import by_all, fence
@@ -30,7 +30,6 @@ from .lanes import (
 from .parts import part, unless_none
 from .rows import keep_rows, rows_map
 from .schedule import (
-    ALL,
     DOUBLE,
     FINISH,
     MAP,
@@ -233,7 +232,7 @@ def _unless_unused(how, w):  # type: ignore[no-untyped-def]
     return None if how.simple else w
 
 
-# Of borrowed arrays: Numba takes what a formula gives for a reference of its own, and would free it.
+# r, borrowed: Numba takes what a formula gives for a reference of its own, and would free it.
 
 
 @formula
@@ -325,7 +324,7 @@ def _forward_units(
                     )  # fmt: skip
                     ready = cell
                 if in_turn and rare == 0:
-                    if any_lost(lost, c0, channels):  # what maps beside sums keeps nothing
+                    if any_lost(lost, c0, channels):  # what maps beside sums keeps nothing; the last tile's map again
                         for block in range(own.blocks):
                             _keep(lost, block, xs, kept, c0, channels, own, order_of)
                     waiting = c0

@@ -58,7 +58,6 @@ FEW = 128, 256, 32
 # at most.
 NARROW = 1, 2
 SINGLE, DOUBLE = 1e30, 1e250  # what squares in lanes of float32 and float64 may be at most, and at least its inverse
-ALL = np.int64(1 << 62)  # a literal would be a type of its own, and all that takes it compiled again
 
 
 @part()
@@ -178,7 +177,7 @@ def any_lost(lost, c0, channels):  # type: ignore[no-untyped-def]
 def add_block(sources, r, w, k, c0, pivots, near, sums, plan, scratch, few, how, lenses, order):  # type: ignore[no-untyped-def]
     """sums (M, W) += those of block k of the channels from c0 on, or of `few` values of it.
 
-    pivots (G,) of each source, and near, which has them by column; lenses (3, G), and by column, or None and None.
+    pivots (G,) of each source, and near, which has them by column; lenses (3 or 5, G), and by column, or None and None.
     """
     if plan.across:
         columns_sums(sources, r, w, k, c0, pivots[0].size, near, sums, plan, few, how, lenses[1], order, scratch[2][0])

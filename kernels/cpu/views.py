@@ -92,6 +92,17 @@ def in_step(_typing: Any, array: Any, i: Any) -> Any:
     return array(array, types.intp), codegen
 
 
+@intrinsic
+def moved(_typing: Any, array: Any, offset: Any) -> Any:
+    """A borrowed array of the same shape, so many bytes on."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        data = cgutils.pointer_add(builder, field(context, builder, array, args[0], "data"), args[1])
+        return _with(context, builder, array, args[0], data=data)
+
+    return array(array, types.intp), codegen
+
+
 def _at(context: Any, builder: Any, kind: Any, array: Any, i: Any) -> tuple[Any, Any]:
     """Where `array[i]` is, and the array's shape."""
     data, shape, strides = (field(context, builder, kind, array, name) for name in ("data", "shape", "strides"))
