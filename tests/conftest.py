@@ -12,6 +12,17 @@ pytest.register_assert_rewrite(
 )  # their asserts show their values, as a test's own do
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """A module of tests that can't be imported is an error. Where a library isn't installed, modules without tests are
+    passed over (--doctest-ignore-import-errors), and one with tests would be too: half of it stays imported."""
+    report = yield
+    unable = report.outcome == "skipped" and "unable to import module" in str(report.longrepr)
+    if unable and collector.path.name.startswith("test_"):
+        report.outcome, report.longrepr = "failed", f"{collector.path.name} can't be imported"
+    return report
+
+
 @pytest.fixture(params=["cpu", "reference"])
 def backend(request):
     with fastbn.set_backend(request.param):

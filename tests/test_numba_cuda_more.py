@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from fastbn.kernels import reference
-from numba_cuda_cases import FLOAT64, MORE_CASES, MoreCase, Z, more_inputs, window
+from numba_cuda_cases import FLOAT64, MORE_CASES, MoreCase, more_inputs, window
+from numba_cuda_run import Z
 
 from fastbn.extras import ACTIVATIONS, Extras
 
