@@ -100,7 +100,7 @@ def test_channels_that_y_does_not_tell_of_among_millions(backend, rng):
     if backend == "reference":
         pytest.skip("it takes NumPy a minute")
     channels = 1_200_000
-    x, dy = (rng.standard_normal((2, channels, 15), np.float32).astype(np.float16) for _ in range(2))
+    x, dy = (rng.standard_normal((2, channels, 15), np.float32) for _ in range(2))
     gamma, beta = np.zeros(channels, np.float32), np.full(channels, 0.7, np.float32)
     gamma[[0, -1]] = 1
     more = {"activation": ("leaky_relu", 0.2)}
@@ -108,7 +108,7 @@ def test_channels_that_y_does_not_tell_of_among_millions(backend, rng):
     np.testing.assert_allclose(found[0][1:-1], found[1][1:-1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("name", ["runs", "channels last", "folded rows"])
 def test_channels_that_y_does_not_tell_of_in_few_bits(name, dtype, rng):
     shape, laid = LAYOUTS[name]
@@ -118,9 +118,7 @@ def test_channels_that_y_does_not_tell_of_in_few_bits(name, dtype, rng):
     lost = [0, 2, 3]
     gamma[lost] = 0, 1e-6, -1e-3
     found = [
-        fastbn.backward(dy, fastbn.forward(x, gamma, beta, activation=("leaky_relu", 0.2), save=save)[1])[0].astype(
-            np.float64
-        )
+        fastbn.backward(dy, fastbn.forward(x, gamma, beta, activation="elu", save=save)[1])[0].astype(np.float64)
         for save in "yx"
     ]
     unit, size = float(ml_dtypes.finfo(kind).eps), np.abs(found[1]).max(axis=(0, *range(2, len(shape))), keepdims=True)
