@@ -267,8 +267,7 @@ def _backward(where: str, dy: Any, saved: Saved, need: Any, out: Any, reduce_par
     elif way is not None and x is not None and type(dy) is np.ndarray and need is _ALL:
         alike = dy.shape == saved._shape and dy.dtype is saved.dtype and dy.strides in (saved._strides, way.strides)
         if alike and dy.flags.aligned and (into := way.places(dy, x, out)) is not None:
-            bare = None if saved._asked is None else saved._asked.bare()
-            backward_plainly(where, way, dy, x, into, saved._table, saved.frozen, bare)
+            backward_plainly(where, way, dy, x, into, saved._table, saved.frozen, saved._asked, saved._lost)
             return tuple(into)
     like = saved._like
     given_dy = check_array(where, "dy", dy)
@@ -470,17 +469,21 @@ def _forward(
         way = way_of(x.shape, x.strides, x.dtype, axis)
         if way is not None and x.flags.aligned:
             like_x = np.empty_like(x) if out is None else out
-            if like_x.strides == way.strides if out is None else way.takes(out, x):
-                asked = None if more is None else asked_alone(where, more[4])
-                table = forward_plainly(where, way, x, like_x, gamma, beta, eps, frozen, asked and asked.bare())
-                saved = Saved(x, x, way.axes, table, frozen is not None, asked)
-                saved._way = way
-                return like_x, saved
+            asked = None if more is None else asked_alone(where, *more[4:])
+            saves_y = asked is not None and asked.save == "y"
+            over = () if saves_y and out is x else (x,)  # what y must have a memory apart from
+            if like_x.strides == way.strides if out is None else way.takes(out, x, *over):
+                made = forward_plainly(where, way, x, like_x, gamma, beta, eps, frozen, asked)
+                if made is not None:
+                    table, asked, few = made
+                    saved = Saved(like_x if saves_y else x, x, way.axes, table, frozen is not None, asked, None, few)
+                    saved._way = way
+                    return like_x, saved
     elif plain and more is None and type(axis) is int and frozen is None:
-        made = forward_on_device(where, x, gamma, beta, axis, eps, out)
-        if made is not None:
-            way, read, written, there = made
-            saved = Saved(read, read, way.axes, there, False)
+        there = forward_on_device(where, x, gamma, beta, axis, eps, out)
+        if there is not None:
+            way, read, written, table = there
+            saved = Saved(read, read, way.axes, table, False)
             saved._way = way
             return written.value, saved
     caller = None if type(x) is np.ndarray else caller_of(x)
@@ -517,7 +520,7 @@ def _forward(
     if (
         asked is not None
         and asked.save == "y"
-        and len(at := lost_channels(where, x.shape, axes, gamma, beta, result, asked))
+        and len(at := lost_channels(where, channels.number, gamma, beta, result, asked))
     ):
         if len(at) == channels.number or units is not None:  # gamma begins at 0; whole numbers are smaller than y
             whole, asked = dense_copy(x, x), asked._replace(save="x")
@@ -547,11 +550,11 @@ def _forward(
 
 
 def _is_bare(more: tuple[Any, ...] | None) -> bool:
-    """Whether an activation at most is asked for."""
+    """Whether an activation at most is asked for, and what is kept."""
     if more is None:
         return True
     weights, masked, groups, residual, _, save = more
-    return bool(weights is groups is residual is None and masked == "normalize" and save == "x")
+    return bool(weights is groups is residual is None and masked == "normalize" and type(save) is str)
 
 
 def _residual_of(asked: Asked | None) -> Any:

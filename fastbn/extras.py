@@ -63,14 +63,14 @@ class Extras(NamedTuple):
 class Asked(NamedTuple):
     """What the caller asked for, in the shape of x."""
 
-    activation: str
-    parameter: float
-    residual: Any  # of x's shape
-    weights: Any  # of x's shape, with 1 on the channel axes: NumPy's, or a Span of their own
-    masked: str
-    samples: int  # the axis of the samples
-    groups: Groups | None
-    save: str
+    activation: str = ""
+    parameter: float = 0.0
+    residual: Any = None  # of x's shape
+    weights: Any = None  # of x's shape, with 1 on the channel axes: NumPy's, or a Span of their own
+    masked: str = "normalize"
+    samples: int = 0  # the axis of the samples
+    groups: Groups | None = None
+    save: str = "x"
     lost: np.ndarray | None = None  # with save="y": the channels that can't be had back from it, if there are any
 
     @property
@@ -78,9 +78,10 @@ class Asked(NamedTuple):
         """How many sets of statistics there are."""
         return 1 if self.groups is None else self.groups.number
 
-    def bare(self) -> Extras:
-        """For the kernels, of an activation alone, which needs no view."""
-        return Extras(self.activation, self.parameter)
+    def bare(self, inverse: bool = False, kept: Any = None) -> Extras:
+        """For the kernels, of an activation and save="y" alone, which need no view but that of x of lost channels."""
+        lost = None if kept is None else self.lost
+        return Extras(self.activation, self.parameter, inverse=inverse, lost=lost, kept=kept)
 
     def plain(self) -> Asked:
         """With the weights alone: what statistics depend on."""
@@ -154,19 +155,9 @@ def ask(
         raise ValueError(f"{where}: masked is {describe(masked)}; expected one of {', '.join(MASKED)}")
     if masked != "normalize" and weights is None:
         raise ValueError(f"{where}: masked={masked!r} without weights; expected weights, whose zeros it is about")
-    if save not in ("x", "y"):
-        raise ValueError(f"{where}: save is {describe(save)}; expected 'x' or 'y'")
-    name, parameter = check_activation(where, activation)
-    if save == "y":
-        if name not in INVERTIBLE:
-            raise ValueError(
-                f"{where}: save='y' needs an activation that can be inverted: none, leaky_relu or elu; {name} came. "
-                "Leave save='x', which keeps x alone"
-            )
-        if name and parameter <= 0:
-            raise ValueError(f"{where}: save='y' needs a {name} with a parameter above 0; {parameter} came")
-        if residual is not None:
-            raise ValueError(f"{where}: save='y' can't be had with a residual, which would be needed too; use save='x'")
+    name, parameter = _check_saved(where, activation, save)
+    if save == "y" and residual is not None:
+        raise ValueError(f"{where}: save='y' can't be had with a residual, which would be needed too; use save='x'")
     samples = next((a for a in range(x.ndim) if a not in axes), 0)
     if residual is not None:
         check_place(where, "residual", residual, x)
@@ -182,10 +173,25 @@ def ask(
     return Asked(name, parameter, residual, checked, masked, samples, parted, save)
 
 
-def asked_alone(where: str, activation: Any) -> Asked | None:
-    """As `ask`, for an activation and nothing else; None for none."""
+def asked_alone(where: str, activation: Any, save: str = "x") -> Asked | None:
+    """As `ask`, for an activation and what is kept, and nothing else; None for neither."""
+    name, parameter = _check_saved(where, activation, save)
+    return Asked(name, parameter, save=save) if name or save == "y" else None
+
+
+def _check_saved(where: str, activation: Any, save: str) -> tuple[str, float]:
+    """As `check_activation`, of one whose x can be had back from y if that is what is saved."""
+    if save not in ("x", "y"):
+        raise ValueError(f"{where}: save is {describe(save)}; expected 'x' or 'y'")
     name, parameter = check_activation(where, activation)
-    return Asked(name, parameter, None, None, "normalize", 0, None, "x") if name else None
+    if save == "y" and name not in INVERTIBLE:
+        raise ValueError(
+            f"{where}: save='y' needs an activation that can be inverted: none, leaky_relu or elu; {name} came. "
+            "Leave save='x', which keeps x alone"
+        )
+    if save == "y" and name and parameter <= 0:
+        raise ValueError(f"{where}: save='y' needs a {name} with a parameter above 0; {parameter} came")
+    return name, parameter
 
 
 _MOST = float(np.finfo(np.float32).max)

@@ -9,19 +9,17 @@ import numpy as np
 
 from .arrays import NUMBA, Span, family_of_values, place_of
 from .extras import Asked
-from .layout import channels_of
 
 
 def lost_channels(
     where: str,
-    shape: tuple[int, ...],
-    axes: tuple[int, ...],
+    number: int,
     gamma: Any,
     beta: Any,
     result: np.dtype[Any],
     asked: Asked,
 ) -> np.ndarray:
-    """(n,): the channels whose x can't be had back from y, of the dtype `result`.
+    """(n,): those of so many channels whose x can't be had back from y, of the dtype `result`.
 
     y's rounding of eps |y| moves xhat by eps |beta / gamma|: at most 64 eps are allowed. Where y is subnormal it is
     rounded more. elu flattens towards its limit, where y's eps moves z by eps exp(-z), and exp(z) - 1 is off by eps
@@ -29,7 +27,6 @@ def lost_channels(
 
     gamma and beta on a GPU are copied from there, for which the device is waited for.
     """
-    number = channels_of(shape, axes).number
     found = []
     for values, absent in ((gamma, 1.0), (beta, 0.0)):
         try:

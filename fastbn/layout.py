@@ -120,6 +120,12 @@ class Few(NamedTuple):
     seen: np.ndarray
     plan: Collapse
 
+    @classmethod
+    def beside(cls, seen: np.ndarray, plan: Collapse, number: int) -> Few:
+        """New ones, in memory as the view `seen` of all channels is."""
+        outer, _, inner = plan.shape
+        return cls(empty((outer, number, inner), seen.strides, seen.dtype), plan)
+
 
 class Views:
     """Inputs and outputs of one call as (O, C, I) views that agree axis by axis.
@@ -169,8 +175,7 @@ class Views:
 
     def few(self, number: int) -> Few:
         """A new array of so many channels, in memory as the first input is."""
-        x, (outer, _, inner) = self._first(), self._plan.shape
-        return Few(empty((outer, number, inner), x.strides, x.dtype), self._plan)
+        return Few.beside(self._first(), self._plan, number)
 
     def few_seen(self, few: Few) -> np.ndarray:
         """Such an array of another call on the same shape, as (O, n, I) in the memory order of the first input."""

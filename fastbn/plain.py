@@ -14,8 +14,9 @@ import numpy as np
 from .arguments import check_eps, check_frozen, check_real, is_normalized, overlap
 from .arrays import FLOAT32, FLOAT64, Span, dense_strides, on_device
 from .dispatch import Kernels, kernels
-from .extras import Extras
-from .layout import Channels, Collapse, channels_of, collapse, is_aligned
+from .extras import Asked, Extras
+from .kept import inverse_table, lost_channels
+from .layout import Channels, Collapse, Few, channels_of, collapse, is_aligned
 from .moments import Moments
 from .runs import elements
 from .saved import number_type
@@ -35,11 +36,11 @@ class Way(NamedTuple):
         seen = [*map(self.seen.view, arrays)]
         return elements(seen, backend) if self.bits else seen
 
-    def takes(self, out: Any, x: np.ndarray, *others: np.ndarray) -> bool:
-        """Whether `out` is like what would be made for a result like x, and has nothing in common with these."""
-        if type(out) is not np.ndarray or out.dtype is not x.dtype or out.shape != x.shape:
+    def takes(self, out: Any, like: np.ndarray, *others: np.ndarray) -> bool:
+        """Whether `out` is like what would be made for a result like `like`, and has nothing in common with others."""
+        if type(out) is not np.ndarray or out.dtype is not like.dtype or out.shape != like.shape:
             return False
-        return out.strides == self.strides and _apart(out, x, *others)
+        return out.strides == self.strides and _apart(out, *others)
 
     def new_sums(self) -> tuple[np.ndarray, np.ndarray]:
         return np.empty(self.channels.number, self.sums), np.empty(self.channels.number, self.sums)
@@ -52,7 +53,7 @@ class Way(NamedTuple):
         dx, *rest = out if type(out) is tuple and len(out) == 3 else (out, None, None)
         if dx is None:
             dx = np.empty_like(x)
-        elif not self.takes(dx, dy, x):
+        elif not self.takes(dx, dy, dy, x):
             return None
         found = [dx]
         for given in rest:
@@ -96,15 +97,27 @@ def way_of(shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any
 
 def forward_plainly(
     where: str, way: Way, x: np.ndarray, y: np.ndarray, gamma: Any, beta: Any, eps: Any, frozen: Any,
-    more: Extras | None = None,
-) -> np.ndarray:  # fmt: skip
-    """Fills y, and gives the table (6, C). `more` has an activation at most."""
+    asked: Asked | None = None,
+) -> tuple[np.ndarray, Asked | None, Few | None] | None:  # fmt: skip
+    """Fills y, and gives the table (6, C). `asked` has an activation at most, and what is saved: with "y" it comes back
+    with the channels that y doesn't tell of, whose x is the third; None where those are all."""
     eps, given = check_eps(where, eps), _given(where, way, x, gamma, beta, frozen)
-    backend = kernels(where, x)
-    table = np.empty((6, way.channels.number))
+    backend, number = kernels(where, x), way.channels.number
+    more = few = None
+    if asked is not None:
+        if asked.save == "y" and len(at := lost_channels(where, number, given[0], given[1], x.dtype, asked)):
+            if len(at) == number:
+                return None
+            asked, few = asked._replace(lost=at), Few.beside(way.seen.view(y), way.seen, len(at))
+        more = asked.bare(kept=_elements_of(few, backend))
+    table = np.empty((6, number))
     read, written = way.views(backend, x, y)
     backend.forward(read, written, table, given, eps, more)
-    return table
+    return table, asked, few
+
+
+def _elements_of(few: Few | None, backend: Kernels) -> Any:
+    return None if few is None else elements([few.seen], backend)[0]
 
 
 def infer_plainly(
@@ -115,7 +128,7 @@ def infer_plainly(
     if (way := way_of(x.shape, x.strides, x.dtype, axis)) is None or not x.flags.aligned:
         return None
     y = np.empty_like(x) if out is None else out
-    if not (y.strides == way.strides if out is None else way.takes(out, x)):
+    if not (y.strides == way.strides if out is None else way.takes(out, x, x)):
         return None
     eps, given = check_eps(where, eps), _given(where, way, x, gamma, beta, (mean, var))
     backend = kernels(where, x)
@@ -143,10 +156,14 @@ def moments_plainly(where: str, way: Way, x: np.ndarray) -> Moments:
 
 def backward_plainly(
     where: str, way: Way, dy: np.ndarray, x: np.ndarray, places: tuple[np.ndarray, np.ndarray, np.ndarray],
-    table: np.ndarray, frozen: bool, more: Extras | None = None,
+    table: np.ndarray, frozen: bool, asked: Asked | None = None, few: Few | None = None,
 ) -> None:  # fmt: skip
-    """Fills dx, dgamma and dbeta, as of `Way.places`."""
-    backend = kernels(where, x)
+    """Fills dx, dgamma and dbeta, as of `Way.places`; `asked` and `few` as forward gave them."""
+    backend, more = kernels(where, x), None
+    if asked is not None:
+        inverse = asked.save == "y"
+        more = asked.bare(inverse, _elements_of(few, backend))
+        table = inverse_table(table, 1, asked.lost) if inverse else table
     read_dy, read_x, written = way.views(backend, dy, x, places[0])
     backend.backward(read_dy, read_x, written, table, places[1], places[2], frozen, more)
 

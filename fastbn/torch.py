@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .arguments import describe
 from .batchnorm import backward, forward
-from .extras import ACTIVATIONS, Extras, check_activation
+from .extras import ACTIVATIONS, Asked, check_activation
 from .host import TENSORS
 from .plain import backward_plainly, forward_plainly, way_of
 from .saved import Saved
@@ -62,8 +62,10 @@ def _forward(
     frozen = None if mean is None else (_seen(mean), _seen(var))
     way = None if x.is_cuda else way_of(read.shape, read.strides, read.dtype, 1)
     if way is not None and written.strides == way.strides:  # nearly every call
-        more = Extras(activation, parameter) if activation else None
-        return y, torch.from_numpy(forward_plainly(_FORWARD, way, read, written, gamma, beta, eps, frozen, more))
+        more = Asked(activation, parameter) if activation else None
+        made = forward_plainly(_FORWARD, way, read, written, gamma, beta, eps, frozen, more)
+        assert made is not None, "x is saved, not y"
+        return y, torch.from_numpy(made[0])
     asked = _pair(activation, parameter)
     _, saved = forward(read, gamma, beta, eps=eps, frozen=frozen, out=written, activation=asked)
     return y, torch.as_tensor(saved.table)
@@ -77,7 +79,7 @@ def _backward(
     way = None if x.is_cuda or not all(need) else way_of(read.shape, read.strides, read.dtype, 1)
     if way is not None and given.strides == read.strides == written.strides == way.strides:  # nearly every call
         sums = way.new_sums()
-        more = Extras(activation, parameter) if activation else None
+        more = Asked(activation, parameter) if activation else None
         backward_plainly(_BACKWARD, way, given, read, (written, *sums), numbers, frozen, more)
         return dx, *map(torch.from_numpy, sums)
     saved = Saved.of(read, numbers, frozen, activation=_pair(activation, parameter))

@@ -96,6 +96,44 @@ def test_an_activation_alone(layout, dtype, frozen, backend, rng, monkeypatch):
         fastbn.infer(x, mean, var, activation=("relu", 1))
 
 
+@pytest.mark.parametrize("out", [None, "x", "another"])
+@pytest.mark.parametrize("lost", [[], [1, 3], [0, 1, 2, 3, 4]], ids=["none lost", "two lost", "all lost"])
+@pytest.mark.parametrize("activation", [None, ("leaky_relu", 0.3), "elu"], ids=str)
+@pytest.mark.parametrize("layout", ["C", "channels last", "backwards", "cropped"])
+def test_y_saved(layout, activation, lost, out, backend, rng, monkeypatch):
+    """With dy in other layouts, which goes the long way after a forward pass that went the short one."""
+    data, slopes, *_ = numbers(rng, rng.choice(DTYPES))
+    gamma, beta = rng.uniform(0.5, 1, (2, 5)).astype(np.float64 if data.dtype == np.float64 else np.float32)
+    gamma[lost] = 0
+    dy, used = LAYOUTS[layout](slopes), []
+    for name in ("forward_plainly", "backward_plainly"):
+        way = getattr(plain, name)
+        monkeypatch.setattr(batchnorm, name, lambda *a, n=name, way=way: used.append(n) or way(*a))
+
+    def call():
+        x = LAYOUTS[layout](data.copy())
+        y = {None: None, "x": x, "another": np.empty_like(x)}[out]
+        y, saved = fastbn.forward(x, gamma, beta, activation=activation, save="y", out=y)
+        turned = dy.swapaxes(2, 3).copy().swapaxes(2, 3)
+        found = [y.copy(), saved.table, *fastbn.backward(dy, saved), *fastbn.backward(turned, saved)]
+        over = fastbn.backward(dy, saved, out=y)
+        assert over[0] is y
+        with pytest.raises(ValueError, match=r"fastbn.backward: saved has no x"):
+            fastbn.backward(dy, saved)
+        return [*found, *over]
+
+    if len(lost) == 5:  # x itself is kept, which dx over y leaves alone
+        with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+            call()
+        return
+    short, long, taken = both(monkeypatch, call)
+    backwards = layout == "backwards" and out == "x"  # what a new array would not be like
+    assert taken == (layout != "cropped")
+    assert used == (["forward_plainly", "backward_plainly"] if taken and not backwards else [])
+    for a, b in zip(short, long, strict=True):
+        same(a, b)
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2, -1, -2])
 def test_every_axis(axis, rng, monkeypatch):
     x, dy, *_ = numbers(rng, shape=(7, 6, 5))
