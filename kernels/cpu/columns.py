@@ -18,7 +18,6 @@ from .lanes import (
     LANES,
     before_line,
     blank,
-    fetch,
     first,
     give,
     joined,
@@ -260,8 +259,6 @@ def keep_columns(k, x, kept, lost, j0, j1, plan, order):  # type: ignore[no-unty
             for i in range(plan.period):
                 source = shifted(place, lost[j] * x.strides[1] + i * x.strides[2])
                 target = shifted(there, j * kept.strides[1] + i * kept.strides[2])
-                for n in range(count):  # or each load would wait for its line
-                    fetch(shifted(source, n * step), 0)
                 for n in range(count):
                     move(shifted(target, n * step_kept), shifted(source, n * step))
         r += rows
@@ -520,8 +517,11 @@ def rows_from(sources, r, c0, plan, order):  # type: ignore[no-untyped-def]
 
 
 @part()
-def columns_map(sources, target, beside, k, c0, channels, numbers, rare, plan, how, like, order, room):  # type: ignore[no-untyped-def]
-    """Block k of the channels from c0 on; `rare`: for how many of them the fast numbers won't do."""
+def columns_map(
+    sources, target, beside, k, c0, channels, numbers, rare, plan, how, like, order, room, reach
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Block k of the channels from c0 on; `rare`: for how many of them the fast numbers won't do. What lies `reach`
+    rows further is fetched meanwhile; a few of them, if it is 0."""
     keep_whole()
     shape, width, (r, w, dr) = target.shape, channels * plan.period * plan.fold, beside
     r0, r1 = block_rows(k, shape, plan)
@@ -529,7 +529,7 @@ def columns_map(sources, target, beside, k, c0, channels, numbers, rare, plan, h
     rows, by_column = pointers_of(numbers), weights_by_column(plan)
     together, most = absent(w) or by_column or width >= LANES, ROWS if by_column and not absent(w) else plan.height
     laid = (np.int64(1), np.int64(0)) if by_column else (np.int64(0), np.int64(LANES))
-    reach = 1 + 1024 // width  # rows that are fetched ahead
+    reach = reach if reach != 0 else 1 + 1024 // width
     while r0 < r1:
         runs, steps, left = rows_from(sources, r0, c0, plan, order)
         run, step, _ = _row(target, r0, c0, plan, order)

@@ -334,7 +334,8 @@ def _backward_map(p0, p1, c0, dy, x, dx, rare, plan, memory, how, r, w, dr, orde
     k0, k1 = p0 * plan.piece, min(p1 * plan.piece, plan.blocks)
     for k in range(k1 - 1, k0 - 1, -1):
         if plan.across:
-            columns_map((dy, x), dx, (r, w, dr), k, c0, g, of_columns, rare, plan, how, like, order, scratch[2][0])
+            beside, room = (r, w, dr), scratch[2][0]
+            columns_map((dy, x), dx, beside, k, c0, g, of_columns, rare, plan, how, like, order, room, np.int64(0))
         else:  # what comes next isn't fetched meanwhile, as by forward: with two arrays of 103 MB 12.0 ms for 11.6
             rows_map((dy, x), dx, (r, w, dr), k, c0, np.int64(-1), of_rows, rare, plan, scratch, how, like, order)
 

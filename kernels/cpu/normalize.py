@@ -269,12 +269,14 @@ def _forward_map(p0, p1, c0, ca, x, y, rare, summed, plan, memory, how, r, w, or
     like = spread(singles[2, 0])
     of_rows = corner(numbers, 0, 3, g), fast_numbers(how, r, w, corner(singles, 2, 6, g)), None
     of_columns = columns, fast_numbers(how, r, w, like_columns), None
-    k0, k1 = p0 * plan.piece, min(p1 * plan.piece, plan.blocks)
+    k0, k1, reach = p0 * plan.piece, min(p1 * plan.piece, plan.blocks), np.int64(0)
+    if any_lost(lost, c0, g):  # of the next block some lines are read first: no prefetcher saw what came then
+        reach = -plan.height if summed else plan.height
     for i in range(k1 - k0):
         k = k1 - 1 - i if summed else k0 + i
         _keep(lost, k, x, kept, c0, g, plan, order)  # before y is written: it may be x
         if plan.across:
-            columns_map((x,), y, (r, w, None), k, c0, g, of_columns, rare, plan, how, like, order, scratch[2][0])
+            columns_map((x,), y, (r, w, None), k, c0, g, of_columns, rare, plan, how, like, order, scratch[2][0], reach)
         else:
             rows_map((x,), y, (r, w, None), k, c0, ca, of_rows, rare, plan, scratch, how, like, order)
 
