@@ -15,7 +15,7 @@ from .arguments import check_eps, check_frozen, check_real, is_normalized, overl
 from .arrays import FLOAT32, FLOAT64, Span, dense_strides, on_device
 from .dispatch import Kernels, kernels
 from .extras import Asked, Extras
-from .kept import inverse_table, lost_channels
+from .kept import lost_channels
 from .layout import Channels, Collapse, Few, channels_of, collapse, is_aligned
 from .moments import Moments
 from .runs import elements
@@ -161,9 +161,7 @@ def backward_plainly(
     """Fills dx, dgamma and dbeta, as of `Way.places`; `asked` and `few` as forward gave them."""
     backend, more = kernels(where, x), None
     if asked is not None:
-        inverse = asked.save == "y"
-        more = asked.bare(inverse, _elements_of(few, backend))
-        table = inverse_table(table, 1, asked.lost) if inverse else table
+        more = asked.bare(asked.save == "y", _elements_of(few, backend))
     read_dy, read_x, written = way.views(backend, dy, x, places[0])
     backend.backward(read_dy, read_x, written, table, places[1], places[2], frozen, more)
 

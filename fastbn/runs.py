@@ -190,8 +190,8 @@ def run_backward_with(where: str, dy: Any, x: Any, dx: Any, dr: Any, saved: Save
         lost_dy = picked(dy, saved._axes, lost)  # before dx is written over dy
     views, seen, more = _seen(backend, dy, x, dx, dr, saved)
     table = saved._table
-    if asked.save == "y":
-        table = inverse_table(table, asked.sets, lost if lost_dy is None else None)
+    if asked.save == "y" and isinstance(dy, Span):
+        table = inverse_table(table)
     sums = [dgamma, dbeta]
     if asked.groups is not None:
         kind = number_type(dy.dtype.itemsize)  # that of the sums: a dtype of theirs is their library's

@@ -144,8 +144,8 @@ def test_the_edge_of_two_lines_is_where_z_changes_its_sign(dtype, short, rng, ba
     @numba.njit
     def coefficients(h, a, b, exactly, slot, numbers, singles):
         """As of a mean of h, gamma a, beta b and a deviation of 1."""
-        stats, affine = np.array([[h], [0.0], [1.0], [1.0]]), np.array([[a], [b]])
-        parts.forward_coefficients(how(), 0, stats, affine, numbers, singles, exactly, slot.itemsize == 8)
+        table = np.array([[h], [0.0], [1.0], [1.0], [a], [b]])
+        parts.forward_coefficients(how(), table, numbers, singles, exactly, slot.itemsize == 8)
         return exactly or singles[5, 0] != 0
 
     @numba.njit

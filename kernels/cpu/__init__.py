@@ -128,9 +128,8 @@ def _forward(
     else:
         table[0], table[1], table[2] = mean, 0.0, var
     sets, channels = 1 if more is None else _sets(more), x.shape[1]
-    affine = table[4:]
     if stages & MAP:
-        by_set = affine if sets == 1 else affine.reshape(2, sets, channels)
+        by_set = table[4:] if sets == 1 else table[4:].reshape(2, sets, channels)
         by_set[0] = 1.0 if gamma is None else gamma
         by_set[1] = 0.0 if beta is None else beta
     if y is None:
@@ -141,7 +140,7 @@ def _forward(
         how, value = _how(more, False, more.residual is None and (weights is None or more.masked == "normalize"))
         beside = more.residual if more.lost is None else more.kept
         extras = _order(more), value, beside, weights, None if weights is None else more.mass, more.lost
-    _carry_out(forward_item, (x, y), (table, affine, float(eps)), 4, stages, how, more, extras, sizes)
+    _carry_out(forward_item, (x, y), (table, float(eps)), 4, stages, how, more, extras, sizes)
 
 
 _NO_ORDER = _NO_CLAIMS = np.zeros(0, np.int64)
@@ -223,7 +222,7 @@ def _carry_back(
 ) -> None:  # fmt: skip
     """The backward kernel's stages; sums are dgamma and dbeta, which it takes empty where they are None."""
     none = _NO_SUMS[arrays[1].itemsize == 8]
-    numbers = table, table[4:], grads, *[none if a is None else a for a in sums]
+    numbers = table, grads, *[none if a is None else a for a in sums]
     _carry_out(backward_item, arrays, numbers, 5, stages, how, more, extras, sizes)
 
 
@@ -376,9 +375,9 @@ def _twins(item: Any, dtype: np.dtype[Any], result: np.dtype[Any], how: Any, kin
     row, reals = array(integer, 1, "C"), array(real, 1, "C")
     sums = reals if dtype.itemsize == 8 else array(numba.types.float32, 1, "C")
     arrays, layouts = {
-        forward_item: ((given, written, numbers, numbers, real, part), (read, None, reals, row)),
+        forward_item: ((given, written, numbers, real, part), (read, None, reals, row)),
         backward_item: (
-            (read, given, written, numbers, numbers, numbers, sums, sums, part),
+            (read, given, written, numbers, numbers, sums, sums, part),
             (read, None, written, reals, row),
         ),
     }[item]  # fmt: skip

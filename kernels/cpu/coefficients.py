@@ -2,7 +2,7 @@
 
 import math
 
-from .activations import has_edge, is_kept, looks
+from .activations import has_edge, is_kept, keeps, looks
 from .formulas import formula, full
 from .lanes import (
     LANES,
@@ -26,10 +26,10 @@ from .views import corner, row
 
 
 @part()
-def forward_coefficients(how, s0, stats, affine, numbers, singles, exact, double):  # type: ignore[no-untyped-def]
-    """By channel. numbers (3, G): hi, a, b for y = a (x - hi) + b. singles (6, G): h, a, al, b, bl in float32 for
-    y = (a d + b) + (al d + bl), d = x - h; and 1 where they won't do. Returns how many such there are. Float64
-    data (`double`) has its own numbers there; other data in which all is `exact` has none that will do.
+def forward_coefficients(how, table, numbers, singles, exact, double):  # type: ignore[no-untyped-def]
+    """By channel of a tile's table (6, G). numbers (3, G): hi, a, b for y = a (x - hi) + b. singles (6, G): h, a, al,
+    b, bl in float32 for y = (a d + b) + (al d + bl), d = x - h; and 1 where they won't do. Returns how many such there
+    are. Float64 data (`double`) has its own numbers there; other data in which all is `exact` has none that will do.
 
     A mean within 1000 standard deviations goes to b: d = x is exact then, and so is x - h with h near x otherwise.
     Within 16 where al and bl are left out (`through`): the rounding of a and b stays.
@@ -38,28 +38,28 @@ def forward_coefficients(how, s0, stats, affine, numbers, singles, exact, double
     for c in range(0, numbers.shape[1], LANES):
         g = min(LANES, numbers.shape[1] - c)
         if exact:
-            _exact_numbers(s0 + c, c, g, stats, affine, numbers, singles, misses)
+            _exact_numbers(c, g, table, numbers, singles, misses)
         else:
-            misses = _numbers(how, s0 + c, c, g, stats, affine, numbers, singles)
+            misses = _numbers(how, c, g, table, numbers, singles)
         rare += count_nonzero(misses, g)
     return rare
 
 
 @formula
-def _exact_numbers(s, c, g, stats, affine, numbers, singles, misses):  # type: ignore[no-untyped-def]
-    hi, a, b = _lens(s, g, stats, affine)
+def _exact_numbers(c, g, table, numbers, singles, misses):  # type: ignore[no-untyped-def]
+    hi, a, b = _lens(c, g, table)
     give_rows(numbers, 0, c, g, (hi, a, b))
     give_rows(singles, 0, c, g, (hi, a, a * 2.0**-60, b, nothing(b), misses))
 
 
 @formula
-def _numbers(how, s, c, g, stats, affine, numbers, singles):  # type: ignore[no-untyped-def]
-    zero, (hi, a, b) = spread(0.0), _lens(s, g, stats, affine)
+def _numbers(how, c, g, table, numbers, singles):  # type: ignore[no-untyped-def]
+    zero, (hi, a, b) = spread(0.0), _lens(c, g, table)
     give_rows(numbers, 0, c, g, (hi, a, b))
-    invstd, lo = take(stats, 3, s, g, zero), take(stats, 1, s, g, zero)
+    invstd, lo = take(table, 3, c, g, zero), take(table, 1, c, g, zero)
     most = full(hi, 16.0 if how.short else 1024.0)
     near = where_at_most(magnitude(hi * invstd), most, zero, rounded(hi, singles))
-    b = take(affine, 1, s, g, zero) - a * ((hi - near) + lo)
+    b = take(table, 5, c, g, zero) - a * ((hi - near) + lo)
     head = rounded(b, singles)
     misses = 1.0 - where_less(magnitude(b), full(b, 1e30), _fits(a), zero)
     give_rows(singles, 0, c, g, (near, *_split(a, singles), head, b - head, misses))
@@ -84,15 +84,40 @@ def _split(value, singles):  # type: ignore[no-untyped-def]
 
 
 @formula
-def _lens(s, g, stats, affine):  # type: ignore[no-untyped-def]
+def _lens(c, g, table):  # type: ignore[no-untyped-def]
     """Of g channels, hi, a, b of gamma xhat + beta = a (x - hi) + b."""
     zero = spread(0.0)
-    a = take(affine, 0, s, g, zero) * take(stats, 3, s, g, zero)
-    return take(stats, 0, s, g, zero), a, take(affine, 1, s, g, zero) - a * take(stats, 1, s, g, zero)
+    a = take(table, 4, c, g, zero) * take(table, 3, c, g, zero)
+    return take(table, 0, c, g, zero), a, take(table, 5, c, g, zero) - a * take(table, 1, c, g, zero)
+
+
+@by_type
+def make_invertible(how, r, table, kept, own):  # type: ignore[no-untyped-def]
+    """own (6, G) <- the table by which f^-1(y) = gamma xhat + beta may stand for x: its mean is beta and its 1 / std
+    1 / gamma, with sign. Channels that are `kept` (0 and above) have x's own."""
+    return _invertible if how.inverse else nothing_of
+
+
+def _invertible(how, r, table, kept, own):  # type: ignore[no-untyped-def]
+    for c in range(0, own.shape[1], LANES):
+        g = min(LANES, own.shape[1] - c)
+        _inverted(how, r, c, g, table, kept, own)
+
+
+@formula
+def _inverted(how, r, c, g, table, kept, own):  # type: ignore[no-untyped-def]
+    found = some_of(table, range(6), c, g)
+    _, _, var, invstd, gamma, beta = found
+    scale = gamma * invstd
+    made = beta, nothing(beta), scale * scale * var, 1.0 / gamma, gamma * scale, beta
+    if keeps(how, r):
+        which = take(kept, 0, c, g, spread(-1.0))
+        made = [where_less(which, nothing(which), a, b) for a, b in zip(made, found, strict=True)]
+    give_rows(own, 0, c, g, made)
 
 
 @part()
-def backward_coefficients(s0, stats, affine, grads, numbers, singles, n, mass, frozen, exact):  # type: ignore[no-untyped-def]
+def backward_coefficients(table, grads, numbers, singles, n, mass, frozen, exact):  # type: ignore[no-untyped-def]
     """By channel. numbers (5, G): ghi, hi, a, b, c for dx = a (dy - ghi) + (b (x - hi) + c).
 
     singles (8, G): the same in float32, where c has what the rounding of ghi and hi takes away; 1 where they won't do,
@@ -104,45 +129,45 @@ def backward_coefficients(s0, stats, affine, grads, numbers, singles, n, mass, f
     """
     rare = 0
     for c in range(0, numbers.shape[1], LANES):
-        g, s = min(LANES, numbers.shape[1] - c), s0 + c
-        dy, x = _means(s, g, stats, grads)
-        a, covariance = _scales(s, g, stats, affine, grads)
+        g = min(LANES, numbers.shape[1] - c)
+        dy, x = _means(c, g, table, grads)
+        a, covariance = _scales(c, g, table, grads)
         if mass > 0.0:
-            dy, covariance = _by_mass(s, g, grads, dy, covariance, n, mass)
+            dy, covariance = _by_mass(c, g, grads, dy, covariance, n, mass)
         if frozen:
             dy = x = (spread(0.0), spread(0.0))
             covariance = spread(0.0)
         fit = spread(0.0) if exact else spread(1.0)
-        rare += count_nonzero(_gradient_numbers(s, c, g, stats, numbers, singles, dy, x, a, covariance, fit, mass), g)
+        rare += count_nonzero(_gradient_numbers(c, g, table, numbers, singles, dy, x, a, covariance, fit, mass), g)
     return rare
 
 
 @formula
-def _means(s, g, stats, grads):  # type: ignore[no-untyped-def]
+def _means(c, g, table, grads):  # type: ignore[no-untyped-def]
     """Means of dy and of x, as pairs."""
-    return some_of(grads, range(2), s, g), some_of(stats, range(2), s, g)
+    return some_of(grads, range(2), c, g), some_of(table, range(2), c, g)
 
 
 @formula
-def _scales(s, g, stats, affine, grads):  # type: ignore[no-untyped-def]
+def _scales(c, g, table, grads):  # type: ignore[no-untyped-def]
     """gamma invstd, and the covariance."""
     zero = spread(0.0)
-    return take(affine, 0, s, g, zero) * take(stats, 3, s, g, zero), take(grads, 2, s, g, zero)
+    return take(table, 4, c, g, zero) * take(table, 3, c, g, zero), take(grads, 2, c, g, zero)
 
 
 @formula
-def _by_mass(s, g, grads, dy, covariance, n, mass):  # type: ignore[no-untyped-def]
+def _by_mass(c, g, grads, dy, covariance, n, mass):  # type: ignore[no-untyped-def]
     """Where weights' sum is `mass`: the mean of dy goes to the second term, whose covariance is by mass too."""
     ghi, glo = dy
-    mean, total = some_of(grads, (3, 4), s, g)
+    mean, total = some_of(grads, (3, 4), c, g)
     return (nothing(ghi), (glo + ghi) * (n / mass)), (n * covariance + total * mean) / mass
 
 
 @formula
-def _gradient_numbers(s, c, g, stats, numbers, singles, dy, x, a, covariance, fit, mass):  # type: ignore[no-untyped-def]
+def _gradient_numbers(c, g, table, numbers, singles, dy, x, a, covariance, fit, mass):  # type: ignore[no-untyped-def]
     """numbers and singles of g channels from c on; gives 1 where these won't do, as where they can't `fit`."""
     zero, (ghi, glo), (hi, lo) = spread(0.0), dy, x
-    invstd = take(stats, 3, s, g, zero)
+    invstd = take(table, 3, c, g, zero)
     b = negative(a) * (covariance * invstd) * invstd
     rest = negative(a * glo + b * lo)
     give_rows(numbers, 0, c, g, (ghi, hi, a, b, rest))
@@ -156,7 +181,7 @@ def _gradient_numbers(s, c, g, stats, numbers, singles, dy, x, a, covariance, fi
 
 
 @by_type
-def lenses_of(how, r, s0, stats, affine, numbers, singles, exact):  # type: ignore[no-untyped-def]
+def lenses_of(how, r, table, numbers, singles, exact):  # type: ignore[no-untyped-def]
     """The lenses that `bent` takes: h, a, b of z = a (x - h) + b, or for an edge s and t in place of h and a.
 
     Where x of some channels is kept, the fourth row of numbers says of which.
@@ -172,16 +197,16 @@ def columns_of(how, r, wide, narrow):  # type: ignore[no-untyped-def]
     return narrow if has_edge(how, r) else wide
 
 
-def _plain_lenses(how, r, s0, stats, affine, numbers, singles, exact):  # type: ignore[no-untyped-def]
+def _plain_lenses(how, r, table, numbers, singles, exact):  # type: ignore[no-untyped-def]
     for c in range(0, numbers.shape[1], LANES):
         g = min(LANES, numbers.shape[1] - c)
-        give_rows(numbers, 0, c, g, _lens(s0 + c, g, stats, affine))
+        give_rows(numbers, 0, c, g, _lens(c, g, table))
 
 
-def _edges(how, r, s0, stats, affine, numbers, singles, exact):  # type: ignore[no-untyped-def]
+def _edges(how, r, table, numbers, singles, exact):  # type: ignore[no-untyped-def]
     """singles (8, G): two rows to work in, and six as the forward map's."""
     slot, own = row(singles, 0, 1), corner(singles, 2, 6, numbers.shape[1])
-    forward_coefficients(how, s0, stats, affine, numbers, own, exact, slot.itemsize == 8)
+    forward_coefficients(how, table, numbers, own, exact, slot.itemsize == 8)
     for c in range(numbers.shape[1]):
         if is_kept(how, r) and numbers[3, c] < 0.0:  # it is had back from y
             continue

@@ -4,7 +4,7 @@ import numpy as np
 
 from .activations import absent, is_frozen, is_kept, is_plain, keeps, read_as, residual_of, used_of
 from .blocks import joined_comoments, settle
-from .coefficients import backward_coefficients, columns_of, lenses_of
+from .coefficients import backward_coefficients, columns_of, lenses_of, make_invertible
 from .columns import columns_map, find_kept, spread_column, spread_columns
 from .compile import compiled
 from .cut import ALL, EXACT, TWO
@@ -60,7 +60,7 @@ from .schedule import (
     start_of,
     tile_width,
 )
-from .views import borrowed, corner, hold, moved, outer, place, rest, row
+from .views import borrowed, columns_from, corner, hold, moved, outer, place, rest, row
 
 IN_DOUBLE = 4  # sums of products, in float64: d^4 is for what float32 can't do
 
@@ -94,7 +94,7 @@ def _which_are_kept(how, r, lost, c0, lenses):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order, cm, dx, dr):  # type: ignore[no-untyped-def]
+def _backward_sum(p, c0, dy, x, table, part, plan, memory, how, r, w, order, cm, dx, dr):  # type: ignore[no-untyped-def]
     """part (P, 5, G) of piece p of a tile: count, mean of dy as hi and lo, mean of x - hi, co-moment; meanwhile channel
     cm is mapped, if >= 0 (`rows_two`)."""
     k0, k1 = p * plan.piece, min((p + 1) * plan.piece, plan.blocks)
@@ -115,7 +115,7 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order,
         few = few_of(x.shape, plan)
         for c in range(0, g, LANES):
             some = min(LANES, g - c)
-            give(hi, 0, c, some, take(stats, 0, s0 + c, some, spread(0.0)))
+            give(hi, 0, c, some, take(table, 0, c, some, spread(0.0)))
         if plan.across:
             spread_column(hi, near[1], plan)
         _mean_of_dy(dy, x, k0, c0, pivot, hi, totals, sums, near, scratch, plan, few, how, r, w, order, lenses)
@@ -127,9 +127,9 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order,
                 add_block(both, r, w, k, c0, (pivot, hi), near, sums, plan, scratch, ALL, how, lenses, order)
             n += count_of(k, x.shape, plan, ALL)
         by_channel(sums, totals, plan)
-        again = _first(s0, pivot, hi, totals, stats, mine, n, float(x.shape[0] * x.shape[2]))
+        again = _first(pivot, hi, totals, table, mine, n, float(x.shape[0] * x.shape[2]))
     if again:
-        mean, merged, hi64 = row(numbers, 15, g), corner(numbers, 16, 4, g), stats[0, s0 : s0 + g]
+        mean, merged, hi64 = row(numbers, 15, g), corner(numbers, 16, 4, g), row(table, 0, g)
         own, far = row(numbers, 24, g), row(numbers, 25, g)
         blank(merged, merged.shape[0])
         if plan.across:
@@ -157,7 +157,7 @@ def _backward_sum(p, s0, c0, dy, x, stats, part, plan, memory, how, r, w, order,
 
 
 @part()
-def _first(s0, pivot, hi, totals, stats, part, n, values):  # type: ignore[no-untyped-def]
+def _first(pivot, hi, totals, table, part, n, values):  # type: ignore[no-untyped-def]
     """part (5, G) <- a piece's sums about the pivots; a count of 0 where these won't do, and whether there are any.
 
     They won't where a pivot is too far off, nor where one value has much of the variance: its gradient is near 0, the
@@ -166,21 +166,21 @@ def _first(s0, pivot, hi, totals, stats, part, n, values):  # type: ignore[no-un
     some = 0
     for c in range(0, pivot.size, LANES):
         g = min(LANES, pivot.size - c)
-        some += g - count_nonzero(_first_of(s0, c, g, pivot, hi, totals, stats, part, n, values), g)
+        some += g - count_nonzero(_first_of(c, g, pivot, hi, totals, table, part, n, values), g)
     return some > 0
 
 
 @formula
-def _first_of(s0, c, g, pivot, hi, totals, stats, part, n, values):  # type: ignore[no-untyped-def]
+def _first_of(c, g, pivot, hi, totals, table, part, n, values):  # type: ignore[no-untyped-def]
     zero, one, over = spread(0.0), spread(1.0), 1.0 / n
     s, t, p, q, f = some_of(totals, range(5), c, g)
-    mean, off, var = s * over, t * over, take(stats, 2, s0 + c, g, zero)
+    mean, off, var = s * over, t * over, take(table, 2, c, g, zero)
     all_of_it = values * var
     near = near_enough(mean, q, spread(n), 0.1, SINGLE)
     near = where_at_most(64.0 * f, all_of_it * all_of_it, near, zero)
     near = where_less(full(one, 1e-15), var, where_less(var, full(one, 1e15), near, zero), zero)
     kept = where_at_most(off * off, var, near, zero) * n
-    moved = off - (take(stats, 0, s0 + c, g, zero) - take(hi, 0, c, g, zero))
+    moved = off - (take(table, 0, c, g, zero) - take(hi, 0, c, g, zero))
     give_rows(part, 0, c, g, (kept, take(pivot, 0, c, g, zero), mean, moved, p - s * off))
     return kept
 
@@ -266,26 +266,26 @@ def _mean_of_dy_bent(
 
 
 @part()
-def _backward_finish(s0, g, stats, grads, dgamma, dbeta, part, values, how, r, w, lenses):  # type: ignore[no-untyped-def]
-    """grads (5, G C): mean of dy as hi and lo, covariance, mean of x - mean, and sum of dy; dgamma and dbeta, if not
-    empty."""
-    for c in range(0, g, LANES):
-        s, k = s0 + c, min(LANES, g - c)
+def _backward_finish(s0, table, grads, dgamma, dbeta, part, values, how, r, w, lenses):  # type: ignore[no-untyped-def]
+    """Of a tile, grads (5, G): mean of dy as hi and lo, covariance, mean of x - mean, and sum of dy; dgamma and dbeta,
+    if not empty, from s0 on."""
+    for c in range(0, table.shape[1], LANES):
+        k = min(LANES, table.shape[1] - c)
         sums = (spread(0.0), spread(0.0), spread(0.0), spread(0.0), spread(0.0))
         for p in range(part.shape[0]):
             of = place(part, p)
             sums = joined_comoments(*sums, take(of, 0, c, k, spread(0.0)), *four_of(of, 1, c, k))
         total, product = _give_sums(
-            s, k, stats, grads, sums, float(values), how, r, w, take(lenses, KEPT, c, k, spread(-1.0))
+            c, k, table, grads, sums, float(values), how, r, w, take(lenses, KEPT, c, k, spread(-1.0))
         )
         if dgamma.size > 0:
-            give(dgamma, 0, s, k, product)
+            give(dgamma, 0, s0 + c, k, product)
         if dbeta.size > 0:
-            give(dbeta, 0, s, k, total)
+            give(dbeta, 0, s0 + c, k, total)
 
 
 @formula
-def _give_sums(s, k, stats, grads, sums, values, how, r, w, kept):  # type: ignore[no-untyped-def]
+def _give_sums(c, k, table, grads, sums, values, how, r, w, kept):  # type: ignore[no-untyped-def]
     """grads of k channels; the sum of dy is given back, and dgamma.
 
     x less its mean adds up to 0, and dgamma has nothing of what rounding left of that. Not so by weights, nor of an x
@@ -294,23 +294,23 @@ def _give_sums(s, k, stats, grads, sums, values, how, r, w, kept):  # type: igno
     n, hi, lo, t, m = sums
     zero, (hi, lo) = nothing(n), settle(hi, lo)
     covariance, total = where_nonzero(n, m * (1.0 / values), zero), n * hi + n * lo
-    mean, product = t - take(stats, 1, s, k, zero), n * covariance
-    give_rows(grads, 0, s, k, (hi, lo, covariance, mean, total))
+    mean, product = t - take(table, 1, c, k, zero), n * covariance
+    give_rows(grads, 0, c, k, (hi, lo, covariance, mean, total))
     off = product + total * mean
     own = where_nonzero(spread(is_frozen(how)), off, product)
     if w is not None or (how.inverse and not keeps(how, r)):
         own = off
     elif how.inverse:
         own = where_less(kept, zero, off, own)
-    return total, own * take(stats, 3, s, k, zero)
+    return total, own * take(table, 3, c, k, zero)
 
 
 @part()
-def _backward_numbers(s0, c0, x, stats, affine, grads, plan, memory, how, r, w, mass):  # type: ignore[no-untyped-def]
+def _backward_numbers(x, table, grads, plan, memory, how, r, w, mass):  # type: ignore[no-untyped-def]
     """What the map of a tile takes of its channels, in `memory`; and for how many of them float32 won't do."""
-    g, exact, n = min(plan.tile, x.shape[1] - c0), plan.flags & EXACT != 0, float(x.shape[0] * x.shape[2])
+    g, exact, n = table.shape[1], plan.flags & EXACT != 0, float(x.shape[0] * x.shape[2])
     numbers, singles = corner(memory[0], 0, 5, g), corner(memory[3], 2, 8, g)
-    rare = backward_coefficients(s0, stats, affine, grads, numbers, singles, n, mass, is_frozen(how) != 0.0, exact)
+    rare = backward_coefficients(table, grads, numbers, singles, n, mass, is_frozen(how) != 0.0, exact)
     used = used_of(how, r, x, numbers, singles)
     if used.itemsize == 8:
         rare = 0
@@ -364,9 +364,15 @@ def _map_waiting(c0, dy, x, dx, rare, starts, order, plan, memory, how, r, w, dr
     )  # fmt: skip
 
 
+@formula
+def _seen(how, table, memory):  # type: ignore[no-untyped-def]
+    """A tile's table; where x is had back from y, that which goes with y."""
+    return corner(memory[0], 26, 6, table.shape[1]) if how.inverse else table
+
+
 @part()
 def _backward_units(
-    k, items, dy, x, dx, stats, affine, grads, dgamma, dbeta, part, claims, plan, stage, starts, order, how, r, w,
+    k, items, dy, x, dx, table, grads, dgamma, dbeta, part, claims, plan, stage, starts, order, how, r, w,
     dr, mass, lost, memory
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """As forward's."""
@@ -384,6 +390,8 @@ def _backward_units(
             xs, dys, dxs = outer(x, n0, count), outer(dy, n0, count), outer(dx, n0, count)
             rs, ws, drs = _beside_tile(how, outer(r, n0, count), lost, c0), outer(w, n0, count), outer(dr, n0, count)
             own, order_of = planned(xs.shape, plan), listed(order, starts[g], count)
+            found, of_x = columns_from(grads, s0, channels), columns_from(table, s0, channels)
+            numbers = _seen(how, of_x, memory)
             p0, p1 = max(0, first - cell * pieces), min(pieces, last - cell * pieces)
             sums = place(part, k if stage & SUM and stage & FINISH else cell)
             some_kept = any_lost(lost, c0, channels)
@@ -393,27 +401,24 @@ def _backward_units(
             if not is_plain(how) and cell != seen:
                 seen, lenses = cell, corner(memory[0], 10, _lens_rows(how, r), channels)
                 _say_kept(how, r, lost, c0, lenses)
+                make_invertible(how, r, of_x, rest(lenses, KEPT), numbers)
                 exactly = not absent(w) or plan.flags & EXACT != 0
-                lenses_of(how, r, s0, stats, affine, lenses, rest(memory[3], 10), exactly)
+                lenses_of(how, r, numbers, lenses, rest(memory[3], 10), exactly)
                 if plan.across:
                     by_column = columns_of(how, r, rest(memory[2], 5), rest(memory[4], 8))
                     spread_columns(lenses, by_column, plan)
                     find_kept(how, r, by_column, channels, plan)
             if stage & SUM:
                 for p in range(p0, p1):
-                    _backward_sum(
-                        p, s0, c0, dys, xs, stats, sums, own, memory, how, rs, ws, order_of, waiting, dxs, drs
-                    )
+                    _backward_sum(p, c0, dys, xs, numbers, sums, own, memory, how, rs, ws, order_of, waiting, dxs, drs)
                 waiting = np.int64(-1)
             if stage & FINISH:
                 kept = corner(memory[0], 10, KEPT + 1, channels)
                 values = xs.shape[0] * xs.shape[2]
-                _backward_finish(s0, channels, stats, grads, dgamma, dbeta, sums, values, how, rs, ws, kept)
+                _backward_finish(s0, numbers, found, dgamma, dbeta, sums, values, how, rs, ws, kept)
             if stage & MAP:
                 if stage & SUM or cell != ready:
-                    rare = _backward_numbers(
-                        s0, c0, xs, stats, affine, grads, own, memory, how, rs, ws, mass_or(mass, g, 0.0)
-                    )
+                    rare = _backward_numbers(xs, numbers, found, own, memory, how, rs, ws, mass_or(mass, g, 0.0))
                     ready = cell
                 if in_turn and rare == 0 and not some_kept:
                     waiting = c0
@@ -429,10 +434,10 @@ def _backward_units(
 
 @compiled
 def backward_item(
-    k, items, dy, x, dx, stats, affine, grads, dgamma, dbeta, part, claims, plan, stage, starts, order, how, r, w,
+    k, items, dy, x, dx, table, grads, dgamma, dbeta, part, claims, plan, stage, starts, order, how, r, w,
     dr, mass, lost, every
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    """dy, x, dx (O, C, I), stats (4, G C), affine (2, G C), grads (5, G C), dgamma and dbeta (G C,) or (0,), part
+    """dy, x, dx (O, C, I), table (6, G C), grads (5, G C), dgamma and dbeta (G C,) or (0,), part
     (cells or items, P, 5, channels).
 
     starts (G + 1,), order (O,) or (0,), r and dr (O, C, I) or None, w (O, 1, I) or None, mass (G,) or None. Where x is
@@ -440,15 +445,15 @@ def backward_item(
     """
     keep_whole()
     if k < 0:
-        by_all(every, items, (dy, x, dx, stats, affine, grads, dgamma, dbeta, part, claims, plan, stage, starts, order,
+        by_all(every, items, (dy, x, dx, table, grads, dgamma, dbeta, part, claims, plan, stage, starts, order,
                               how, r, w, dr, mass, lost, every))  # fmt: skip
         return
     lens = np.int64(_lens_rows(how, r))
     wants = np.int64(5), 5 + lens, 8 + lens
-    owned = memory_of(borrowed(affine), borrowed(x), borrowed(dx), plan, stage, wants, not absent(w))
+    owned = memory_of(borrowed(table), borrowed(x), borrowed(dx), plan, stage, wants, not absent(w))
     memory = lent(borrowed(owned), borrowed(x), borrowed(dx), plan, stage, wants, not absent(w))
     _backward_units(
-        k, items, borrowed(dy), borrowed(x), borrowed(dx), borrowed(stats), borrowed(affine), borrowed(grads),
+        k, items, borrowed(dy), borrowed(x), borrowed(dx), borrowed(table), borrowed(grads),
         borrowed(dgamma), borrowed(dbeta), borrowed(part), borrowed(claims), plan, stage, borrowed(starts),
         borrowed(order), how, borrowed(r), borrowed(w), borrowed(dr), borrowed(mass), borrowed(lost), memory,
     )  # fmt: skip

@@ -59,7 +59,7 @@ from .schedule import (
     start_of,
     tile_width,
 )
-from .views import borrowed, corner, hold, outer, place, rest, row
+from .views import borrowed, columns_from, corner, hold, outer, place, rest, row
 
 LIGHT = 1e-6  # the sum of a piece's weights
 
@@ -195,35 +195,34 @@ def _replace(merged, part, all_of_it):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _forward_finish(s0, g, stats, part, eps, summed, count):  # type: ignore[no-untyped-def]
-    """For g channels of a tile, from s0 of the table on: mean and variance, unless the table has them. All 0 of no
-    weight.
+def _forward_finish(table, part, eps, summed, count):  # type: ignore[no-untyped-def]
+    """Mean and variance of a tile's channels, unless its table (6, G) has them. All 0 of no weight.
 
     `count`: of values, or the exact sum of their weights. That in `part` was added in float32: equal weights round
     alike in all lanes, by which the variance was off by 2.5e-7.
     """
-    for c in range(0, g, LANES):
-        k = min(LANES, g - c)
+    for c in range(0, table.shape[1], LANES):
+        k = min(LANES, table.shape[1] - c)
         moments = (spread(0.0), spread(0.0), spread(0.0), spread(0.0))
         for p in range(part.shape[0] if summed else 0):
             moments = joined_moments(*moments, *four_of(place(part, p), 0, c, k))
         if summed:
-            _give_moments(stats, s0 + c, k, moments, count)
-            _give_invstd(stats, s0 + c, k, moments[0], eps)
+            _give_moments(table, c, k, moments, count)
+            _give_invstd(table, c, k, moments[0], eps)
         else:
-            _give_invstd(stats, s0 + c, k, spread(1.0), eps)
+            _give_invstd(table, c, k, spread(1.0), eps)
 
 
 @formula
-def _give_moments(stats, s, k, moments, count):  # type: ignore[no-untyped-def]
+def _give_moments(table, c, k, moments, count):  # type: ignore[no-untyped-def]
     n, hi, lo, m2 = moments
-    give_rows(stats, 0, s, k, (*settle(hi, lo), where_nonzero(n, m2 * (1.0 / count), nothing(n))))
+    give_rows(table, 0, c, k, (*settle(hi, lo), where_nonzero(n, m2 * (1.0 / count), nothing(n))))
 
 
 @formula
-def _give_invstd(stats, s, k, n, eps):  # type: ignore[no-untyped-def]
+def _give_invstd(table, c, k, n, eps):  # type: ignore[no-untyped-def]
     zero = nothing(n)
-    give(stats, 3, s, k, where_nonzero(n, 1.0 / root(take(stats, 2, s, k, zero) + eps), zero))
+    give(table, 3, c, k, where_nonzero(n, 1.0 / root(take(table, 2, c, k, zero) + eps), zero))
 
 
 @formula
@@ -246,10 +245,11 @@ def _kept(r, lost):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _forward_numbers(s0, g, stats, affine, plan, memory, double, how, r, w):  # type: ignore[no-untyped-def]
+def _forward_numbers(table, plan, memory, double, how, r, w):  # type: ignore[no-untyped-def]
     """What the map of a tile takes of its channels, in `memory`; and for how many of them float32 won't do."""
-    numbers, singles, exact = corner(memory[0], 0, 3, g), corner(memory[3], 2, 6, g), plan.flags & EXACT != 0
-    rare = forward_coefficients(how, s0, stats, affine, numbers, singles, exact, double)
+    g, exact = table.shape[1], plan.flags & EXACT != 0
+    numbers, singles = corner(memory[0], 0, 3, g), corner(memory[3], 2, 6, g)
+    rare = forward_coefficients(how, table, numbers, singles, exact, double)
     if plan.across:
         if exact or rare or absent(fast_numbers(how, r, w, memory[4])):
             spread_columns(numbers, memory[2], plan)
@@ -293,7 +293,7 @@ def _keep(lost, k, x, kept, c0, channels, plan, order):  # type: ignore[no-untyp
 
 @part()
 def _forward_units(
-    k, items, x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w, mass, kept, lost, memory
+    k, items, x, y, table, eps, part, claims, plan, stage, starts, order, how, r, w, mass, kept, lost, memory
 ):  # type: ignore[no-untyped-def]
     """What there is for item k to do; in a part, as Numba writes a page of code for each array that may own memory."""
     keep_whole()
@@ -306,7 +306,8 @@ def _forward_units(
             g, t = cell // tiles, cell % tiles
             outers, c0 = starts[g + 1] - starts[g], t * plan.tile
             n0 = start_of(order, starts[g])
-            s0, channels = g * x.shape[1] + c0, min(plan.tile, x.shape[1] - c0)
+            channels = min(plan.tile, x.shape[1] - c0)
+            numbers = columns_from(table, g * x.shape[1] + c0, channels)
             xs, ys = outer(x, n0, outers), outer(y, n0, outers)
             rs, ws = outer(r, n0, outers), outer(w, n0, outers)
             own, order_of = planned(xs.shape, plan), listed(order, starts[g], outers)
@@ -318,12 +319,10 @@ def _forward_units(
                 waiting = np.int64(-1)
             if stage & FINISH and (stage & SUM or cell != ready):  # each item for itself, where all is given
                 count = mass_or(mass, g, float(xs.shape[0] * xs.shape[2]))
-                _forward_finish(s0, channels, stats, sums, eps, part.shape[0] > 0, count)
+                _forward_finish(numbers, sums, eps, part.shape[0] > 0, count)
             if stage & MAP:
                 if stage & SUM or cell != ready:  # a tile's map is cut into many units where there is nothing else
-                    rare = _forward_numbers(
-                        s0, channels, stats, affine, own, memory, x.itemsize == 8, how, rs, _unless_unused(how, ws)
-                    )  # fmt: skip
+                    rare = _forward_numbers(numbers, own, memory, x.itemsize == 8, how, rs, _unless_unused(how, ws))
                     ready = cell
                 if in_turn and rare == 0:
                     if any_lost(lost, c0, channels):  # what maps beside sums keeps nothing; the last tile's map again
@@ -350,23 +349,23 @@ def _forward_units(
 
 @compiled
 def forward_item(
-    k, items, x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w, mass, lost, every
+    k, items, x, y, table, eps, part, claims, plan, stage, starts, order, how, r, w, mass, lost, every
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    """x, y (O, C, I), stats (4, G C), affine (2, G C), part (cells or items, P, 4, channels of a tile).
+    """x, y (O, C, I), table (6, G C), part (cells or items, P, 4, channels of a tile).
 
     y is not touched without the MAP stage. starts (G + 1,), order (O,) or (0,), r (O, C, I), w (O, 1, I) and mass (G,)
     or None. With the channels `lost` (n,), r (O, n, I) is written: their x.
     """
     keep_whole()
     if k < 0:
-        by_all(every, items, (x, y, stats, affine, eps, part, claims, plan, stage, starts, order, how, r, w, mass, lost,
+        by_all(every, items, (x, y, table, eps, part, claims, plan, stage, starts, order, how, r, w, mass, lost,
                               every))  # fmt: skip
         return
     wants = 2 if absent(w) else 3, np.int64(3), np.int64(6)
-    owned = memory_of(borrowed(affine), borrowed(x), borrowed(y), plan, stage, wants, not absent(w))
+    owned = memory_of(borrowed(table), borrowed(x), borrowed(y), plan, stage, wants, not absent(w))
     memory = lent(borrowed(owned), borrowed(x), borrowed(y), plan, stage, wants, not absent(w))
     _forward_units(
-        k, items, borrowed(x), borrowed(y), borrowed(stats), borrowed(affine), eps, borrowed(part), borrowed(claims),
+        k, items, borrowed(x), borrowed(y), borrowed(table), eps, borrowed(part), borrowed(claims),
         plan, stage, borrowed(starts), borrowed(order), how, _residual(borrowed(r), lost), borrowed(w),
         borrowed(mass), _kept(borrowed(r), lost), borrowed(lost), memory,
     )  # fmt: skip

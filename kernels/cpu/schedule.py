@@ -88,7 +88,7 @@ def _lent(memory, x, y, plan, stage, wants, weighted):  # type: ignore[no-untype
     singles, at = carved(memory, at, 18, g, like)
     like_columns, at = carved(memory, at, narrow + 1, c, like)
     of_weights, blank_to = carved(memory, at, 1, weights, like)
-    numbers, at = carved(memory, blank_to, 26, g, 0.0)
+    numbers, at = carved(memory, blank_to, 32, g, 0.0)
     of_x, at = carved(memory, at, 1, scratch, x)
     of_y, at = carved(memory, at, 4, scratch, y)
     gathered = of_x, of_y, of_weights
@@ -106,11 +106,12 @@ def memory_of(any_matrix, x, y, plan, stage, wants, weighted):  # type: ignore[n
 def lent(memory, x, y, plan, stage, wants, weighted):  # type: ignore[no-untyped-def]
     """Matrices of its memory. What is done hands on views of rows.
 
-    By channel of a tile: (26, G) float64, 5 coefficients, 5 totals, a lens of 5 rows, 5 merged sums, that of a tile
-    that waits to be mapped, of 4, and two rows for what was far from its pivot; (18, G) in the elements' type, 2
-    pivots, 8 coefficients, and room to look for edges. As many as `wants` says: by column or lane, sums; by column,
-    coefficients or pivots in float64, and in the elements' type, and room for `in_step`. Then what is gathered: of x,
-    of all of y's type, of weights, of which a run and its start again has room too, or what columns lay out.
+    By channel of a tile: (32, G) float64, 5 coefficients, 5 totals, a lens of 5 rows, 5 merged sums, that of a tile
+    that waits to be mapped, of 4, two rows for what was far from its pivot, and a table that goes with y; (18, G) in
+    the elements' type, 2 pivots, 8 coefficients, and room to look for edges. As many as `wants` says: by column or
+    lane, sums; by column, coefficients or pivots in float64, and in the elements' type, and room for `in_step`. Then
+    what is gathered: of x, of all of y's type, of weights, of which a run and its start again has room too, or what
+    columns lay out.
     """
     views, blank_to, _ = _lent(memory, x, y, plan, stage, wants, weighted)
     blank(corner(memory, 0, 1, blank_to // 8), 1)

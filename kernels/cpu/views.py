@@ -171,6 +171,19 @@ def row(_typing: Any, array: Any, i: Any, columns: Any) -> Any:
 
 
 @intrinsic
+def columns_from(_typing: Any, array: Any, c: Any, columns: Any) -> Any:
+    """`array[:, c : c + columns]` of a borrowed matrix, as `outer`."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        data, shape, strides = (field(context, builder, array, args[0], name) for name in ("data", "shape", "strides"))
+        data = cgutils.pointer_add(builder, data, builder.mul(args[1], builder.extract_value(strides, 1)))
+        shape = cgutils.pack_array(builder, [builder.extract_value(shape, 0), args[2]])
+        return _with(context, builder, array, args[0], data=data, shape=shape)
+
+    return array(array, types.intp, types.intp), codegen
+
+
+@intrinsic
 def carved(_typing: Any, memory: Any, offset: Any, rows: Any, columns: Any, like: Any) -> Any:
     """So many bytes into `memory`, a matrix of numbers as `like` is, or has; and where the next one may start, at a
     line."""
