@@ -6,6 +6,7 @@ None in a plain call, which then pays nothing for them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -95,15 +96,13 @@ class Asked(NamedTuple):
         if isinstance(self.weights, Span):
             return self.weights.family.new((self.sets,), FLOAT64, self.weights.device)
         samples = shape[self.samples]
-        if self.weights is not None and self.groups is None:
+        if self.groups is None:
             return np.array([self.weights.sum(dtype=np.float64)])
         if self.weights is None:
-            by_sample = np.full(samples, channels.values // max(1, samples), np.float64)
-        else:
-            others = tuple(a for a in range(len(shape)) if a != self.samples)
-            by_sample = self.weights.sum(axis=others, dtype=np.float64)
-        if self.groups is None:
-            return np.array([by_sample.sum()])
+            starts = self.groups.starts
+            return (starts[1:] - starts[:-1]) * float(channels.values // max(1, samples))
+        others = tuple(a for a in range(len(shape)) if a != self.samples)
+        by_sample = self.weights.sum(axis=others, dtype=np.float64)
         ordered = by_sample if self.groups.order is None else by_sample[self.groups.order]
         first, last = self.groups.starts[:-1], self.groups.starts[1:]
         sums = np.zeros(self.groups.number)
@@ -119,7 +118,7 @@ class Asked(NamedTuple):
         order = starts = None
         if self.groups is not None:
             rows = outer // max(1, self.groups.samples)  # outer indices of a sample, one behind the other
-            starts = self.groups.starts * rows
+            starts = self.groups.starts if rows == 1 else self.groups.starts * rows
             order = self.groups.order
             if order is not None and rows > 1:
                 order = (order[:, None] * rows + np.arange(rows)).reshape(-1)
@@ -294,15 +293,21 @@ def _weights_there(where: str, weights: Span, x: Span, axes: tuple[int, ...]) ->
     return made
 
 
+@functools.lru_cache(maxsize=256)
+def _even_groups(number: int, samples: int) -> Groups:
+    """The first ones have one sample more, if there is a remainder."""
+    sizes = np.full(number, samples // number, np.int64)
+    sizes[: samples % number] += 1
+    return Groups(number, samples, None, np.concatenate([[0], np.cumsum(sizes)]))
+
+
 def _groups(where: str, groups: Any, samples: int) -> Groups:
     if (number := integer(groups)) is not None:
         if not 1 <= number <= max(1, samples):
             raise ValueError(
                 f"{where}: groups is {number}; expected a number of groups from 1 to {samples}, the number of samples"
             )
-        sizes = np.full(number, samples // number, np.int64)
-        sizes[: samples % number] += 1
-        return Groups(number, samples, None, np.concatenate([[0], np.cumsum(sizes)]))
+        return _even_groups(number, samples)
     groups = check_host(where, "groups", groups)
     if isinstance(groups, np.ndarray):
         if groups.shape != (samples,) or groups.dtype.kind not in "iu" or (groups.size and groups.min() < 0):

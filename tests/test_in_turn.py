@@ -35,7 +35,7 @@ def one_after_the_other(monkeypatch):
 
 def _forget():
     plan.plan_of.cache_clear()
-    cpu._job_of_one.cache_clear()
+    cpu._job.cache_clear()
 
 
 def _draw(rng, shape, dtype, axis=1):

@@ -233,7 +233,7 @@ def _backward_with(
     mapped = dx is not None or more.dresidual is not None
     summed = dgamma is not None or dbeta is not None or (dx is not None and not frozen)
     sets, channels = _sets(more), x.shape[1]
-    grads = np.zeros((5, sets * channels))
+    grads = (np.empty if summed else np.zeros)((5, sets * channels))
     target: np.ndarray = np.empty((0, 0, 0), dy.dtype)
     if mapped:
         target = np.empty(dy.shape, dy.dtype) if dx is None else dx  # dresidual alone is rare: it costs a buffer
@@ -285,14 +285,15 @@ def _carry_out(
     """Runs the stages; arrays (O, C, I) end in x and what is written, numbers are by channel, depth is part's."""
     x = arrays[-2]
     strides, kinds = tuple([a.strides for a in (arrays if stages & MAP else arrays[:-1])]), None
+    special, sets = 0, None
     if more is not None:
         residual = extras[2] if more.lost is None else None
         strides += tuple([a.strides for a in (residual, more.dresidual) if a is not None])
         kinds = tuple([None if a is None else a.dtype for a in extras[2:]])
-    if more is None or more.starts is more.order is more.weights is None:
-        job = _job_of_one(item, x.shape, strides, x.dtype, arrays[-1].dtype, stages, sizes, how, kinds)
-    else:
-        job = _job(item, arrays, strides, stages, how, kinds, more)
+        special = (0 if more.weights is None else WEIGHTED) | (0 if more.order is None else ORDERED)
+        sets = None if more.starts is None else np.asarray(more.starts, np.int64).tobytes()
+    make = _job if sets is None or len(sets) <= _LONGEST else _job.__wrapped__
+    job = make(item, x.shape, strides, x.dtype, arrays[-1].dtype, stages, sizes, how, kinds, special, sets)
     twins, plan, cells, starts = job
     sums = 1 if stages & SUM else 0
     count = threads.threads_for(plan.work, sizes)
@@ -329,31 +330,23 @@ class _Job(NamedTuple):
     starts: np.ndarray  # of the sets; kernels only read it
 
 
+_LONGEST = 2048  # bytes of sets' starts by which a job is remembered
+
+
 @functools.lru_cache(maxsize=1024)
-def _job_of_one(
-    item: Any, shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], dtype: np.dtype[Any],
-    result: np.dtype[Any], stages: int, sizes: Sizes, how: Any, kinds: tuple[Any, ...] | None,
-) -> _Job:  # fmt: skip
-    """Of one set, without weights: the same for all calls on such arrays."""
-    sized = dtype.itemsize, result.itemsize, 0 if item is forward_item else 1
-    plan = plan_of(shape, strides, sized, stages, sizes, shape[0], shape[0], 0)
-    twins = _twins(item, dtype, result, how, kinds)
-    return _Job(twins, plan, plan.tiles, np.array([0, shape[0]]))
-
-
 def _job(
-    item: Any, arrays: tuple[np.ndarray, ...], strides: tuple[tuple[int, int, int], ...], stages: int, how: Any,
-    kinds: tuple[Any, ...] | None, more: Any,
+    item: Any, shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], dtype: np.dtype[Any],
+    result: np.dtype[Any], stages: int, sizes: Sizes, how: Any, kinds: tuple[Any, ...] | None, special: int,
+    sets: bytes | None,
 ) -> _Job:  # fmt: skip
-    x, shape, least = arrays[-2], arrays[-2].shape, arrays[-2].shape[0]
-    starts = np.array([0, least])
-    if more.starts is not None:
-        starts, sizes = np.ascontiguousarray(more.starts, np.int64), np.diff(more.starts)
-        shape, least = (int(sizes.max(initial=0)), *shape[1:]), int(sizes[sizes > 0].min(initial=shape[0]))
-    special = (WEIGHTED if more.weights is not None else 0) | (ORDERED if more.order is not None else 0)
-    sized = x.itemsize, arrays[-1].itemsize, len(arrays) - 2
-    plan = plan_of(shape, strides, sized, stages, SIZES, least, x.shape[0], special)
-    twins = _twins(item, x.dtype, arrays[-1].dtype, how, kinds)
+    """The same for all calls on such arrays; `sets` are the bytes of their starts (G + 1,) int64, None of one set."""
+    outer, channels, inner = shape
+    starts = np.array([0, outer]) if sets is None else np.frombuffer(sets, np.int64).copy()
+    rows = np.diff(starts)
+    most, least = int(rows.max(initial=0)), int(rows[rows > 0].min(initial=outer))
+    sized = dtype.itemsize, result.itemsize, 0 if item is forward_item else 1
+    plan = plan_of((most, channels, inner), strides, sized, stages, sizes, least, outer, special)
+    twins = _twins(item, dtype, result, how, kinds)
     return _Job(twins, plan, (len(starts) - 1) * plan.tiles, starts)
 
 
