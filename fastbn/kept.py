@@ -30,21 +30,22 @@ def lost_channels(
     found = []
     for values, absent in ((gamma, 1.0), (beta, 0.0)):
         try:
-            host = np.full(number, absent) if values is None else _in_main_memory(values)
+            host = np.full(number, absent) if values is None else values
+            found.append(host if isinstance(host, np.ndarray) else _in_main_memory(host))
         except Exception as error:
             raise RuntimeError(
                 f"{where}: save='y' reads gamma and beta in main memory, to see which channels can't be had back from "
                 "y, and they can't be copied there. While a CUDA graph is captured, pass save='x'"
             ) from error
-        found.append(host.astype(np.float64).reshape(-1))
-    scale, shift = np.abs(found[0]), found[1]
+    gamma, beta = (values.reshape(-1) for values in found)
+    scale = np.abs(gamma, dtype=np.float64)
     least = 2.0**-14 if result.char == "e" else 1e-30
     slope = asked.parameter if asked.activation else 1.0
-    had = scale >= np.maximum(np.abs(shift) * 2.0**-6, least / min(1.0, slope))
+    had = scale >= np.maximum(np.abs(beta, dtype=np.float64) * 2.0**-6, least / min(1.0, slope))
     had &= scale < 1e30 / max(1.0, slope)
     if asked.activation == "elu":
         with np.errstate(over="ignore", invalid="ignore"):
-            had &= np.exp(4.0 * scale - shift) <= (64.0 if result.itemsize == 2 else 1024.0) * scale
+            had &= np.exp(4.0 * scale - beta) <= (64.0 if result.itemsize == 2 else 1024.0) * scale
     return np.flatnonzero(~had)
 
 

@@ -40,6 +40,18 @@ def test_x_had_back_from_y(name, rare, frozen, activation, rng):
         assert np.abs(a - b).max() <= 1e-5 * max(1, np.abs(b).max()) * n**0.5, part
 
 
+@pytest.mark.parametrize("given", ["gamma", "beta", "neither"])
+def test_without_gamma_or_beta_by_two_axes(given, rng):
+    x, dy = rng.normal(2, 1.5, (2, 9, 3, 4)).astype(np.float32)
+    numbers = rng.normal(1, 0.5, (3, 4)).astype(np.float32)
+    numbers[1, 2] = 1e-3
+    more = {given: numbers, "axis": (-2, -1)} if given != "neither" else {"axis": (1, 2)}
+    (y, saved), (want, exact) = (fastbn.forward(x, **more, save=save) for save in "yx")
+    np.testing.assert_array_equal(y, want)
+    for a, b in zip(fastbn.backward(dy, saved), fastbn.backward(dy, exact), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
 def _transposed(a, *order):
     return np.ascontiguousarray(a.transpose(order)).transpose(np.argsort(order))
 
