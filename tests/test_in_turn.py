@@ -93,9 +93,11 @@ def test_the_bits_are_those_of_one_after_the_other(dtype, shape, past, one_after
 
 
 @pytest.mark.parametrize("shape", ["one", "segments", "tiles", "tiles in blocks", "longer runs"])
-@pytest.mark.parametrize("extra", ["relu", "residual", "groups", "weights", "weights and residual"])
+@pytest.mark.parametrize(
+    "extra", ["relu", "residual", "groups", "groups of unlike sizes", "weights", "weights and residual", "all"]
+)
 def test_with_extras(extra, shape, one_after_the_other, rng):
-    """Groups are mapped one after the other."""
+    """A group's last tile is mapped before the next group is summed."""
     shape = SHAPES[shape]
     x, dy, gamma, beta = _draw(rng, shape, np.float32)
     where = rng.uniform(0.1, 2, (shape[0], 1, *shape[2:])).astype(np.float32)
@@ -105,6 +107,8 @@ def test_with_extras(extra, shape, one_after_the_other, rng):
         "relu": {"activation": "relu"},
         "residual": {"residual": residual, "activation": "relu"},
         "groups": {"groups": 2},
+        "groups of unlike sizes": {"groups": [2, 0, 1, shape[0] - 3]},
+        "all": {"weights": where, "groups": 3, "residual": residual, "activation": "relu", "masked": "keep"},
         "weights": {"weights": where},
         "weights and residual": {"weights": where, "residual": residual, "activation": "gelu", "masked": "zero"},
     }[extra]
@@ -120,6 +124,27 @@ def test_with_extras(extra, shape, one_after_the_other, rng):
         assert error.max() <= TOLERANCE["float32"] * eps(np.dtype(np.float32))
     one_after_the_other()
     for got, want in zip(found, _pass(x, dy, gamma, beta, **more), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("groups", [None, 2, [2, 0, 1, -3]], ids=str)
+@pytest.mark.parametrize("shape", ["one", "segments", "tiles", "tiles in blocks", "longer runs"])
+def test_with_y_saved(shape, groups, one_after_the_other, rng):
+    """A tile with a channel that y doesn't tell of is mapped by itself, in whatever group."""
+    shape = SHAPES[shape]
+    x, dy, gamma, beta = _draw(rng, shape, np.float32)
+    gamma = np.copysign(rng.uniform(0.5, 1, gamma.shape), gamma).astype(np.float32)
+    gamma[[1, shape[1] // 2]] = 1e-4, 0
+    if isinstance(groups, list):
+        groups = [n if n >= 0 else shape[0] + n for n in groups]
+    more = {"groups": groups, "activation": ("leaky_relu", 0.3)}
+    found, exact = (_pass(x, dy, gamma, beta, **more, save=save) for save in "yx")
+    for got, want in zip(found[:2], exact[:2], strict=True):
+        np.testing.assert_array_equal(got, want)
+    for got, want in zip(found[2:], exact[2:], strict=True):  # xhat is off by 64 eps at most
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max() * (x.size / got.size) ** 0.5)
+    one_after_the_other()
+    for got, want in zip(found, _pass(x, dy, gamma, beta, **more, save="y"), strict=True):
         np.testing.assert_array_equal(got, want)
 
 

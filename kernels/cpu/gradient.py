@@ -353,13 +353,13 @@ def _hand_on(lenses, waiting):  # type: ignore[no-untyped-def]
 
 
 @part()
-def _map_waiting(c0, dy, x, dx, rare, starts, order, plan, memory, how, r, w, dr):  # type: ignore[no-untyped-def]
-    """The tile of the channels from c0 on, whose map waited for the next one's sums."""
-    n0, outers = start_of(order, starts[0]), starts[1] - starts[0]
-    pieces, _ = part_sizes(x.shape, plan)
+def _map_waiting(g, c0, dy, x, dx, starts, order, plan, memory, how, r, w, dr):  # type: ignore[no-untyped-def]
+    """Set g's tile of the channels from c0 on, whose map waited for the next one's sums."""
+    n0, outers = start_of(order, starts[g]), starts[g + 1] - starts[g]
+    xs, (pieces, _) = outer(x, n0, outers), part_sizes(x.shape, plan)
     _backward_map(
-        np.int64(0), pieces, c0, outer(dy, n0, outers), outer(x, n0, outers), outer(dx, n0, outers), rare,
-        planned(x.shape, plan), memory, how, outer(r, n0, outers), outer(w, n0, outers), outer(dr, n0, outers), order,
+        np.int64(0), pieces, c0, outer(dy, n0, outers), xs, outer(dx, n0, outers), np.int64(0),
+        planned(xs.shape, plan), memory, how, outer(r, n0, outers), outer(w, n0, outers), outer(dr, n0, outers), order,
         rest(memory[0], 20),
     )  # fmt: skip
 
@@ -379,7 +379,7 @@ def _backward_units(
     keep_whole()
     pieces, tiles = part_sizes(x.shape, plan)
     u, seen, ready, rare, waiting = claimed(k, items, claims, np.int64(-1)), -1, -1, np.int64(0), np.int64(-1)
-    in_turn = plan.flags & TWO != 0 and stage == SUM | FINISH | MAP and starts.size == 2
+    in_turn, of = plan.flags & TWO != 0 and stage == SUM | FINISH | MAP, np.int64(0)
     while u >= 0:
         first, last, _ = borders(u, items, (starts.size - 1) * tiles, pieces, stage)
         for cell in range(first // pieces, (last + pieces - 1) // pieces):
@@ -395,8 +395,8 @@ def _backward_units(
             p0, p1 = max(0, first - cell * pieces), min(pieces, last - cell * pieces)
             sums = place(part, k if stage & SUM and stage & FINISH else cell)
             some_kept = any_lost(lost, c0, channels)
-            if some_kept and waiting >= 0:  # what maps beside sums has no eye for channels
-                _map_waiting(waiting, dy, x, dx, rare, starts, order, plan, memory, how, r, w, dr)
+            if waiting >= 0 and (some_kept or g != of):  # what maps beside sums has no eye for channels
+                _map_waiting(of, waiting, dy, x, dx, starts, order, plan, memory, how, r, w, dr)
                 waiting = np.int64(-1)
             if not is_plain(how) and cell != seen:
                 seen, lenses = cell, corner(memory[0], 10, _lens_rows(how, r), channels)
@@ -421,7 +421,7 @@ def _backward_units(
                     rare = _backward_numbers(xs, numbers, found, own, memory, how, rs, ws, mass_or(mass, g, 0.0))
                     ready = cell
                 if in_turn and rare == 0 and not some_kept:
-                    waiting = c0
+                    waiting, of = c0, g
                     _hand_on(rest(memory[0], 10), rest(memory[0], 20))
                     continue
                 _backward_map(
@@ -429,7 +429,7 @@ def _backward_units(
                 )
         u = claimed(k, items, claims, u)
     if waiting >= 0:
-        _map_waiting(waiting, dy, x, dx, rare, starts, order, plan, memory, how, r, w, dr)
+        _map_waiting(of, waiting, dy, x, dx, starts, order, plan, memory, how, r, w, dr)
 
 
 @compiled

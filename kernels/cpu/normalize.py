@@ -292,6 +292,17 @@ def _keep(lost, k, x, kept, c0, channels, plan, order):  # type: ignore[no-untyp
 
 
 @part()
+def _map_waiting(g, c0, x, y, starts, order, plan, memory, how, r, w):  # type: ignore[no-untyped-def]
+    """Set g's tile of the channels from c0 on, whose map waited for the next one's sums; what is lost was kept."""
+    n0, outers = start_of(order, starts[g]), starts[g + 1] - starts[g]
+    xs, (pieces, _) = outer(x, n0, outers), part_sizes(x.shape, plan)
+    _forward_map(
+        np.int64(0), pieces, c0, np.int64(-1), xs, outer(y, n0, outers), np.int64(0), True, planned(xs.shape, plan),
+        memory, how, outer(r, n0, outers), _unless_unused(how, outer(w, n0, outers)), order, None, None,
+    )  # fmt: skip
+
+
+@part()
 def _forward_units(
     k, items, x, y, table, eps, part, claims, plan, stage, starts, order, how, r, w, mass, kept, lost, memory
 ):  # type: ignore[no-untyped-def]
@@ -299,7 +310,7 @@ def _forward_units(
     keep_whole()
     pieces, tiles = part_sizes(x.shape, plan)
     u, ready, rare, waiting = claimed(k, items, claims, np.int64(-1)), -1, np.int64(0), np.int64(-1)
-    in_turn = plan.flags & TWO != 0 and stage == SUM | FINISH | MAP and starts.size == 2
+    in_turn, of = plan.flags & TWO != 0 and stage == SUM | FINISH | MAP, np.int64(0)
     while u >= 0:
         first, last, stop = borders(u, items, (starts.size - 1) * tiles, pieces, stage)
         for cell in range(first // pieces, (last + pieces - 1) // pieces):
@@ -313,6 +324,9 @@ def _forward_units(
             own, order_of = planned(xs.shape, plan), listed(order, starts[g], outers)
             p0, p1 = max(0, first - cell * pieces), min(pieces, last - cell * pieces)
             sums = place(part, k if stage & SUM and stage & FINISH else cell)
+            if waiting >= 0 and g != of:
+                _map_waiting(of, waiting, x, y, starts, order, plan, memory, how, r, w)
+                waiting = np.int64(-1)
             if stage & SUM:
                 for p in range(p0, p1):
                     _forward_sum(p, c0, xs, sums, own, memory, ws, order_of, waiting, ys, how, rs)
@@ -327,8 +341,8 @@ def _forward_units(
                 if in_turn and rare == 0:
                     if any_lost(lost, c0, channels):  # what maps beside sums keeps nothing; the last tile's map again
                         for block in range(own.blocks):
-                            _keep(lost, block, xs, kept, c0, channels, own, order_of)
-                    waiting = c0
+                            _keep(lost, block, xs, outer(kept, n0, outers), c0, channels, own, order_of)
+                    waiting, of = c0, g
                     continue
                 ahead = np.int64(-1)
                 if (cell + 1) * pieces < stop and t + 1 < tiles and plan.flags & NEXT:
@@ -339,12 +353,7 @@ def _forward_units(
                 )  # fmt: skip
         u = claimed(k, items, claims, u)
     if waiting >= 0:
-        n0, outers = start_of(order, starts[0]), starts[1] - starts[0]
-        _forward_map(
-            np.int64(0), pieces, waiting, np.int64(-1), outer(x, n0, outers), outer(y, n0, outers), rare,
-            part.shape[0] > 0, planned(x.shape, plan), memory, how, outer(r, n0, outers),
-            _unless_unused(how, outer(w, n0, outers)), order, outer(kept, n0, outers), lost,
-        )  # fmt: skip
+        _map_waiting(of, waiting, x, y, starts, order, plan, memory, how, r, w)
 
 
 @compiled
