@@ -134,18 +134,18 @@ def _forward(
         by_set[1] = 0.0 if beta is None else beta
     if y is None:
         y = np.empty((0, 0, 0), np.float32 if _is_whole(x.dtype) else x.dtype)
-    how, extras = None, _NO_EXTRAS[:6]
+    how, extras = None, _NO_EXTRAS[:7]
     if more is not None:
         weights = more.weights if stages & SUM or more.masked != "normalize" else None
         how, value = _how(more, False, more.residual is None and (weights is None or more.masked == "normalize"))
-        beside = more.residual if more.lost is None else more.kept
-        extras = _order(more), value, beside, weights, None if weights is None else more.mass, more.lost
+        mass = None if weights is None else more.mass
+        extras = _order(more), value, more.residual, weights, mass, more.lost, more.kept
     _carry_out(forward_item, (x, y), (table, float(eps)), 4, stages, how, more, extras, sizes)
 
 
 _NO_ORDER = _NO_CLAIMS = np.zeros(0, np.int64)
 _PLAINLY = (0.0, 1.0, 0.0, 0.0)
-_NO_EXTRAS: tuple[Any, ...] = _NO_ORDER, _PLAINLY, *(None,) * 5  # of backward; of forward the first six
+_NO_EXTRAS: tuple[Any, ...] = _NO_ORDER, _PLAINLY, *(None,) * 6  # of backward; of forward the first seven
 
 
 def _order(more: Any) -> np.ndarray:
@@ -248,9 +248,9 @@ def _gradient_extras(more: Any, frozen: bool) -> tuple[Any, tuple[Any, ...]]:
         return None, _NO_EXTRAS
     weights = more.weights if not frozen or more.masked != "normalize" else None
     how, value = _how(more, frozen, not frozen and weights is None and more.dresidual is None)
-    beside = more.kept if more.inverse else more.residual if more.activation else None
+    residual = more.residual if more.activation else None
     mass = None if weights is None else more.mass
-    return how, (_order(more), value, beside, weights, more.dresidual, mass, more.lost)
+    return how, (_order(more), value, residual, weights, more.dresidual, mass, more.lost, more.kept)
 
 
 def _products(x: np.ndarray, grads: np.ndarray) -> Any:
@@ -270,7 +270,7 @@ def gradient_map(
     dy: np.ndarray, x: np.ndarray, dx: np.ndarray, table: np.ndarray, sums: np.ndarray, count: float, more: Any = None
 ) -> None:
     how, extras = _gradient_extras(more, False)
-    if extras[-2] is not None:  # the kernel divides by the mass then, and multiplies by the number of values here
+    if extras[5] is not None:  # the kernel divides by the mass then, and multiplies by the number of values here
         count = x.shape[0] * x.shape[2]
     grads = np.zeros((5, x.shape[1]))
     with np.errstate(all="ignore"):
@@ -287,8 +287,7 @@ def _carry_out(
     strides, kinds = tuple([a.strides for a in (arrays if stages & MAP else arrays[:-1])]), None
     special, sets = 0, None
     if more is not None:
-        residual = extras[2] if more.lost is None else None
-        strides += tuple([a.strides for a in (residual, more.dresidual) if a is not None])
+        strides += tuple([a.strides for a in (extras[2], more.dresidual) if a is not None])
         kinds = tuple([None if a is None else a.dtype for a in extras[2:]])
         special = (0 if more.weights is None else WEIGHTED) | (0 if more.order is None else ORDERED)
         sets = None if more.starts is None else np.asarray(more.starts, np.int64).tobytes()
@@ -368,10 +367,10 @@ def _twins(item: Any, dtype: np.dtype[Any], result: np.dtype[Any], how: Any, kin
     row, reals = array(integer, 1, "C"), array(real, 1, "C")
     sums = reals if dtype.itemsize == 8 else array(numba.types.float32, 1, "C")
     arrays, layouts = {
-        forward_item: ((given, written, numbers, real, part), (read, None, reals, row)),
+        forward_item: ((given, written, numbers, real, part), (read, None, reals, row, written)),
         backward_item: (
             (read, given, written, numbers, numbers, sums, sums, part),
-            (read, None, written, reals, row),
+            (read, None, written, reals, row, written),
         ),
     }[item]  # fmt: skip
     if kinds is None:

@@ -512,7 +512,7 @@ def bent(how, g, v, h, a, b, r):  # type: ignore[no-untyped-def]
 
 @part()
 def _had_back_or_kept(how, g, v, h, a, b, place, i, n, flags):  # type: ignore[no-untyped-def]
-    """`bent` of y, and of x where a flag is not 0: these stand at `place[i]`, one behind the other, unless i < 0."""
+    """`bent` of y, and of x where a flag is not 0: these stand at `place[i]`, one behind the other. None if i < 0."""
     bowed, x = bent(how, g, v, h, a, b, None)
     if i >= 0:
         own = load_apart(place, i, n, flags, v)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .activations import absent, is_frozen, is_kept, is_plain, keeps, read_as, residual_of, used_of
+from .activations import absent, is_frozen, is_plain, keeps, read_as, residual_of, used_of
 from .blocks import joined_comoments, settle
 from .coefficients import backward_coefficients, columns_of, lenses_of, make_invertible
 from .columns import columns_map, find_kept, spread_column, spread_columns
@@ -67,7 +67,14 @@ IN_DOUBLE = 4  # sums of products, in float64: d^4 is for what float32 can't do
 
 @formula
 def _lens_rows(how, r):  # type: ignore[no-untyped-def]
-    return KEPT + 2 if is_kept(how, r) else KEPT
+    return KEPT + 2 if keeps(how, r) else KEPT
+
+
+@formula
+def _beside(r, kept):  # type: ignore[no-untyped-def]
+    """What backward needs beside x: a residual, or where x is had back from y, x that was kept (`keeps`). Of borrowed
+    ones: Numba takes what a formula gives for a reference of its own, and would free it."""
+    return r if kept is None else kept
 
 
 @formula
@@ -434,28 +441,29 @@ def _backward_units(
 
 @compiled
 def backward_item(
-    k, items, dy, x, dx, table, grads, dgamma, dbeta, part, claims, plan, stage, starts, order, how, r, w,
-    dr, mass, lost, every
+    k, items, dy, x, dx, table, grads, dgamma, dbeta, part, claims, plan, stage, starts, order, how, r, w, dr,
+    mass, lost, kept, every
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """dy, x, dx (O, C, I), table (6, G C), grads (5, G C), dgamma and dbeta (G C,) or (0,), part
     (cells or items, P, 5, channels).
 
     starts (G + 1,), order (O,) or (0,), r and dr (O, C, I) or None, w (O, 1, I) or None, mass (G,) or None. Where x is
-    had back from y, r (O, n, I) has x of the channels `lost` (n,), both of which may be None.
+    had back from y, kept (O, n, I) has x of the channels `lost` (n,), both of which may be None.
     """
     keep_whole()
     if k < 0:
         by_all(every, items, (dy, x, dx, table, grads, dgamma, dbeta, part, claims, plan, stage, starts, order,
-                              how, r, w, dr, mass, lost, every))  # fmt: skip
+                              how, r, w, dr, mass, lost, kept, every))  # fmt: skip
         return
-    lens = np.int64(_lens_rows(how, r))
+    lens = np.int64(_lens_rows(how, _beside(borrowed(r), borrowed(kept))))
     wants = np.int64(5), 5 + lens, 8 + lens
     owned = memory_of(borrowed(table), borrowed(x), borrowed(dx), plan, stage, wants, not absent(w))
     memory = lent(borrowed(owned), borrowed(x), borrowed(dx), plan, stage, wants, not absent(w))
     _backward_units(
         k, items, borrowed(dy), borrowed(x), borrowed(dx), borrowed(table), borrowed(grads),
         borrowed(dgamma), borrowed(dbeta), borrowed(part), borrowed(claims), plan, stage, borrowed(starts),
-        borrowed(order), how, borrowed(r), borrowed(w), borrowed(dr), borrowed(mass), borrowed(lost), memory,
+        borrowed(order), how, _beside(borrowed(r), borrowed(kept)), borrowed(w), borrowed(dr), borrowed(mass),
+        borrowed(lost), memory,
     )  # fmt: skip
     fence()
     hold(owned)

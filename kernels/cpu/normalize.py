@@ -231,19 +231,6 @@ def _unless_unused(how, w):  # type: ignore[no-untyped-def]
     return None if how.simple else w
 
 
-# r, borrowed: Numba takes what a formula gives for a reference of its own, and would free it.
-
-
-@formula
-def _residual(r, lost):  # type: ignore[no-untyped-def]
-    return r if lost is None else None
-
-
-@formula
-def _kept(r, lost):  # type: ignore[no-untyped-def]
-    return None if lost is None else r
-
-
 @part()
 def _forward_numbers(table, plan, memory, double, how, r, w):  # type: ignore[no-untyped-def]
     """What the map of a tile takes of its channels, in `memory`; and for how many of them float32 won't do."""
@@ -339,7 +326,7 @@ def _forward_units(
                     rare = _forward_numbers(numbers, own, memory, x.itemsize == 8, how, rs, _unless_unused(how, ws))
                     ready = cell
                 if in_turn and rare == 0:
-                    if any_lost(lost, c0, channels):  # what maps beside sums keeps nothing; the last tile's map again
+                    if any_lost(lost, c0, channels):  # a map beside sums keeps nothing
                         for block in range(own.blocks):
                             _keep(lost, block, xs, outer(kept, n0, outers), c0, channels, own, order_of)
                     waiting, of = c0, g
@@ -358,25 +345,25 @@ def _forward_units(
 
 @compiled
 def forward_item(
-    k, items, x, y, table, eps, part, claims, plan, stage, starts, order, how, r, w, mass, lost, every
+    k, items, x, y, table, eps, part, claims, plan, stage, starts, order, how, r, w, mass, lost, kept, every
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """x, y (O, C, I), table (6, G C), part (cells or items, P, 4, channels of a tile).
 
     y is not touched without the MAP stage. starts (G + 1,), order (O,) or (0,), r (O, C, I), w (O, 1, I) and mass (G,)
-    or None. With the channels `lost` (n,), r (O, n, I) is written: their x.
+    or None. With the channels `lost` (n,), or None, kept (O, n, I) is written: their x.
     """
     keep_whole()
     if k < 0:
         by_all(every, items, (x, y, table, eps, part, claims, plan, stage, starts, order, how, r, w, mass, lost,
-                              every))  # fmt: skip
+                              kept, every))  # fmt: skip
         return
     wants = 2 if absent(w) else 3, np.int64(3), np.int64(6)
     owned = memory_of(borrowed(table), borrowed(x), borrowed(y), plan, stage, wants, not absent(w))
     memory = lent(borrowed(owned), borrowed(x), borrowed(y), plan, stage, wants, not absent(w))
     _forward_units(
         k, items, borrowed(x), borrowed(y), borrowed(table), eps, borrowed(part), borrowed(claims),
-        plan, stage, borrowed(starts), borrowed(order), how, _residual(borrowed(r), lost), borrowed(w),
-        borrowed(mass), _kept(borrowed(r), lost), borrowed(lost), memory,
+        plan, stage, borrowed(starts), borrowed(order), how, borrowed(r), borrowed(w), borrowed(mass),
+        borrowed(kept), borrowed(lost), memory,
     )  # fmt: skip
     fence()
     hold(owned)
