@@ -89,7 +89,7 @@ class Asked(NamedTuple):
         return self._replace(activation="", residual=None, masked="normalize", groups=None, save="x")
 
     def masses(self, channels: Channels, shape: tuple[int, ...]) -> Any:
-        """(G,) float64: the sum of the weights of each set, or the number of its values without weights.
+        """(G,) float64, with weights or groups: the sum of the weights of each set, or the number of its values.
 
         Sums of weights on a GPU are left for the kernels to write, so that nothing waits for them.
         """

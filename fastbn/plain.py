@@ -99,8 +99,9 @@ def forward_plainly(
     where: str, way: Way, x: np.ndarray, y: np.ndarray, gamma: Any, beta: Any, eps: Any, frozen: Any,
     asked: Asked | None = None,
 ) -> tuple[np.ndarray, Asked | None, Few | None] | None:  # fmt: skip
-    """Fills y, and gives the table (6, C). `asked` has an activation at most, and what is saved: with "y" it comes back
-    with the channels that y doesn't tell of, whose x is the third; None where those are all."""
+    """Fills y, and gives the table (6, C), `asked`, and what is kept of x. `asked` has an activation at most, and what
+    is saved: with "y" it comes back with the channels that y doesn't tell of, whose x is kept. None where those are
+    all, with nothing written."""
     eps, given = check_eps(where, eps), _given(where, way, x, gamma, beta, frozen)
     backend, number = kernels(where, x), way.channels.number
     more = few = None

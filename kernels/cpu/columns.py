@@ -521,7 +521,7 @@ def columns_map(
     sources, target, beside, k, c0, channels, numbers, rare, plan, how, like, order, room, reach
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """Block k of the channels from c0 on; `rare`: for how many of them the fast numbers won't do. What lies `reach`
-    rows further is fetched meanwhile; a few of them, if it is 0."""
+    rows further is fetched meanwhile; 0 stands for a few."""
     keep_whole()
     shape, width, (r, w, dr) = target.shape, channels * plan.period * plan.fold, beside
     r0, r1 = block_rows(k, shape, plan)

@@ -71,7 +71,7 @@ def _lens_rows(how, r):  # type: ignore[no-untyped-def]
 
 
 @formula
-def _beside(r, kept):  # type: ignore[no-untyped-def]
+def _residual_or_kept(r, kept):  # type: ignore[no-untyped-def]
     """What backward needs beside x: a residual, or where x is had back from y, x that was kept (`keeps`). Of borrowed
     ones: Numba takes what a formula gives for a reference of its own, and would free it."""
     return r if kept is None else kept
@@ -372,7 +372,7 @@ def _map_waiting(g, c0, dy, x, dx, starts, order, plan, memory, how, r, w, dr): 
 
 
 @formula
-def _seen(how, table, memory):  # type: ignore[no-untyped-def]
+def _table_of(how, table, memory):  # type: ignore[no-untyped-def]
     """A tile's table; where x is had back from y, that which goes with y."""
     return corner(memory[0], 26, 6, table.shape[1]) if how.inverse else table
 
@@ -398,34 +398,34 @@ def _backward_units(
             rs, ws, drs = _beside_tile(how, outer(r, n0, count), lost, c0), outer(w, n0, count), outer(dr, n0, count)
             own, order_of = planned(xs.shape, plan), listed(order, starts[g], count)
             found, of_x = columns_from(grads, s0, channels), columns_from(table, s0, channels)
-            numbers = _seen(how, of_x, memory)
+            of_tile = _table_of(how, of_x, memory)
             p0, p1 = max(0, first - cell * pieces), min(pieces, last - cell * pieces)
             sums = place(part, k if stage & SUM and stage & FINISH else cell)
             some_kept = any_lost(lost, c0, channels)
-            if waiting >= 0 and (some_kept or g != of):  # what maps beside sums has no eye for channels
+            if waiting >= 0 and (some_kept or g != of):  # what maps beside sums has no eye for channels, nor sets
                 _map_waiting(of, waiting, dy, x, dx, starts, order, plan, memory, how, r, w, dr)
                 waiting = np.int64(-1)
             if not is_plain(how) and cell != seen:
                 seen, lenses = cell, corner(memory[0], 10, _lens_rows(how, r), channels)
                 _say_kept(how, r, lost, c0, lenses)
-                make_invertible(how, r, of_x, rest(lenses, KEPT), numbers)
+                make_invertible(how, r, of_x, rest(lenses, KEPT), of_tile)
                 exactly = not absent(w) or plan.flags & EXACT != 0
-                lenses_of(how, r, numbers, lenses, rest(memory[3], 10), exactly)
+                lenses_of(how, r, of_tile, lenses, rest(memory[3], 10), exactly)
                 if plan.across:
                     by_column = columns_of(how, r, rest(memory[2], 5), rest(memory[4], 8))
                     spread_columns(lenses, by_column, plan)
                     find_kept(how, r, by_column, channels, plan)
             if stage & SUM:
                 for p in range(p0, p1):
-                    _backward_sum(p, c0, dys, xs, numbers, sums, own, memory, how, rs, ws, order_of, waiting, dxs, drs)
+                    _backward_sum(p, c0, dys, xs, of_tile, sums, own, memory, how, rs, ws, order_of, waiting, dxs, drs)
                 waiting = np.int64(-1)
             if stage & FINISH:
                 kept = corner(memory[0], 10, KEPT + 1, channels)
                 values = xs.shape[0] * xs.shape[2]
-                _backward_finish(s0, numbers, found, dgamma, dbeta, sums, values, how, rs, ws, kept)
+                _backward_finish(s0, of_tile, found, dgamma, dbeta, sums, values, how, rs, ws, kept)
             if stage & MAP:
                 if stage & SUM or cell != ready:
-                    rare = _backward_numbers(xs, numbers, found, own, memory, how, rs, ws, mass_or(mass, g, 0.0))
+                    rare = _backward_numbers(xs, of_tile, found, own, memory, how, rs, ws, mass_or(mass, g, 0.0))
                     ready = cell
                 if in_turn and rare == 0 and not some_kept:
                     waiting, of = c0, g
@@ -455,14 +455,14 @@ def backward_item(
         by_all(every, items, (dy, x, dx, table, grads, dgamma, dbeta, part, claims, plan, stage, starts, order,
                               how, r, w, dr, mass, lost, kept, every))  # fmt: skip
         return
-    lens = np.int64(_lens_rows(how, _beside(borrowed(r), borrowed(kept))))
+    lens = np.int64(_lens_rows(how, _residual_or_kept(borrowed(r), borrowed(kept))))
     wants = np.int64(5), 5 + lens, 8 + lens
     owned = memory_of(borrowed(table), borrowed(x), borrowed(dx), plan, stage, wants, not absent(w))
     memory = lent(borrowed(owned), borrowed(x), borrowed(dx), plan, stage, wants, not absent(w))
     _backward_units(
         k, items, borrowed(dy), borrowed(x), borrowed(dx), borrowed(table), borrowed(grads),
         borrowed(dgamma), borrowed(dbeta), borrowed(part), borrowed(claims), plan, stage, borrowed(starts),
-        borrowed(order), how, _beside(borrowed(r), borrowed(kept)), borrowed(w), borrowed(dr), borrowed(mass),
+        borrowed(order), how, _residual_or_kept(borrowed(r), borrowed(kept)), borrowed(w), borrowed(dr), borrowed(mass),
         borrowed(lost), memory,
     )  # fmt: skip
     fence()

@@ -279,12 +279,12 @@ def _keep(lost, k, x, kept, c0, channels, plan, order):  # type: ignore[no-untyp
 
 
 @part()
-def _map_waiting(g, c0, x, y, starts, order, plan, memory, how, r, w):  # type: ignore[no-untyped-def]
+def _map_waiting(g, c0, x, y, summed, starts, order, plan, memory, how, r, w):  # type: ignore[no-untyped-def]
     """Set g's tile of the channels from c0 on, whose map waited for the next one's sums; what is lost was kept."""
     n0, outers = start_of(order, starts[g]), starts[g + 1] - starts[g]
     xs, (pieces, _) = outer(x, n0, outers), part_sizes(x.shape, plan)
     _forward_map(
-        np.int64(0), pieces, c0, np.int64(-1), xs, outer(y, n0, outers), np.int64(0), True, planned(xs.shape, plan),
+        np.int64(0), pieces, c0, np.int64(-1), xs, outer(y, n0, outers), np.int64(0), summed, planned(xs.shape, plan),
         memory, how, outer(r, n0, outers), _unless_unused(how, outer(w, n0, outers)), order, None, None,
     )  # fmt: skip
 
@@ -305,14 +305,14 @@ def _forward_units(
             outers, c0 = starts[g + 1] - starts[g], t * plan.tile
             n0 = start_of(order, starts[g])
             channels = min(plan.tile, x.shape[1] - c0)
-            numbers = columns_from(table, g * x.shape[1] + c0, channels)
+            of_tile = columns_from(table, g * x.shape[1] + c0, channels)
             xs, ys = outer(x, n0, outers), outer(y, n0, outers)
             rs, ws = outer(r, n0, outers), outer(w, n0, outers)
             own, order_of = planned(xs.shape, plan), listed(order, starts[g], outers)
             p0, p1 = max(0, first - cell * pieces), min(pieces, last - cell * pieces)
             sums = place(part, k if stage & SUM and stage & FINISH else cell)
-            if waiting >= 0 and g != of:
-                _map_waiting(of, waiting, x, y, starts, order, plan, memory, how, r, w)
+            if waiting >= 0 and g != of:  # what maps beside sums sees one set's arrays
+                _map_waiting(of, waiting, x, y, part.shape[0] > 0, starts, order, plan, memory, how, r, w)
                 waiting = np.int64(-1)
             if stage & SUM:
                 for p in range(p0, p1):
@@ -320,10 +320,10 @@ def _forward_units(
                 waiting = np.int64(-1)
             if stage & FINISH and (stage & SUM or cell != ready):  # each item for itself, where all is given
                 count = mass_or(mass, g, float(xs.shape[0] * xs.shape[2]))
-                _forward_finish(numbers, sums, eps, part.shape[0] > 0, count)
+                _forward_finish(of_tile, sums, eps, part.shape[0] > 0, count)
             if stage & MAP:
                 if stage & SUM or cell != ready:  # a tile's map is cut into many units where there is nothing else
-                    rare = _forward_numbers(numbers, own, memory, x.itemsize == 8, how, rs, _unless_unused(how, ws))
+                    rare = _forward_numbers(of_tile, own, memory, x.itemsize == 8, how, rs, _unless_unused(how, ws))
                     ready = cell
                 if in_turn and rare == 0:
                     if any_lost(lost, c0, channels):  # a map beside sums keeps nothing
@@ -340,7 +340,7 @@ def _forward_units(
                 )  # fmt: skip
         u = claimed(k, items, claims, u)
     if waiting >= 0:
-        _map_waiting(of, waiting, x, y, starts, order, plan, memory, how, r, w)
+        _map_waiting(of, waiting, x, y, part.shape[0] > 0, starts, order, plan, memory, how, r, w)
 
 
 @compiled
