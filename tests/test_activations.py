@@ -79,7 +79,8 @@ def test_activation_functions(activation, dtype, rng, backend):
         pytest.skip("it is what they are held against")
     import numba
     from fastbn.kernels.cpu import activations as a
-    from fastbn.kernels.cpu.lanes import load, pointer, save, spread
+    from fastbn.kernels.cpu.lanes import spread
+    from fastbn.kernels.cpu.memory import load, pointer, save
     from fastbn.kernels.reference import activate, deactivate, slope
 
     invertible = activation in ("leaky_relu", "elu")

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from fastbn.kernels.cpu import formulas, views
 from fastbn.kernels.cpu.formulas import either, formula, full, intrinsic
-from fastbn.kernels.cpu.lanes import LANES, fma, load, nothing, pointer, save, spread, where_less
+from fastbn.kernels.cpu.lanes import LANES, fma, nothing, spread, where_less
+from fastbn.kernels.cpu.memory import load, pointer, save
 from fastbn.kernels.cpu.parts import part
 from numba import njit, types
 from numba.core.errors import NumbaError

@@ -1,7 +1,9 @@
 """The CPU backend: NumPy arrays, by Numba. The contract is in `fastbn.kernels`.
 
 formulas  what is without loops, written by Python while Numba compiles
-lanes     sixteen numbers at a time, and the element formats
+lanes     sixteen numbers at a time
+formats   element formats, as such numbers and back
+memory    such numbers from memory, and back
 activations  residuals, activations and masks, sixteen numbers at a time
 sums, maps  a vector of them, of x or of dy and x
 rows      a block of runs inside one channel (NCHW)
@@ -40,9 +42,9 @@ from .blocks import (
     merge_moments,
 )
 from .cut import Cut
+from .formats import SIGNED16, UNSIGNED16
 from .gradient import backward_item
 from .items import Twins
-from .lanes import SIGNED16, UNSIGNED16
 from .normalize import forward_item
 from .plan import ORDERED, WEIGHTED, Plan, Sizes, plan_of
 from .schedule import FINISH, MAP, SUM

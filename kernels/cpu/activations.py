@@ -15,23 +15,8 @@ from numba import types
 from numba.extending import models, register_model, unbox
 
 from .formulas import called, formula, full, intrinsic
-from .lanes import (
-    DOUBLE,
-    LANES,
-    SINGLE,
-    fma,
-    load,
-    load_apart,
-    load_part,
-    negative,
-    nothing,
-    save,
-    save_part,
-    where_at_most,
-    where_less,
-    where_nonzero,
-    wide,
-)
+from .lanes import DOUBLE, LANES, SINGLE, fma, negative, nothing, where_at_most, where_less, where_nonzero, wide
+from .memory import load, load_apart, load_part, save, save_part
 from .parts import part
 
 

@@ -13,7 +13,8 @@ from numba import njit
 
 from .activations import plain
 from .formulas import formula
-from .lanes import LANES, count_nonzero, load, nothing, pointer, spread, total, where_less, where_nonzero
+from .lanes import LANES, count_nonzero, nothing, spread, total, where_less, where_nonzero
+from .memory import load, pointer
 from .parts import part
 from .rows import map_runs
 from .sums import run_sums

@@ -8,19 +8,17 @@ from .lanes import (
     LANES,
     count_nonzero,
     fma,
-    give_rows,
     magnitude,
     negative,
     nothing,
     rounded,
-    some_of,
     spread,
-    take,
     where_at_most,
     where_less,
     where_nonzero,
 )
 from .maps import through
+from .memory import give_rows, some_of, take
 from .parts import by_type, nothing_of, part
 from .views import corner, row
 

@@ -14,27 +14,7 @@ from numba import types
 from .activations import absent, is_kept, keeps, loaded, loaded_part, put, put_part
 from .cut import ALL, EXACT, PAST
 from .formulas import called, formula
-from .lanes import (
-    LANES,
-    before_line,
-    blank,
-    first,
-    give,
-    joined,
-    keep_whole,
-    load,
-    load_own,
-    load_part,
-    move,
-    pointer,
-    save,
-    save_part,
-    shifted,
-    spread,
-    spread_at,
-    where_nonzero,
-    wide,
-)
+from .lanes import LANES, first, joined, keep_whole, spread, where_nonzero, wide
 from .maps import (
     fetch_all,
     in_double,
@@ -45,6 +25,20 @@ from .maps import (
     rows_of,
     shift_all,
     write,
+)
+from .memory import (
+    before_line,
+    blank,
+    give,
+    load,
+    load_own,
+    load_part,
+    move,
+    pointer,
+    save,
+    save_part,
+    shifted,
+    spread_at,
 )
 from .parts import by_type, nothing_of, part, unless_none
 from .rows import KEPT, at, index
@@ -517,11 +511,17 @@ def rows_from(sources, r, c0, plan, order):  # type: ignore[no-untyped-def]
 
 
 @part()
+def near_rows(channels, plan):  # type: ignore[no-untyped-def]
+    """How far ahead rows are fetched where nothing asks for more: 1024 elements and a row."""
+    return 1 + 1024 // (channels * plan.period * plan.fold)
+
+
+@part()
 def columns_map(
     sources, target, beside, k, c0, channels, numbers, rare, plan, how, like, order, room, reach
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """Block k of the channels from c0 on; `rare`: for how many of them the fast numbers won't do. What lies `reach`
-    rows further is fetched meanwhile; 0 stands for a few."""
+    rows further is fetched meanwhile."""
     keep_whole()
     shape, width, (r, w, dr) = target.shape, channels * plan.period * plan.fold, beside
     r0, r1 = block_rows(k, shape, plan)
@@ -529,7 +529,6 @@ def columns_map(
     rows, by_column = pointers_of(numbers), weights_by_column(plan)
     together, most = absent(w) or by_column or width >= LANES, ROWS if by_column and not absent(w) else plan.height
     laid = (np.int64(1), np.int64(0)) if by_column else (np.int64(0), np.int64(LANES))
-    reach = reach if reach != 0 else 1 + 1024 // width
     while r0 < r1:
         runs, steps, left = rows_from(sources, r0, c0, plan, order)
         run, step, _ = _row(target, r0, c0, plan, order)

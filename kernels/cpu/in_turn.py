@@ -3,8 +3,9 @@
 from numba import types
 
 from .cut import PAST
-from .lanes import LANES, before_line
+from .lanes import LANES
 from .maps import joined_numbers, map_one, map_part, numbers_of, shift_all, sizes_of
+from .memory import before_line
 from .parts import by_type, nothing_of, part, unless_none
 from .rows import at, at_all, block, lanes_of, lens, pivots_of, repeated
 from .sums import AHEAD, CHAIN, add_chains, fetch_step, no_chains, step_of, with_rest, with_step

@@ -10,24 +10,8 @@ be float64; backward looks at the same z: f may have a kink.
 
 from .activations import bend, bent, counted, finished, in_singles, line, loaded, loaded_part, put, put_part
 from .formulas import either, formula
-from .lanes import (
-    LANES,
-    fetch,
-    first,
-    fma,
-    joined,
-    load,
-    load_own,
-    load_part,
-    pointer,
-    reserve,
-    save,
-    save_part,
-    shifted,
-    spread_of,
-    stream,
-    wide,
-)
+from .lanes import LANES, first, fma, joined, wide
+from .memory import fetch, load, load_own, load_part, pointer, reserve, save, save_part, shifted, spread_of, stream
 
 SOON = 16 * LANES  # elements ahead of a store: infer of 26 MB that no cache had took 2.1 ms without reserving, 1.5 with
 

@@ -5,28 +5,14 @@ import numpy as np
 from .activations import absent, fast_numbers
 from .blocks import joined_moments, not_negative, settle
 from .coefficients import forward_coefficients
-from .columns import columns_map, keep_columns, spread_columns
+from .columns import columns_map, keep_columns, near_rows, spread_columns
 from .compile import compiled
 from .cut import ALL, EXACT, NEXT, TWO
 from .formulas import formula
 from .in_turn import rows_two
 from .items import by_all, fence
-from .lanes import (
-    LANES,
-    blank,
-    choose_rows,
-    count_nonzero,
-    four_of,
-    give,
-    give_rows,
-    keep_whole,
-    nothing,
-    root,
-    spread,
-    take,
-    where_less,
-    where_nonzero,
-)
+from .lanes import LANES, count_nonzero, keep_whole, nothing, root, spread, where_less, where_nonzero
+from .memory import blank, choose_rows, four_of, give, give_rows, take
 from .parts import part, unless_none
 from .rows import keep_rows, rows_map
 from .schedule import (
@@ -256,7 +242,7 @@ def _forward_map(p0, p1, c0, ca, x, y, rare, summed, plan, memory, how, r, w, or
     like = spread(singles[2, 0])
     of_rows = corner(numbers, 0, 3, g), fast_numbers(how, r, w, corner(singles, 2, 6, g)), None
     of_columns = columns, fast_numbers(how, r, w, like_columns), None
-    k0, k1, reach = p0 * plan.piece, min(p1 * plan.piece, plan.blocks), np.int64(0)
+    k0, k1, reach = p0 * plan.piece, min(p1 * plan.piece, plan.blocks), near_rows(g, plan)
     if any_lost(lost, c0, g):  # of the next block some lines are read first: no prefetcher saw what came then
         reach = -plan.height if summed else plan.height
     for i in range(k1 - k0):

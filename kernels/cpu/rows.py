@@ -13,21 +13,7 @@ import numpy as np
 from .activations import absent, keeps, onwards, residual_of
 from .cut import GATHER, PAST
 from .formulas import called, formula
-from .lanes import (
-    LANES,
-    before_line,
-    first,
-    keep_whole,
-    load,
-    load_part,
-    nothing,
-    pointer,
-    save,
-    shifted,
-    spread,
-    spread_of,
-    total,
-)
+from .lanes import LANES, first, keep_whole, nothing, spread, total
 from .maps import (
     fetch_all,
     in_double,
@@ -40,6 +26,7 @@ from .maps import (
     shift_all,
     sizes_of,
 )
+from .memory import before_line, load, load_part, pointer, save, shifted, spread_of
 from .parts import by_type, part, unless_none
 from .sums import AHEAD, run_sums
 from .views import row

@@ -25,22 +25,8 @@ from .columns import columns_count, columns_sums, gather_columns, spread_column,
 from .cut import GATHER, PAST, Cut
 from .formulas import formula
 from .items import claim
-from .lanes import (
-    LANES,
-    before_line,
-    blank,
-    first,
-    give,
-    narrowest,
-    nothing,
-    pointer,
-    spread,
-    spread_of,
-    take,
-    where_at_most,
-    where_less,
-    where_nonzero,
-)
+from .lanes import LANES, first, nothing, spread, where_at_most, where_less, where_nonzero
+from .memory import before_line, blank, give, narrowest, pointer, spread_of, take
 from .parts import part, unless_none
 from .rows import add_up, rows_count, rows_first, rows_sums
 from .views import carved, corner, in_step, outer

@@ -7,7 +7,8 @@ and, in float32, d^4. With an activation dy is dy f'(z), by `activations.bent`, 
 
 from .activations import bent, counted, loaded, loaded_part
 from .formulas import formula
-from .lanes import LANES, fetch, fma, joined, load, load_part, nothing, save, shifted, where_nonzero, wide
+from .lanes import LANES, fma, joined, nothing, where_nonzero, wide
+from .memory import fetch, load, load_part, save, shifted
 from .parts import part
 
 # Squares of numbers on a grid leave remainders of 0, 1 and 4 eighths, which a float32 sum of a hundred drops more often

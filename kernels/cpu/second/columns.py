@@ -5,8 +5,9 @@ import numpy as np
 from ..activations import loaded
 from ..columns import block_rows, rows_from, some_rows, weights_by_column, weights_of
 from ..formulas import formula
-from ..lanes import LANES, keep_whole, load_own, pointer, spread
+from ..lanes import LANES, keep_whole, spread
 from ..maps import fetch_all, load_parts, loads, rows_of, shift_all
+from ..memory import load_own, pointer
 from ..parts import part
 from ..sums import load_about, load_parts_about
 from .runs import SKIP, added, borders_past, instead, keep, none_of, results, save_parts, write_all

@@ -10,7 +10,8 @@ from ..compile import compiled
 from ..cut import EXACT, GATHER
 from ..formulas import intrinsic
 from ..items import by_all, claim, fence
-from ..lanes import blank, keep_whole
+from ..lanes import keep_whole
+from ..memory import blank
 from ..parts import part, unless_none
 from ..rows import block, index
 from ..schedule import FINISH, MAP, SUM, by_channel, listed, planned, start_of, tile_width

@@ -3,19 +3,9 @@
 from ..activations import loaded, loaded_part
 from ..cut import EXACT, GATHER, PAST
 from ..formulas import called, formula
-from ..lanes import (
-    LANES,
-    before_line,
-    fma,
-    keep_whole,
-    nothing,
-    pointer,
-    save_part,
-    shifted,
-    spread_of,
-    where_nonzero,
-)
+from ..lanes import LANES, fma, keep_whole, nothing, where_nonzero
 from ..maps import fetch_all, load_parts, loads, write
+from ..memory import before_line, pointer, save_part, shifted, spread_of
 from ..parts import part, unless_none
 from ..rows import at, at_all, block, gathered, index, lanes_of, scatter
 from ..sums import AHEAD, add_lanes, load_about, load_parts_about
