@@ -12,8 +12,9 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
+from .adapters import CuPyKernels, NumbaKernels
 from .arguments import describe
-from .arrays import CuPyKernels, NumbaKernels, Span
+from .arrays import Span
 from .extras import Extras
 
 BACKENDS = ("auto", "cpu", "cupy", "numba-cuda", "reference")
