@@ -1,4 +1,4 @@
-"""What `save="y"` takes besides y: the x of channels that can't be had back from it, and a table for the others."""
+"""What `save="y"` takes besides y: the x of channels that can't be had back from it."""
 
 from __future__ import annotations
 
@@ -47,22 +47,6 @@ def lost_channels(
         with np.errstate(over="ignore", invalid="ignore"):
             had &= np.exp(4.0 * scale - beta) <= (64.0 if result.itemsize == 2 else 1024.0) * scale
     return np.flatnonzero(~had)
-
-
-def inverse_table(table: Any) -> Any:
-    """For `backward` on a GPU, on z = gamma xhat + beta in place of x: its mean is beta, its 1 / std 1 / gamma."""
-    family, device = place_of(table)
-    numbers = family.numbers(table)
-    _, _, var, invstd, gamma, beta = numbers
-    made = 1.0 * numbers
-    with np.errstate(all="ignore"):
-        scale = gamma * invstd
-        made[0] = made[5] = beta
-        made[1] = 0.0
-        made[2] = scale * scale * var
-        made[3] = 1 / gamma
-        made[4] = gamma * scale
-    return _to_numba(made, device) if family is NUMBA else made
 
 
 def of_channels(table: Any, sets: int, at: np.ndarray) -> Any:

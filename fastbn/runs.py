@@ -12,7 +12,7 @@ from .dispatch import Kernels, kernels
 from .distributed import Shared, sums
 from .extras import Asked, Extras
 from .host import Caller
-from .kept import assign_at, inverse_table, of_channels, picked, put_back
+from .kept import assign_at, of_channels, picked, put_back
 from .layout import Few, Views, channels_of, empty
 from .saved import Saved, number_type
 
@@ -189,14 +189,11 @@ def run_backward_with(where: str, dy: Any, x: Any, dx: Any, dr: Any, saved: Save
     if lost is not None and isinstance(dy, Span):
         lost_dy = picked(dy, saved._axes, lost)  # before dx is written over dy
     views, seen, more = _seen(backend, dy, x, dx, dr, saved)
-    table = saved._table
-    if asked.save == "y" and isinstance(dy, Span):
-        table = inverse_table(table)
     sums = [dgamma, dbeta]
     if asked.groups is not None:
         kind = number_type(dy.dtype.itemsize)  # that of the sums: a dtype of theirs is their library's
-        sums = [None if a is None else new((table.shape[1],), kind, dy) for a in sums]
-    backend.backward(*seen, table, sums[0], sums[1], saved.frozen, more)
+        sums = [None if a is None else new((saved._table.shape[1],), kind, dy) for a in sums]
+    backend.backward(*seen, saved._table, sums[0], sums[1], saved.frozen, more)
     views.finish()
     if asked.groups is not None:
         for total, parts in zip((dgamma, dbeta), sums, strict=True):

@@ -259,13 +259,18 @@ def _slopes(
     return np.where(absent, raw, dx) if absent is not None and more.masked == "keep" else np.asarray(dx)
 
 
-def _of_y(table: np.ndarray, lost: np.ndarray | None) -> np.ndarray:
-    """By which gamma xhat + beta may stand for x: its mean is beta, and its 1 / std 1 / gamma, with sign; but x itself
-    stands for those channels that are lost."""
-    _, _, var, invstd, gamma, beta = table
-    with np.errstate(all="ignore"):
-        scale = gamma * invstd
-        made = np.stack([beta, np.zeros_like(beta), scale**2 * var, 1 / gamma, gamma * scale, beta])
+def inverse_table(table: Any, lost: np.ndarray | None = None) -> Any:
+    """(6, C), by which gamma xhat + beta may stand for x: its mean is beta, and its 1 / std 1 / gamma, with sign; but x
+    itself stands for those channels that are lost. Of NumPy's arrays or CuPy's."""
+    _, _, _, invstd, gamma, beta = table
+    made = 1.0 * table
+    with np.errstate(all="ignore"):  # in place: a CUDA graph would write to buffers of others where temporaries were
+        made[0], made[1], made[3] = beta, 0.0, 1.0
+        made[3] /= gamma
+        made[4] *= invstd
+        made[2] *= made[4]
+        made[2] *= made[4]
+        made[4] *= gamma
     if lost is not None:
         made[:, lost] = table[:, lost]
     return made
@@ -284,7 +289,7 @@ def _backward_with(
     channels = x.shape[1]
     for k, rows in enumerate(_sets(x.shape[0], more)):
         part = slice(k * channels, (k + 1) * channels)
-        t = _of_y(table[:, part], more.lost) if more.inverse else table[:, part]
+        t = inverse_table(table[:, part], more.lost) if more.inverse else table[:, part]
         terms = _, g, d, w, _ = _terms(dy, x, t, more, rows)
         with np.errstate(all="ignore"):
             sums, products = _two_sums(g, d)

@@ -143,11 +143,16 @@ class Problem:
         how |= self.lists(plan) | {"parameter": self.more.parameter, "r": self.r}
         return execute(lib, plan, self.x, None, how.pop("y", self.empty()), given=self.given, eps=self.eps, **how)
 
+    def table_of_backward(self):
+        """As launches of `bn.cu` are given it."""
+        return reference.inverse_table(self.table) if self.more.inverse else self.table
+
     def backward(self, lib, plan, **how):
         read = self.r if self.more.activation else None
         dr = how.pop("dr", self.empty()) if self.r else None
         how |= self.lists(plan) | {"parameter": self.more.parameter, "r": read, "dr": dr, "mass": self.more.mass}
-        return execute(lib, plan, how.pop("x", self.x), self.dy, how.pop("dx", self.empty()), table=self.table, **how)
+        x, dx = how.pop("x", self.x), how.pop("dx", self.empty())
+        return execute(lib, plan, x, self.dy, dx, table=self.table_of_backward(), **how)
 
 
 def check_forward(p, result):
@@ -181,7 +186,7 @@ def check_backward(p, result, dx=True):
     above, below = (reference.slope(p.more.activation, p.more.parameter, p.z + h) for h in (5e-5, -5e-5))
     bend = abs(above - below) / 1e-4
     for s, rows in enumerate(reference._sets(p.shape[0], more)):
-        t = p.table[:, s * C : (s + 1) * C, None]
+        t = p.table_of_backward()[:, s * C : (s + 1) * C, None]
         with np.errstate(invalid="ignore"):  # of what is absent
             values = p.x.values[rows]
             if p.more.inverse:

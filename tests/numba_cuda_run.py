@@ -128,7 +128,7 @@ def rows_gradient(dy, x, dx, gamma, eps):
 def conversions() -> dict[str, np.ndarray]:
     """float32 numbers, as bfloat16 and back: ties to both sides, carries, overflow, subnormals, every kind of NaN."""
     from fastbn.kernels import numba_cuda
-    from fastbn.kernels.numba_cuda.kernels import load_bfloat, save_bfloat
+    from fastbn.kernels.numba_cuda.elements import load_bfloat, save_bfloat
     from fastbn.kernels.numba_cuda.target import cuda
 
     @cuda.jit

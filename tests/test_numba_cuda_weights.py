@@ -192,7 +192,7 @@ import pickle, sys, types
 from numba import cuda, types as t
 from numba.cuda import dispatcher
 dispatcher.get_current_device = lambda: types.SimpleNamespace(compute_capability=(7, 5))
-from fastbn.kernels.numba_cuda import kernels as k
+from fastbn.kernels.numba_cuda import finish as m, kernels as k
 
 place, tracked, none = t.UniTuple(t.int64, 6), t.UniTuple(t.int64, 9), t.Tuple(())
 table, part = t.float64[:, ::1], t.float64[:, :, ::1]
@@ -215,7 +215,7 @@ for name, element, how in every:
     ):
         ptx, _ = cuda.compile_ptx(kernel.py_func, signature, cc=(8, 0))
         found[name, tuple(how), kernel.py_func.__name__] = ptx
-finish, mass = k.finishes_of(True), t.float64[::1]
+finish, mass = m.finishes_of(True), t.float64[::1]
 for kernel, signature in (
     (finish.forward, (part, table, c, c, c, c, i, t.float64, i, mass)),
     (finish.backward, (part, table, c, c, table, i, i, mass)),

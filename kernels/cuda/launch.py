@@ -26,6 +26,7 @@ import numpy as np
 from cupy.cuda import driver, runtime
 from cupy.cuda.function import Module
 
+from ..reference import inverse_table
 from .compile import machine_code
 from .launches import CLUSTER, GRID, HOPPER, PARAMS_SIZE, Device, Plan, Pointers, pack
 from .plan import plan
@@ -58,9 +59,20 @@ def backward(dy: Any, x: Any, dx: Any, table: Any, dgamma: Any, dbeta: Any, froz
     r = dr = None
     if more is not None:  # without an activation the residual doesn't count
         r, dr = more.residual if more.activation else None, more.dresidual
+        if more.inverse:
+            table = _inverted(table)
     if frozen and dgamma is None and dbeta is None and not (more is not None and more.activation):
         x = None  # dx = a dy: one array less to read
     _run((x, dx, dy, r, dr), table, (None, None, None, None), (dgamma, dbeta), 0.0, True, frozen, more)
+
+
+def _inverted(table: Any) -> Any:
+    """By CuPy, on the table's device."""
+    with cupy.cuda.Device(table.data.device_id):
+        made = inverse_table(table)
+        if runtime.streamIsCapturing(cupy.cuda.get_current_stream().ptr):
+            _captured.append(made)
+    return made
 
 
 _choice: contextvars.ContextVar[tuple[tuple[str, Any], ...]] = contextvars.ContextVar("choice", default=())

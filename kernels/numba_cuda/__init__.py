@@ -3,7 +3,9 @@
 blocks        device functions: moments, how they merge, one value of y and of dx; for your own kernels too
 activations   device functions: activations and their slopes
 walk          which values a thread takes, and where these lie
-kernels       sums, what they make of a channel, maps
+elements      device functions: elements as numbers, and back
+kernels       sums and maps
+finish        what sums make of a channel, and a table by which y stands for x
 plan          how a shape is cut
 arrays        Numba's device arrays: views, copies, launches
 calls         from a call's arrays to what kernels take: plans, lists of sets, workspaces
@@ -67,8 +69,9 @@ from .blocks import (
     normalize,
 )
 from .calls import cube, has_sets, mode_of, planned, weights_of, workspace
-from .kernels import BETA, FROZEN, GAMMA, PLAIN, How, finishes_of, kernels_of
-from .plan import Sizes
+from .finish import BETA, FROZEN, GAMMA, finishes_of, invert_table
+from .kernels import PLAIN, How, kernels_of
+from .plan import Sizes, ceil
 
 __all__ = [
     "FEATURES",
@@ -149,13 +152,16 @@ def backward(
         arrays = x, dy, dx, r, dr, w
         cut, walk, (read, come, write, beside, behind, weigh), also = planned(arrays, how, more, stream, SIZES, whole)
         run, columns = kernels_of("float32" if whole else x.dtype.name, how), table.shape[1]
-        work = workspace(x, stream, (5 * cut.pieces + 4) * columns)
+        work = workspace(x, stream, (5 * cut.pieces + 10) * columns)
         coefficients = cube(work, 0, (4, columns))
+        if more is not None and more.inverse:
+            of_x, table = table, cube(work, 4 * columns, (6, columns))
+            launch(invert_table, ceil(columns, 128), 128, stream, (of_x, table))
         if also:
             also = also._replace(r=beside[0], beside=beside[1], dr=behind[0], behind=behind[1])
             also = also._replace(w=weigh[0], along=weigh[1])
         if flags & (GAMMA | BETA) or not (frozen or dx is None):
-            part = cube(work, 4 * columns, (5, cut.pieces, columns))
+            part = cube(work, 10 * columns, (5, cut.pieces, columns))
             launch(run.backward_sums, cut.grid, cut.threads, stream, (*come, *read, walk, table, part, also))
             spare = next((a for a in (dgamma, dbeta) if a is not None), work)  # is not written
             blocks, threads, lanes = cut.finish

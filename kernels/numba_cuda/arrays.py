@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from .kernels import copy_all
 from .plan import ceil
 from .target import SIMULATED, cuda
 
@@ -123,6 +122,21 @@ class _Grid(int):
 
     def __mul__(self, other: int) -> int:
         return max(128, int(self) * other)
+
+
+@cuda.jit
+def copy_all(source, come, target, go, shape, values):  # type: ignore[no-untyped-def]
+    """target flat = source flat; come, go: strides of the axes of `shape` in elements, then the origin."""
+    j = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+    while j < values:
+        left, at, to = j, come[len(shape)], go[len(shape)]
+        for k in range(len(shape) - 1, -1, -1):
+            rest = left // shape[k]
+            at += (left - rest * shape[k]) * come[k]
+            to += (left - rest * shape[k]) * go[k]
+            left = rest
+        target[np.uint64(to)] = source[np.uint64(at)]
+        j += cuda.gridDim.x * cuda.blockDim.x
 
 
 def launch(kernel: Any, grid: int, threads: int, stream: Any, arguments: tuple[Any, ...]) -> None:

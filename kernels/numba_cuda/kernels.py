@@ -1,4 +1,4 @@
-"""The kernels: sums, what they make of a channel, maps. `walk.py` has what `place`, `cut` and `s` mean.
+"""The kernels on x: sums and maps. `walk.py` has what `place`, `cut` and `s` mean.
 
 What a call asks for beyond batch norm (`How`) is compiled in: a plain call pays nothing for it. The arrays and numbers
 for it are the argument `more`, which is () in a plain call.
@@ -7,7 +7,6 @@ for it are the argument `more`, which is () in a plain call.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,67 +17,14 @@ from .blocks import (
     block_comoments,
     block_moments,
     gradient,
-    merge_comoments,
-    merge_moments,
     normalize,
     two_sum,
     weighted_gradient,
 )
+from .elements import access_of, in_range, where_asked
 from .plan import VALUES
 from .target import cuda
 from .walk import FOLLOWED, LISTED, TRACKED, where
-
-# Elements: float32, float64 and float16 as they are, bfloat16 as int16 bits; x of float32's kernels may be of whole
-# numbers, which are exact in float32. An index without a sign spares Numba's test for negative ones.
-
-
-@cuda.jit(device=True)
-def load_single(x, at):  # type: ignore[no-untyped-def]
-    return np.float32(x[np.uint64(at)])
-
-
-@cuda.jit(device=True)
-def save_single(y, at, value):  # type: ignore[no-untyped-def]
-    y[np.uint64(at)] = np.float32(value)
-
-
-@cuda.jit(device=True)
-def load_double(x, at):  # type: ignore[no-untyped-def]
-    return x[np.uint64(at)]
-
-
-@cuda.jit(device=True)
-def save_double(y, at, value):  # type: ignore[no-untyped-def]
-    y[np.uint64(at)] = value
-
-
-@cuda.jit(device=True)
-def save_half(y, at, value):  # type: ignore[no-untyped-def]
-    y[np.uint64(at)] = np.float16(value)
-
-
-@cuda.jit(device=True)
-def load_bfloat(x, at):  # type: ignore[no-untyped-def]
-    return np.int32(np.int32(x[np.uint64(at)]) << 16).view(np.float32)
-
-
-@cuda.jit(device=True)
-def save_bfloat(y, at, value):  # type: ignore[no-untyped-def]
-    """Rounds to the nearest, ties to even: a carry out of the lower half moves the upper one."""
-    bits = np.int64(np.float32(value).view(np.int32))
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    y[np.uint64(at)] = np.int16(bits if value == value else 0x7FC0)
-
-
-@cuda.jit(device=True)
-def in_range(a):  # type: ignore[no-untyped-def]
-    """Whether float32 may scale by it; NaN: no."""
-    return a == 0.0 or 1e-30 < abs(a) < 1e30
-
-
-def where_asked(there: bool, function: Any, otherwise: Any) -> Any:
-    """A device function: Numba mustn't see what `more` doesn't have."""
-    return cuda.jit(function if there else otherwise, device=True)
 
 
 class How(NamedTuple):
@@ -126,8 +72,7 @@ class Kernels(NamedTuple):
 def kernels_of(name: str, how: How = PLAIN) -> Kernels:
     """The kernels for elements of a dtype. `real` is what they are computed in, but for sums and C numbers."""
     real: Any = np.float64 if name == "float64" else np.float32
-    load = {"float64": load_double, "int16": load_bfloat}.get(name, load_single)
-    save = {"float64": save_double, "float16": save_half, "int16": save_bfloat}.get(name, save_single)
+    load, save = access_of(name)
     small, large, eighth, zero, one = (real(k) for k in (1e-30, 1e30, 0.125, 0, 1))
     first_value, start, turned, moved = LISTED if how.sets else TRACKED if how.tracked else FOLLOWED
     f, slope = functions_of(how.activation, real)
@@ -512,111 +457,3 @@ def kernels_of(name: str, how: How = PLAIN) -> Kernels:
             j += rows
 
     return Kernels(forward_sums, forward_map, backward_sums, backward_map)
-
-
-# Bits of `given` and of `wanted`.
-FROZEN, GAMMA, BETA = 1, 2, 4
-
-
-@cuda.jit(device=True)
-def of_set(s, channels):  # type: ignore[no-untyped-def]
-    """The channel of a column of the table: the same one where there are no sets, without a division."""
-    return s if s < channels else s % channels
-
-
-def write_mass(mass, c, columns, n):  # type: ignore[no-untyped-def]
-    channels = columns // mass.shape[0]
-    if c % channels == 0:
-        mass[c // channels] = n
-
-
-class Finishes(NamedTuple):
-    forward: Any
-    backward: Any
-
-
-@functools.cache
-def finishes_of(weighted: bool) -> Finishes:
-    """What sums make of a channel. `mass` (G,): the sum of the weights of a set; () without weights."""
-    note = where_asked(weighted, write_mass, lambda _mass, _c, _columns, _n: None)
-    amount_of = where_asked(
-        weighted,
-        lambda mass, c, columns, _n: mass[c // (columns // mass.shape[0])],
-        lambda _mass, _c, _columns, n: n,
-    )
-
-    @cuda.jit
-    def forward_finish(part, table, gamma, beta, mean, var, given, eps, lanes, mass):  # type: ignore[no-untyped-def]
-        """part (4, pieces, G C), or mean and var (G C,), and gamma, beta (C,) -> table (6, G C), mass."""
-        t = cuda.threadIdx.x
-        row = t // lanes
-        c = cuda.blockIdx.x * lanes + (t - row * lanes)
-        n = hi = lo = m2 = 0.0
-        if c < table.shape[1] and not given & FROZEN:
-            for k in range(row, part.shape[1], cuda.blockDim.x // lanes):
-                n, hi, lo, m2 = merge_moments(
-                    n, hi, lo, m2, part[0, k, c], part[1, k, c], part[2, k, c], part[3, k, c]
-                )  # fmt: skip
-        n, hi, lo, m2 = block_moments(n, hi, lo, m2, lanes)
-        if row == 0 and c < table.shape[1]:
-            variance = invstd = 0.0  # of an empty set, or of one without weights
-            if given & FROZEN:
-                hi, lo, variance = float64(mean[c]), 0.0, float64(var[c])
-            elif n > 0.0:
-                hi, lo = two_sum(hi, lo)
-                variance = m2 / n
-            if given & FROZEN or n > 0.0:
-                invstd = 1.0 / math.sqrt(variance + eps)
-            table[0, c], table[1, c], table[2, c], table[3, c] = hi, lo, variance, invstd
-            table[4, c] = float64(gamma[of_set(c, gamma.shape[0])]) if given & GAMMA else 1.0
-            table[5, c] = float64(beta[of_set(c, beta.shape[0])]) if given & BETA else 0.0
-            note(mass, c, table.shape[1], n)
-
-    @cuda.jit
-    def backward_finish(part, table, dgamma, dbeta, coefficients, wanted, lanes, mass):  # type: ignore[no-untyped-def]
-        """part (5, pieces, G C) -> dgamma, dbeta (G C,), coefficients (4, G C): mean g as hi and lo, a, b.
-
-        By weights, sum g / W in place of the mean, and `b` by W.
-        """
-        t = cuda.threadIdx.x
-        row = t // lanes
-        c = cuda.blockIdx.x * lanes + (t - row * lanes)
-        n = hi = lo = mean_x = co = 0.0
-        if c < table.shape[1]:
-            for k in range(row, part.shape[1], cuda.blockDim.x // lanes):
-                n, hi, lo, mean_x, co = merge_comoments(
-                    n, hi, lo, mean_x, co, part[0, k, c], part[1, k, c], part[2, k, c], part[3, k, c], part[4, k, c]
-                )
-        n, hi, lo, mean_x, co = block_comoments(n, hi, lo, mean_x, co, lanes)
-        if row == 0 and c < table.shape[1]:
-            invstd = table[3, c]
-            a = table[4, c] * invstd
-            total, amount = n * hi + n * lo, amount_of(mass, c, table.shape[1], n)
-            if weighted or wanted & FROZEN:  # the mean is not that of all x, each for one
-                co += total * (mean_x - table[1, c])
-            if weighted:
-                share = n / amount if amount > 0.0 else 0.0
-                hi, lo = share * hi, share * lo
-            coefficients[0, c], coefficients[1, c] = hi, lo
-            coefficients[2, c], coefficients[3, c] = a, -a * invstd * invstd * (co / amount if amount > 0.0 else 0.0)
-            if wanted & BETA:
-                dbeta[c] = total
-            if wanted & GAMMA:
-                dgamma[c] = co * invstd
-
-    return Finishes(forward_finish, backward_finish)
-
-
-@cuda.jit
-def copy_all(source, come, target, go, shape, values):  # type: ignore[no-untyped-def]
-    """target flat = source flat; come, go: strides of the axes of `shape` in elements, then the origin."""
-    j = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
-    while j < values:
-        left, at, to = j, come[len(shape)], go[len(shape)]
-        for k in range(len(shape) - 1, -1, -1):
-            rest = left // shape[k]
-            at += (left - rest * shape[k]) * come[k]
-            to += (left - rest * shape[k]) * go[k]
-            left = rest
-        target[np.uint64(to)] = source[np.uint64(at)]
-        j += cuda.gridDim.x * cuda.blockDim.x

@@ -22,22 +22,9 @@ from numba import float64
 from .arrays import launch, on, stream_of
 from .blocks import block_comoments
 from .calls import cube, has_sets, mode_of, planned, weights_of, workspace
-from .kernels import (
-    BETA,
-    FROZEN,
-    GAMMA,
-    PLAIN,
-    How,
-    load_bfloat,
-    load_double,
-    load_single,
-    of_set,
-    save_bfloat,
-    save_double,
-    save_half,
-    save_single,
-    where_asked,
-)
+from .elements import access_of, where_asked
+from .finish import BETA, FROZEN, GAMMA, of_set
+from .kernels import PLAIN, How
 from .plan import VALUES, Sizes
 from .target import cuda
 from .triples import (
@@ -124,8 +111,7 @@ class _Elements(NamedTuple):
 
 def _elements_of(name: str, how: How) -> _Elements:
     real: Any = np.float64 if name == "float64" else np.float32
-    load = {"float64": load_double, "int16": load_bfloat}.get(name, load_single)
-    save = {"float64": save_double, "float16": save_half, "int16": save_bfloat}.get(name, save_single)
+    load, save = access_of(name)
     weighted, one = how.weights != "", real(1)
     place_w = where_asked(weighted, lambda more, row, c, i: where(more.along, row, c, i), lambda _more, _row, _c, _i: 0)
     read_w = where_asked(weighted, lambda more, at: more.w[np.uint64(at)], lambda _more, _at: one)
