@@ -262,10 +262,10 @@ def _check_parameter(function: str, name: str, value: Any, shape: tuple[int, ...
 
 def check_variances(function: str, value: Any, shape: tuple[int, ...], name: str = "var", beside: Any = None) -> Any:
     """As `check_channels`, with no value below 0; on a GPU that isn't looked at."""
-    return _check_sign(function, name, check_channels(function, name, value, shape, beside))
+    return check_sign(function, name, check_channels(function, name, value, shape, beside))
 
 
-def _check_sign(function: str, name: str, array: Any) -> Any:
+def check_sign(function: str, name: str, array: Any) -> Any:
     # NaN isn't below 0. By a comparison and a count it took 5 µs more where caches had nothing of either.
     if isinstance(array, np.ndarray) and np.fmin.reduce(array, axis=None, initial=0.0) < 0:  # a GPU would be waited for
         raise ValueError(f"{function}: {name} has a negative value ({np.nanmin(array):.6g}); expected 0 or more")
@@ -279,7 +279,7 @@ def check_frozen(function: str, frozen: Any, shape: tuple[int, ...], x: Any = No
     if not isinstance(frozen, (tuple, list)) or len(frozen) != 2:
         raise TypeError(f"{function}: frozen is {describe(frozen)}; expected a pair (mean, var), or RunningStats")
     mean = check_real(function, "mean", frozen[0], shape, x)
-    return mean, _check_sign(function, "var", check_real(function, "var", frozen[1], shape, x))
+    return mean, check_sign(function, "var", check_real(function, "var", frozen[1], shape, x))
 
 
 def check_shape(function: str, channels: Any) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ import numba
 import numpy as np
 
 from . import threads
-from .activations import PLAIN, How
+from .activations import CURVES, PLAIN, How
 from .blocks import (
     block_comoments,
     block_gradient,
@@ -46,7 +46,7 @@ from .formats import SIGNED16, UNSIGNED16
 from .gradient import backward_item
 from .items import Twins
 from .normalize import forward_item
-from .plan import ORDERED, WEIGHTED, Plan, Sizes, plan_of
+from .plan import CURVED, ORDERED, WEIGHTED, Plan, Sizes, plan_of
 from .schedule import FINISH, MAP, SUM
 
 __all__ = [
@@ -131,12 +131,13 @@ def _forward(
         table[0], table[1], table[2] = mean, 0.0, var
     sets, channels = 1 if more is None else _sets(more), x.shape[1]
     if stages & MAP:
-        by_set = table[4:] if sets == 1 else table[4:].reshape(2, sets, channels)
-        by_set[0] = 1.0 if gamma is None else gamma
-        by_set[1] = 0.0 if beta is None else beta
+        by_set = table[4:].reshape(2, sets, channels) if sets > 1 else None
+        scale, shift = (table[4], table[5]) if by_set is None else by_set
+        scale[...] = 1.0 if gamma is None else gamma
+        shift[...] = 0.0 if beta is None else beta
     if y is None:
         y = np.empty((0, 0, 0), np.float32 if _is_whole(x.dtype) else x.dtype)
-    how, extras = None, _NO_EXTRAS[:7]
+    how, extras = None, _FORWARD_ALONE
     if more is not None:
         weights = more.weights if stages & SUM or more.masked != "normalize" else None
         how, value = _how(more, False, more.residual is None and (weights is None or more.masked == "normalize"))
@@ -147,7 +148,8 @@ def _forward(
 
 _NO_ORDER = _NO_CLAIMS = np.zeros(0, np.int64)
 _PLAINLY = (0.0, 1.0, 0.0, 0.0)
-_NO_EXTRAS: tuple[Any, ...] = _NO_ORDER, _PLAINLY, *(None,) * 6  # of backward; of forward the first seven
+_NO_EXTRAS: tuple[Any, ...] = _NO_ORDER, _PLAINLY, *(None,) * 6  # of backward
+_FORWARD_ALONE = _NO_EXTRAS[:7]
 
 
 def _order(more: Any) -> np.ndarray:
@@ -292,34 +294,37 @@ def _carry_out(
         strides += tuple([a.strides for a in (extras[2], more.dresidual) if a is not None])
         kinds = tuple([None if a is None else a.dtype for a in extras[2:]])
         special = (0 if more.weights is None else WEIGHTED) | (0 if more.order is None else ORDERED)
+        special |= CURVED if more.activation in CURVES else 0
         sets = None if more.starts is None else np.asarray(more.starts, np.int64).tobytes()
     make = _job if sets is None or len(sets) <= _LONGEST else _job.__wrapped__
     job = make(item, x.shape, strides, x.dtype, arrays[-1].dtype, stages, sizes, how, kinds, special, sets)
-    twins, plan, cells, starts = job
+    count = threads.threads_for(job.plan.work, sizes)
+    if (found := job.turns.get(count)) is None:
+        found = job.turns[count] = _turns(job.plan, job.cells, stages, sizes, count)
+    cells, turns = found
+    part = np.empty((cells, job.plan.pieces, depth, job.plan.cut.tile))
+    for items, some in turns:
+        claims = _NO_CLAIMS if items == 1 else np.zeros(items, np.int64)
+        args = (*arrays, *numbers, part, claims, job.plan.cut, some, job.starts, *extras)
+        if items == 1:
+            job.twins.serial(1, *args)
+        else:
+            threads.run(job.twins, items, *args, parallel=True)
+
+
+def _turns(plan: Plan, cells: int, stages: int, sizes: Sizes, count: int) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """For how many tiles at a time sums are kept, and what is done one after the other: by so many items, stages."""
     sums = 1 if stages & SUM else 0
-    count = threads.threads_for(plan.work, sizes)
     # Cell by cell, all stages of each; where cells are too few for the threads, stage by stage, piece by piece, as is a
     # map of given statistics, whose coefficients each thread makes for itself.
     whole = cells >= 4 * count or (cells >= count and cells % count == 0) or plan.pieces == 1
     twice = not whole and stages & SUM and stages & MAP  # threads are woken for the sums, and for the map
     if count == 1 or (twice and plan.work < 2 * threads.least(sizes)):
-        part = np.empty((sums, plan.pieces, depth, plan.cut.tile))
-        twins.serial(1, *arrays, *numbers, part, _NO_CLAIMS, plan.cut, stages, starts, *extras)
-        return
+        return sums, ((1, stages),)
     items = min(count, cells if whole else cells * plan.pieces)
-    part = np.empty((sums * (items if whole else cells), plan.pieces, depth, plan.cut.tile))
-
-    def run(items: int, some: int) -> None:
-        args = (*arrays, *numbers, part, np.zeros(items, np.int64), plan.cut, some, starts, *extras)
-        threads.run(twins, items, *args, parallel=items > 1)
-
     if whole or not stages & SUM:
-        run(items, stages)
-        return
-    run(items, SUM)
-    run(1, FINISH)
-    if stages & MAP:
-        run(items, MAP)
+        return sums * (items if whole else cells), ((items, stages),)
+    return cells, ((items, SUM), (1, FINISH), *([(items, MAP)] if stages & MAP else []))
 
 
 class _Job(NamedTuple):
@@ -329,6 +334,7 @@ class _Job(NamedTuple):
     plan: Plan
     cells: int  # tiles of all sets
     starts: np.ndarray  # of the sets; kernels only read it
+    turns: dict[int, tuple[int, tuple[tuple[int, int], ...]]]  # what `_turns` gave for so many threads
 
 
 _LONGEST = 2048  # bytes of sets' starts by which a job is remembered
@@ -348,7 +354,7 @@ def _job(
     sized = dtype.itemsize, result.itemsize, 0 if item is forward_item else 1
     plan = plan_of((most, channels, inner), strides, sized, stages, sizes, least, outer, special)
     twins = _twins(item, dtype, result, how, kinds)
-    return _Job(twins, plan, (len(starts) - 1) * plan.tiles, starts)
+    return _Job(twins, plan, (len(starts) - 1) * plan.tiles, starts, {})
 
 
 @functools.cache

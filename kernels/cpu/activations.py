@@ -428,6 +428,7 @@ def _unless_masked(how, instead, result, w):  # type: ignore[no-untyped-def]
 # Activations of two straight lines. Without a residual, which of them x is on is one comparison: z grows or falls with
 # x, in steps, so there is an `edge`. Computing z in float64 took backward 2.1 times as long.
 _LINES = "relu", "leaky_relu"
+CURVES = "elu", "silu", "gelu", "sigmoid", "tanh"  # a vector of these takes longer than its memory
 
 
 @formula

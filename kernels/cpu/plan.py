@@ -12,7 +12,7 @@ from .cut import EXACT, GATHER, NEXT, PAST, TWO, Cut
 from .lanes import LANES
 from .schedule import SUM
 
-WEIGHTED, ORDERED = 1, 2  # what is special about a call
+WEIGHTED, ORDERED, CURVED = 1, 2, 4  # what is special about a call; the last one: its activation has exp or erf
 
 
 def _past() -> int:
@@ -59,7 +59,7 @@ class Plan(NamedTuple):
     tiles: int
     pieces: int  # of a tile
     cut: Cut
-    work: int  # bytes of x, half types' as float32: what they take is alike
+    work: int  # bytes of x, half types' as float32: what they take is alike; a quarter of all bytes of a map alone
 
 
 def ceil(a: int, b: int) -> int:
@@ -85,12 +85,13 @@ def plan_of(
     across = channels > 1 and all(s[1] == n and (inner == 1 or s[2] != n) for s, n in each)
     short = 1 < inner < LANES and all(s[2] == n and s[1] == inner * n for s, n in each)
     flags |= PAST if size * sum(items) > sizes.past * len(items) * (1 if stages & SUM else 2) else 0
-    work = size * max(4, itemsize)
     if across or short:
         found = _by_columns(shape, strides, items, flags, stages, inner if short else 1, sizes, special)
     else:
         found = _by_rows(shape, strides, items, flags, stages, sizes, special)
-    return Plan(*found, work)
+    # A map alone waits for memory, by which elements count as they are; sums, curves and strides are work for each.
+    light = not (stages & SUM or special & CURVED or found[-1].flags & GATHER)
+    return Plan(*found, size * sum(items) // 4 if light else size * max(4, itemsize))
 
 
 def _by_rows(

@@ -18,6 +18,7 @@ import warnings
 from typing import Any, Protocol
 
 import numba
+from numba.np.ufunc import parallel
 
 _compiling: Any = threading.RLock()
 with contextlib.suppress(ImportError):  # Numba's own name for it may change
@@ -26,6 +27,10 @@ with contextlib.suppress(ImportError):  # Numba's own name for it may change
 # OpenMP read it when it started. Waking a thread takes 100 us, and then it is often on the processor of the one
 # that woke it, until the system moves it some milliseconds later.
 SLEEPY = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
+
+# Numba's number of threads. Its own function takes two locks first, in case no layer has been started: 10 us behind a
+# large array, whose elements are in the caches then. Without them once one has (`_started`).
+_count = numba.get_num_threads
 
 _serial_only = False  # for good, in this process and its forked children
 _one_at_a_time = True  # until the layer is known to take several threads
@@ -52,7 +57,7 @@ def run(kernel: Kernel, items: int, *args: Any, parallel: bool) -> None:
         kernel.serial(items, *args)
     elif _one_at_a_time:
         _run_alone(kernel, items, args)
-    elif numba.get_num_threads() > 1:
+    elif _count() > 1:
         kernel.parallel(items, *args)
     else:
         kernel.serial(items, *args)
@@ -62,9 +67,9 @@ def threads() -> int:
     """Number of threads that a parallel region would use now: 1 where none may be entered."""
     if _serial_only:
         return 1
-    if threading_layer() is None:  # then get_num_threads() would start one, and nobody has limited it yet
+    if _one_at_a_time and threading_layer() is None:  # get_num_threads() would start one, and nobody has limited it yet
         return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-    return int(numba.get_num_threads())
+    return int(_count())
 
 
 def least(sizes: Any) -> int:
@@ -74,7 +79,7 @@ def least(sizes: Any) -> int:
 
 def threads_for(work: int, sizes: Any) -> int:
     """Number of threads for so many bytes of x."""
-    return threads() if work >= least(sizes) else 1
+    return threads() if work >= (sizes.asleep if SLEEPY else sizes.serial) else 1
 
 
 def threading_layer() -> str | None:
@@ -99,12 +104,14 @@ def _run_alone(kernel: Kernel, items: int, args: tuple[Any, ...]) -> None:
 
 def _started() -> int:
     """Number of threads, after starting Numba's threading layer if nobody has."""
-    global _one_at_a_time, _serial_only
+    global _count, _one_at_a_time, _serial_only
     try:
         if threading_layer() is None:
             _start()
         _one_at_a_time = threading_layer() not in ("omp", "tbb")
-        return int(numba.get_num_threads())
+        count = int(numba.get_num_threads())
+        _count = getattr(parallel, "_get_num_threads", numba.get_num_threads)
+        return count
     except Exception as cause:
         _serial_only = True
         reason = str(cause).partition("\n")[0]
