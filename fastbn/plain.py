@@ -71,9 +71,11 @@ def _apart(out: np.ndarray, *others: np.ndarray) -> bool:
     flags = out.flags
     if not (flags.writeable and flags.aligned):
         return False
-    own = flags.owndata
+    owner = out if out.base is None else out.base
+    own = type(owner) is np.ndarray and owner.flags.owndata
     for other in others:
-        if own and other is not out and other.flags.owndata:  # each has memory of its own: nine times 0.3 us saved
+        whose = other if other.base is None else other.base
+        if own and whose is not owner and type(whose) is np.ndarray and whose.flags.owndata:  # nine times 0.3 us saved
             continue
         if np.may_share_memory(out, other):
             return False

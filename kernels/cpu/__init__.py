@@ -147,6 +147,7 @@ def _forward(
 
 
 _NO_ORDER = _NO_CLAIMS = np.zeros(0, np.int64)
+_NO_PART = np.empty((0, 1, 1, 1))
 _PLAINLY = (0.0, 1.0, 0.0, 0.0)
 _NO_EXTRAS: tuple[Any, ...] = _NO_ORDER, _PLAINLY, *(None,) * 6  # of backward
 _FORWARD_ALONE = _NO_EXTRAS[:7]
@@ -302,7 +303,7 @@ def _carry_out(
     if (found := job.turns.get(count)) is None:
         found = job.turns[count] = _turns(job.plan, job.cells, stages, sizes, count)
     cells, turns = found
-    part = np.empty((cells, job.plan.pieces, depth, job.plan.cut.tile))
+    part = np.empty((cells, job.plan.pieces, depth, job.plan.cut.tile)) if cells else _NO_PART
     for items, some in turns:
         claims = _NO_CLAIMS if items == 1 else np.zeros(items, np.int64)
         args = (*arrays, *numbers, part, claims, job.plan.cut, some, job.starts, *extras)
