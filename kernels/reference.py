@@ -259,18 +259,13 @@ def _slopes(
     return np.where(absent, raw, dx) if absent is not None and more.masked == "keep" else np.asarray(dx)
 
 
-def inverse_table(table: Any, lost: np.ndarray | None = None) -> Any:
+def inverse_table(table: np.ndarray, lost: np.ndarray | None = None) -> np.ndarray:
     """(6, C), by which gamma xhat + beta may stand for x: its mean is beta, and its 1 / std 1 / gamma, with sign; but x
-    itself stands for those channels that are lost. Of NumPy's arrays or CuPy's."""
-    _, _, _, invstd, gamma, beta = table
-    made = 1.0 * table
-    with np.errstate(all="ignore"):  # in place: a CUDA graph would write to buffers of others where temporaries were
-        made[0], made[1], made[3] = beta, 0.0, 1.0
-        made[3] /= gamma
-        made[4] *= invstd
-        made[2] *= made[4]
-        made[2] *= made[4]
-        made[4] *= gamma
+    itself stands for those channels that are lost."""
+    _, _, var, invstd, gamma, beta = table
+    with np.errstate(all="ignore"):
+        scale = gamma * invstd
+        made = np.stack([beta, np.zeros_like(beta), scale**2 * var, 1 / gamma, gamma * scale, beta])
     if lost is not None:
         made[:, lost] = table[:, lost]
     return made

@@ -16,6 +16,7 @@ pytest.importorskip("cupy", reason="CuPy isn't installed")
 import cupy
 from cupy_double import Double, Refused
 from emulator import planner
+from fastbn.kernels import reference
 from fastbn.kernels.cuda import launch as cuda
 
 from fastbn.extras import Extras
@@ -40,6 +41,16 @@ def arrays(gpu, rng, shape=(4, 6, 100), dtype=np.float32):
 
 def per_channel(gpu, rng, C, dtype=np.float32):
     return gpu.array(rng.uniform(0.5, 1.5, C).astype(dtype))
+
+
+def test_the_table_of_y(rng):
+    """In place, as the reference has it; CuPy's rows take the same operators as NumPy's."""
+    table = rng.normal(size=(6, 7))
+    table[2:4] = rng.uniform(0.5, 2, (2, 7))
+    want = reference.inverse_table(table)
+    made = table.copy()
+    assert cuda.invert(made) is made
+    np.testing.assert_allclose(made, want, rtol=4 * np.finfo(float).eps)
 
 
 # ---- what is launched

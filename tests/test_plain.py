@@ -3,6 +3,8 @@
 import ml_dtypes
 import numpy as np
 import pytest
+from fastbn.kernels import cpu
+from fastbn.kernels.cpu.plan import CURVED, plan_of
 
 import fastbn
 from fastbn import batchnorm, plain
@@ -252,3 +254,24 @@ def test_a_saved_that_lost_x_says_so(rng):
     fastbn.backward(dy, saved, out=x)
     with pytest.raises(ValueError, match=r"fastbn.backward: saved has no x"):
         fastbn.backward(dy, saved)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "stages", "special", "step", "work"),
+    [
+        ((4, 4), cpu.MAP, 0, 1, 4800),
+        ((2, 2), cpu.MAP, 0, 1, 2400),
+        ((1, 4), cpu.MAP, 0, 1, 3000),
+        ((4, 4), cpu.MAP, CURVED, 1, 9600),
+        ((2, 2), cpu.MAP, CURVED, 1, 9600),
+        ((4, 4), cpu.MAP, 0, 2, 9600),
+        ((4, 4), cpu.SUM | cpu.FINISH | cpu.MAP, 0, 1, 9600),
+        ((2, 2), cpu.SUM | cpu.FINISH, 0, 1, 9600),
+    ],
+    ids=["map", "of halves", "of uint8", "with exp", "of halves with exp", "strided", "sums and map", "sums of halves"],
+)
+def test_how_much_work_a_call_is(sizes, stages, special, step, work):
+    """A quarter of all bytes where memory is waited for; where elements take time, that of x as float32."""
+    own, other = sizes
+    strides = tuple((3 * 400 * step * n, 400 * step * n, step * n) for n in sizes)
+    assert plan_of((2, 3, 400), strides, (own, other, 0), stages, cpu.SIZES, 2, 2, special).work == work

@@ -26,7 +26,6 @@ import numpy as np
 from cupy.cuda import driver, runtime
 from cupy.cuda.function import Module
 
-from ..reference import inverse_table
 from .compile import machine_code
 from .launches import CLUSTER, GRID, HOPPER, PARAMS_SIZE, Device, Plan, Pointers, pack
 from .plan import plan
@@ -66,10 +65,28 @@ def backward(dy: Any, x: Any, dx: Any, table: Any, dgamma: Any, dbeta: Any, froz
     _run((x, dx, dy, r, dr), table, (None, None, None, None), (dgamma, dbeta), 0.0, True, frozen, more)
 
 
+def invert(table: Any) -> Any:
+    """table <- that by which gamma xhat + beta may stand for x: its mean is beta, its 1 / std 1 / gamma, with sign.
+
+    Without temporaries, as a CUDA graph would write to where they were, which is others' by then.
+    """
+    hi, lo, var, invstd, gamma, beta = table
+    hi[...] = beta
+    lo[...] = gamma
+    invstd *= gamma
+    gamma *= invstd
+    var *= invstd
+    var *= invstd
+    invstd[...] = 1.0
+    invstd /= lo
+    lo[...] = 0.0
+    return table
+
+
 def _inverted(table: Any) -> Any:
-    """By CuPy, on the table's device."""
+    """Another table, that of y."""
     with cupy.cuda.Device(table.data.device_id):
-        made = inverse_table(table)
+        made = invert(1.0 * table)
         if runtime.streamIsCapturing(cupy.cuda.get_current_stream().ptr):
             _captured.append(made)
     return made
