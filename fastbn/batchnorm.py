@@ -379,12 +379,7 @@ def infer(
     if not (weights is groups is residual is activation is None and masked == "normalize"):
         more = (weights, masked, groups, residual, activation, "x")
     y: Array | None = None
-    if (
-        (more is None or _is_bare(more))
-        and type(x) is np.ndarray
-        and type(axis) is int
-        and is_unitless(scale, zero_point)
-    ):
+    if _is_bare(more) and type(x) is np.ndarray and type(axis) is int and is_unitless(scale, zero_point):
         asked = None if more is None else asked_alone(where, activation)
         y = infer_plainly(where, x, mean, var, gamma, beta, axis, eps, out, asked and asked.bare())
     if y is None:

@@ -398,7 +398,7 @@ def test_a_captured_call_has_a_workspace_of_its_own(gpu, rng):
     before, first, second, after = [s.pointers.workspace for s in gpu.started]
     assert before == after
     assert len({before, first, second}) == 3
-    kept = {partials.data.ptr for partials, _ in cuda._captured}
+    kept = {partials.data.ptr for partials, *_ in cuda._captured}
     assert kept == {first, second}, "kept for as long as the graph may be replayed"
 
 
@@ -537,6 +537,28 @@ def test_a_captured_call_keeps_its_list(gpu, rng):
     assert (target, size, stream) == (gpu.started[1].pointers.starts, 24, 0)
     kept = [(made.data.ptr, pinned.ptr) for made, pinned in cuda._captured if hasattr(pinned, "ptr")]
     assert kept == [(target, source)]
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["at once", "captured"])
+def test_the_table_that_goes_with_y_is_another_one(captured, gpu, rng, monkeypatch):
+    """x's is needed again, and y's for as long as a graph may be replayed. Frozen, dx alone needs neither."""
+    x, dx, table = arrays(gpu, rng)
+    dgamma, dbeta = cupy.empty(6, np.float32), cupy.empty(6, np.float32)
+    of_x = rng.uniform(0.5, 2, table.shape)
+    gpu.host(table)[...] = of_x
+    invert = cuda.invert
+    monkeypatch.setattr(cuda, "invert", lambda made: (invert(gpu.host(made)), made)[1])  # CuPy's operators need a GPU
+    gpu.capturing = {0} if captured else set()
+    cuda.backward(x, x, dx, table, dgamma, dbeta, False, Extras(inverse=True))
+    found = gpu.started[-1].pointers.table
+    assert found != table.data.ptr
+    np.testing.assert_array_equal(gpu.host(table), of_x)
+    kept = [made for made, *_ in cuda._captured if made.shape == table.shape]
+    assert [made.data.ptr for made in kept] == ([found] if captured else [])
+    if captured:
+        np.testing.assert_allclose(gpu.host(kept[0]), reference.inverse_table(of_x), rtol=1e-15)
+    cuda.backward(x, x, dx, table, None, None, True, Extras(inverse=True))
+    assert gpu.started[-1].pointers.table == table.data.ptr
 
 
 # ---- what is checked first

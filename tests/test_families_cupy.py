@@ -10,7 +10,7 @@ pytest.importorskip("cupy", reason="CuPy isn't installed")
 
 import cupy
 from cupy_double import MOST
-from fastbn.kernels.reference import inverse_table
+from fastbn.kernels.cuda.launch import invert
 
 import fastbn
 from fastbn import kept as kept_apart
@@ -131,7 +131,7 @@ def test_what_goes_beyond_batch_norm(more, layout, frozen, gpu, rng, monkeypatch
         beta /= 4
         gamma[0], gamma[1:] = 1e-4, np.sign(gamma[1:]) * rng.uniform(0.5, 1, shape[1] - 1)  # the first one is kept
         # On the host these tell what y tells of x; CuPy's own arithmetic on C numbers isn't here.
-        monkeypatch.setattr("fastbn.kernels.cuda.launch._inverted", lambda t: gpu.array(inverse_table(gpu.host(t))))
+        monkeypatch.setattr("fastbn.kernels.cuda.launch.invert", lambda t: (invert(gpu.host(t)), t)[1])
         monkeypatch.setattr("fastbn.runs.of_channels", lambda t, *a: gpu.array(kept_apart.of_channels(gpu.host(t), *a)))
         monkeypatch.setattr("fastbn.runs.assign_at", lambda v, at, found: gpu.host(v).__setitem__(at, gpu.host(found)))
         monkeypatch.setattr(CUPY, "host", lambda values: gpu.host(values).copy())

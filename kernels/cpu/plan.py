@@ -59,7 +59,7 @@ class Plan(NamedTuple):
     tiles: int
     pieces: int  # of a tile
     cut: Cut
-    work: int  # bytes of x, half types' as float32: what they take is alike; a quarter of all bytes of a map alone
+    work: int  # bytes of x, half types' as float32: what they take is alike; less of a light map alone
 
 
 def ceil(a: int, b: int) -> int:

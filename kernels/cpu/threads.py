@@ -69,17 +69,17 @@ def threads() -> int:
         return 1
     if _one_at_a_time and threading_layer() is None:  # get_num_threads() would start one, and nobody has limited it yet
         return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-    return int(_count())
+    return max(1, int(_count()))
 
 
 def least(sizes: Any) -> int:
-    """Bytes of x from which more threads than one are worth it, by a kernel's `plan.Sizes`."""
+    """The work from which more threads than one are worth it, by a kernel's `plan.Sizes`."""
     return int(sizes.asleep if SLEEPY else sizes.serial)
 
 
 def threads_for(work: int, sizes: Any) -> int:
-    """Number of threads for so many bytes of x."""
-    return threads() if work >= (sizes.asleep if SLEEPY else sizes.serial) else 1
+    """Number of threads for so much work (`plan.Plan.work`)."""
+    return threads() if work >= least(sizes) else 1
 
 
 def threading_layer() -> str | None:

@@ -1,13 +1,14 @@
 """Launching the kernels on CuPy arrays: `forward` and `backward` of the contract in `fastbn.kernels`.
 
 A call runs on its arrays' device, on CuPy's current stream there, and waits for nothing. Nothing is allocated but a
-workspace for plans whose blocks meet in global memory, once for each device, stream and thread, and the list of sets
-that aren't of one height, which is copied to the device in each call. Weights are added up by the kernels: forward
+workspace for plans whose blocks meet in global memory, once for each device, stream and thread; in each call the list
+of sets that aren't of one height, which is copied to the device; and in backward with `inverse` the table that goes
+with y, which CuPy's own kernels make of x's. Weights are added up by the kernels: forward
 writes `mass`, backward reads it. Arrays that the kernels can't walk (`walk`: neither runs nor channels lie side by
 side) are copied once, and results are copied back.
 
 In a CUDA graph: call each shape once before the capture, since loading a kernel may not be captured. Plans with a
-workspace allocate while they are captured, which CuPy's own `stream.begin_capture()` allows and
+workspace, and tables of y, allocate while they are captured, which CuPy's own `stream.begin_capture()` allows and
 cudaStreamCaptureModeGlobal does not: with torch.cuda.graph pass capture_error_mode="relaxed".
 """
 
@@ -58,10 +59,10 @@ def backward(dy: Any, x: Any, dx: Any, table: Any, dgamma: Any, dbeta: Any, froz
     r = dr = None
     if more is not None:  # without an activation the residual doesn't count
         r, dr = more.residual if more.activation else None, more.dresidual
-        if more.inverse:
-            table = _inverted(table)
     if frozen and dgamma is None and dbeta is None and not (more is not None and more.activation):
         x = None  # dx = a dy: one array less to read
+    elif more is not None and more.inverse:
+        table = _inverted(table)
     _run((x, dx, dy, r, dr), table, (None, None, None, None), (dgamma, dbeta), 0.0, True, frozen, more)
 
 
@@ -86,9 +87,9 @@ def invert(table: Any) -> Any:
 def _inverted(table: Any) -> Any:
     """Another table, that of y."""
     with cupy.cuda.Device(table.data.device_id):
-        made = invert(1.0 * table)
+        made = invert(_copy(table))
         if runtime.streamIsCapturing(cupy.cuda.get_current_stream().ptr):
-            _captured.append(made)
+            _captured.append((made,))
     return made
 
 
@@ -146,7 +147,7 @@ class _Local(threading.local):
 
 _local = _Local()
 _ready: dict[Any, _Ready] = {}
-# Workspaces and lists of graphs, which may be replayed at any time: nobody tells when one is gone.
+# Workspaces, lists and tables of graphs, which may be replayed at any time: nobody tells when one is gone.
 _captured: list[Any] = []
 
 

@@ -23,9 +23,10 @@ outlier spoils the precision of its eight only. No atomics: the same arguments g
 
 **Beyond batch norm.** An activation, a residual, sets of outer indices (`groups`) and weights are compiled into the
 same three launches, each combination on its own when it first comes; a plain call pays nothing. Backward computes what
-the slope is of from x again, by forward's roundings, in the sums and in the map. Sets have blocks of their own, as many
-as the largest needs, and a list of outer indices on the device, which is kept for the next call on the stream. A new
-one is copied from main memory, for which Numba waits until the stream's earlier work is done.
+the slope is of from x again, by forward's roundings, in the sums and in the map; of y it has a fourth launch, for the
+table that goes with it. Sets have blocks of their own, as many as the largest needs, and a list of outer indices on the
+device, which is kept for the next call on the stream. A new one is copied from main memory, for which Numba waits until
+the stream's earlier work is done.
 
 Weights are one more array to read, where they count: in forward's sums, in backward's map, and, if they mask, in all. A
 value counts by its weight in the sums of its eight, about their weighted mean; one whose weight is 0 is left out, NaN
@@ -154,13 +155,14 @@ def backward(
         run, columns = kernels_of("float32" if whole else x.dtype.name, how), table.shape[1]
         work = workspace(x, stream, (5 * cut.pieces + 10) * columns)
         coefficients = cube(work, 0, (4, columns))
-        if more is not None and more.inverse:
-            of_x, table = table, cube(work, 4 * columns, (6, columns))
+        of_x, summed = table, flags & (GAMMA | BETA) or not (frozen or dx is None)
+        if more is not None and more.inverse and (summed or not scaled):
+            table = cube(work, 4 * columns, (6, columns))
             launch(invert_table, ceil(columns, 128), 128, stream, (of_x, table))
         if also:
             also = also._replace(r=beside[0], beside=beside[1], dr=behind[0], behind=behind[1])
             also = also._replace(w=weigh[0], along=weigh[1])
-        if flags & (GAMMA | BETA) or not (frozen or dx is None):
+        if summed:
             part = cube(work, 10 * columns, (5, cut.pieces, columns))
             launch(run.backward_sums, cut.grid, cut.threads, stream, (*come, *read, walk, table, part, also))
             spare = next((a for a in (dgamma, dbeta) if a is not None), work)  # is not written
@@ -170,7 +172,7 @@ def backward(
             arguments = (part, table, *gradients, coefficients, flags, lanes, mass)
             launch(finishes_of(by_weights).backward, blocks, threads, stream, arguments)
         if scaled and dx is not None:
-            launch(run.forward_map, cut.grid, cut.threads, stream, (*come, *write, walk, table, False, also))
+            launch(run.forward_map, cut.grid, cut.threads, stream, (*come, *write, walk, of_x, False, also))
         elif dx is not None or dr is not None:
             arguments = (*come, *read, *(come if dx is None else write), walk, table, coefficients, also)
             launch(run.backward_map, cut.grid, cut.threads, stream, arguments)
