@@ -40,9 +40,9 @@ the gradient of a residual; with weights, `mass` has the sum of those of all arr
 - `residual` r and `activation` f: ``y = f(gamma invstd (x - mean) + beta + r)``. backward takes ``g = dy f'(that)`` in
   place of dy, computed from x as forward did, and writes g to `dresidual` if that is given.
 - `masked` "zero" or "keep": where w is 0, y is 0 or x. In backward g is 0 there, and dx is 0 or dy.
-- `inverse`, in backward: x holds forward's y, and ``f^-1(y)``, gamma xhat + beta, stands for x. The table
-  is x's still; kernels make the other one, by which the mean is beta, and 1 / std is 1 / gamma. It is not asked of
-  `gradient_sums` and `gradient_map`.
+- `inverse`, in backward: x holds forward's y, and ``f^-1(y)``, gamma xhat + beta, stands for x. The table is x's still;
+  kernels make the other one, by which the mean is beta, and 1 / std is 1 / gamma. It is not asked of `gradient_sums`
+  and `gradient_map`.
 - `lost` (n,), ascending, and `kept` (O, n, I) of x's type, of NumPy arrays alone: channels that can't be had back so.
   forward writes their x to `kept`, before y; with `inverse` backward reads it there.
 
