@@ -48,7 +48,7 @@ class Sizes:
     height: int = 64  # rows of a block of columns: as many are added in a lane
     few: int = 256  # values of a channel below which all is done in float64
     serial: int = 600_000  # of `Plan.work`: less runs on one thread; of 0.5 MB two took 0.8 to 1.2 of the time
-    asleep: int = 1_300_000  # the same where threads sleep between regions: of 0.8 MB 1.1 to 1.4, of 1.6 MB 0.8 to 1.1
+    asleep: int = 2_000_000  # the same where threads sleep between regions: of 1.6 MB 1.0 to 1.5, of 3.2 MB 0.8 to 1.1
     ahead: int = 1_000_000  # bytes of a tile above which the next one isn't fetched: both don't fit into L2 (2 MB)
     past: int = dataclasses.field(default_factory=_past)  # bytes of an array from which stores go past the caches
 
@@ -91,7 +91,7 @@ def plan_of(
         found = _by_rows(shape, strides, items, flags, stages, sizes, special)
     # A map alone waits for memory, by which elements count as they are; sums, curves and strides are work for each.
     light = not (stages & SUM or special & CURVED or found[-1].flags & GATHER)
-    return Plan(*found, size * sum(items) // 4 if light else size * max(4, itemsize))
+    return Plan(*found, size * sum(items) * 3 // 8 if light else size * max(4, itemsize))
 
 
 def _by_rows(
