@@ -215,6 +215,8 @@ def check_real(function: str, name: str, value: Any, shape: tuple[int, ...], x: 
     array: np.ndarray = value
     if isinstance(x, Span):
         return _check_parameter(function, name, value, shape, x)
+    if value is not None and are_ready((value,), shape):
+        return value
     if type(value) is not np.ndarray:
         if isinstance(value, np.ma.MaskedArray):
             raise TypeError(f"{function}: {name} is a masked array; expected a plain array. Pass {name}.filled(value)")
@@ -227,10 +229,22 @@ def check_real(function: str, name: str, value: Any, shape: tuple[int, ...], x: 
         raise TypeError(f"{function}: {name} is a {describe(array)}; expected real numbers")
     if array.shape != shape:
         raise ValueError(_wrong_channels(function, name, array.shape, shape))
-    dtype = array.dtype
-    if (dtype is not FLOAT32 and dtype is not FLOAT64) or not array.flags.c_contiguous:
-        return np.ascontiguousarray(array, np.float64).reshape(-1)
-    return array if array.ndim == 1 else array.reshape(-1)
+    array = array.reshape(-1)
+    return array if are_ready((array,), array.shape) else np.ascontiguousarray(array, np.float64)
+
+
+def are_ready(values: tuple[Any, ...], shape: tuple[int, ...]) -> bool:
+    """Whether kernels read these parameters as they are, those that aren't None: in nearly every call."""
+    if len(shape) != 1:
+        return False
+    for a in values:
+        if a is None:
+            continue
+        if type(a) is not np.ndarray or a.shape != shape or not a.flags.c_contiguous:
+            return False
+        if a.dtype is not FLOAT32 and a.dtype is not FLOAT64:
+            return False
+    return True
 
 
 def _wrong_channels(function: str, name: str, came: tuple[int, ...], shape: tuple[int, ...]) -> str:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arguments import check_eps, check_frozen, check_real, check_sign, is_normalized, overlap
+from .arguments import are_ready, check_eps, check_frozen, check_real, check_sign, is_normalized, overlap
 from .arrays import FLOAT32, FLOAT64, Span, dense_strides, on_device
 from .dispatch import Kernels, kernels
 from .extras import Asked, Extras
@@ -142,22 +142,13 @@ def infer_plainly(
 
 def _given(where: str, way: Way, x: np.ndarray, gamma: Any, beta: Any, frozen: Any) -> tuple[Any, ...]:
     shape = way.channels.shape
-    known = (None, None) if frozen is None else frozen
-    if type(known) is tuple and len(known) == 2:  # nearly every call
-        given = (gamma, beta, *known)
-        for a in given:
-            if a is None:
-                continue
-            if type(a) is not np.ndarray or a.shape != shape or not a.flags.c_contiguous:
-                break
-            if a.dtype is not FLOAT32 and a.dtype is not FLOAT64:
-                break
-        else:
-            if frozen is None:
-                return given
-            if known[0] is not None and known[1] is not None:
-                check_sign(where, "var", known[1])
-                return given
+    pair = (None, None) if frozen is None else frozen
+    if type(pair) is tuple and len(pair) == 2 and are_ready(given := (gamma, beta, *pair), shape):
+        if frozen is None:
+            return given
+        if pair[0] is not None and pair[1] is not None:
+            check_sign(where, "var", pair[1])
+            return given
     gamma = None if gamma is None else check_real(where, "gamma", gamma, shape, x)
     beta = None if beta is None else check_real(where, "beta", beta, shape, x)
     return gamma, beta, *((None, None) if frozen is None else check_frozen(where, frozen, shape, x))

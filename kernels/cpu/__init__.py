@@ -131,8 +131,7 @@ def _forward(
         table[0], table[1], table[2] = mean, 0.0, var
     sets, channels = 1 if more is None else _sets(more), x.shape[1]
     if stages & MAP:
-        by_set = table[4:].reshape(2, sets, channels) if sets > 1 else None
-        scale, shift = (table[4], table[5]) if by_set is None else by_set
+        scale, shift = (table[4], table[5]) if sets == 1 else table[4:].reshape(2, sets, channels)
         scale[...] = 1.0 if gamma is None else gamma
         shift[...] = 0.0 if beta is None else beta
     if y is None:
@@ -307,18 +306,14 @@ def _carry_out(
     for items, some in turns:
         claims = _NO_CLAIMS if items == 1 else np.zeros(items, np.int64)
         args = (*arrays, *numbers, part, claims, job.plan.cut, some, job.starts, *extras)
-        if items == 1:
-            job.twins.serial(1, *args)
-        else:
-            threads.run(job.twins, items, *args, parallel=True)
+        threads.run(job.twins, items, *args, parallel=items > 1)
 
 
 def _turns(plan: Plan, cells: int, stages: int, sizes: Sizes, count: int) -> tuple[int, tuple[tuple[int, int], ...]]:
     """For how many tiles at a time sums are kept, and what is done one after the other: by so many items, stages."""
     sums = 1 if stages & SUM else 0
-    # Cell by cell, all stages of each; where cells are too few for the threads, stage by stage, piece by piece, as is a
-    # map of given statistics, whose coefficients each thread makes for itself.
-    whole = cells >= 4 * count or (cells >= count and cells % count == 0) or plan.pieces == 1
+    # Not whole is piece by piece, too, a map of given statistics, whose coefficients each thread makes for itself.
+    whole = plan.whole(cells, count)
     twice = not whole and stages & SUM and stages & MAP  # threads are woken for the sums, and for the map
     if count == 1 or (twice and plan.work < 2 * threads.least(sizes)):
         return sums, ((1, stages),)

@@ -61,6 +61,10 @@ class Plan(NamedTuple):
     cut: Cut
     work: int  # bytes of x, half types' as float32: what they take is alike; less of a light map alone
 
+    def whole(self, cells: int, count: int) -> bool:
+        """Whether so many threads take cell by cell, all stages of each: else stage by stage, piece by piece."""
+        return cells >= 4 * count or (cells >= count and cells % count == 0) or self.pieces == 1
+
 
 def ceil(a: int, b: int) -> int:
     return -(-a // b)

@@ -112,21 +112,15 @@ def second(
     few = ceil(FEW, cut.period * cut.fold) if cut.across else FEW
     twins = _twins(like.dtype, None if weights is None else weights.dtype)
     count = threads.threads_for(plan.work, SIZES)
-
-    def run(items: int, some: int) -> None:
-        args = (*given, weights, places, starts, numbers, tangents, sizes, part, co, ggamma, np.zeros(1, np.int64))
-        threads.run(twins, items, *args, few, cut, some, parallel=items > 1)
-
-    if count == 1:
-        run(1, stages)
-    elif tiles >= 4 * count or (tiles >= count and tiles % count == 0) or pieces == 1:
-        run(min(count, tiles), stages)
+    if count == 1 or plan.whole(tiles, count):
+        turns = [(min(count, tiles), stages)]
     else:
-        if stages & SUM:
-            run(min(count, tiles * pieces), SUM)
-        run(1, FINISH)
-        if stages & MAP:
-            run(min(count, tiles * pieces), MAP)
+        items = min(count, tiles * pieces)
+        turns = [(items, stages & SUM), (1, FINISH), (items, stages & MAP)]
+    for items, some in turns:
+        if some:
+            args = (*given, weights, places, starts, numbers, tangents, sizes, part, co, ggamma, np.zeros(1, np.int64))
+            threads.run(twins, items, *args, few, cut, some, parallel=items > 1)
     return ggamma if need_gamma else None
 
 
