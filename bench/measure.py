@@ -87,15 +87,31 @@ class Row:
         return math.nan if self.ms is None else PASSES[base(self.function)] * self.mbytes / self.ms
 
 
-def take_turns(calls: Mapping[str, Callable[[], Any]], budget: Budget) -> dict[str, tuple[list[float], int]]:
+def orders(names: Sequence[Any]) -> Iterator[list[Any]]:
+    """Orders of n names without end, of n in a row (2 n if n is odd) each name follows each other one equally often.
+
+    What a call finds in the caches is what the one before has left there. Source: Williams 1949, "Experimental designs
+    balanced for the estimation of residual effects of treatments".
+    """
+    count, lots = len(names), random.Random(0)
+    first = [(k + 1) // 2 if k % 2 else (count - k // 2) % count for k in range(count)]  # 0, 1, n - 1, 2, n - 2, ...
+    rows = [[(place + shift) % count for place in first] for shift in range(count)]
+    rows += [row[::-1] for row in rows] if count % 2 else []
+    while True:
+        shuffled = lots.sample(list(names), count)
+        for row in lots.sample(rows, len(rows)):
+            yield [shuffled[place] for place in row]
+
+
+def take_turns(calls: Mapping[Any, Callable[[], Any]], budget: Budget) -> dict[Any, tuple[list[float], int]]:
     """Seconds per call of each sample, and calls in a sample, by name.
 
-    Each round calls all, in an order of its own, and each as often as the others: what a call finds in the caches is
-    what the one before has left there. One that is called again, where others aren't, finds its own data.
+    Each round calls all, in one of `orders`, and each as often as the others. One that is called again, where others
+    aren't, finds its own data.
     """
-    names, shuffled = list(calls), random.Random(0)
-    repeats: dict[str, int] = {}
-    estimate: dict[str, float] = {}
+    names, turns = list(calls), orders(list(calls))
+    repeats: dict[Any, int] = {}
+    estimate: dict[Any, float] = {}
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -110,9 +126,9 @@ def take_turns(calls: Mapping[str, Callable[[], Any]], budget: Budget) -> dict[s
         a_round = sum(estimate[name] for name in names if name not in slow)
         rounds = min(budget.most, max(budget.rounds, int(budget.seconds / max(a_round, 1e-6))))
         thirds = {0, rounds // 2, rounds - 1}
-        samples: dict[str, list[float]] = {name: [] for name in names}
+        samples: dict[Any, list[float]] = {name: [] for name in names}
         for number in range(rounds):
-            for name in shuffled.sample(names, len(names)):
+            for name in next(turns):
                 if name not in slow or number in thirds:
                     samples[name].append(_seconds(calls[name], repeats[name]))
     finally:
@@ -167,66 +183,80 @@ def measure(
     fastbn is the first library. A wrong result of a peer is a row with a note and no time.
     """
     arrays = Arrays(case)
-    twin = case.twin() if twins else None
-    others = None if twin is None else Arrays(twin)
+    other = case.twin() if twins else None
+    twin = None if other is None else Arrays(other)
     torch = next((library.torch for library in libraries if hasattr(library, "torch")), None)
     for plain in dict.fromkeys(base(function) for function, _ in calls):
-        wanted = [(name, out) for name, out in calls if base(name) == plain]
-        beside = [(plain, out) for name, out in wanted if name != plain and (plain, out) not in wanted]
-        outs = dict.fromkeys(out for name, out in wanted if name == plain)
-        found = {
-            (library, name, out): prepare(library, arrays, name, out)
-            for name, out in [*wanted, *dict.fromkeys(beside)]
-            for library in (libraries if name == plain and (name, out) in wanted else libraries[:1])
-        }
-        runs = {
-            f"{library.name} {name} {out}": c.run for (library, name, out), c in found.items() if isinstance(c, Call)
-        }
-        ways = copies(arrays.source(), arrays.target(), torch)
-        runs |= {f"copy {way}": run for way, run in ways.items()}
-        for copy in ways.values():
-            copy()  # compiles
-        if others is not None and twin is not None:
-            for out in outs:
-                call = prepare(libraries[0], others, plain, out)
-                runs |= {f"twin {out}": call.run} if isinstance(call, Call) else {}
-        # What y alone is read from nobody else reads, where x is in the caches for the sake of all: of 26 MB, the plain
-        # function with an x of its own takes 6 to 14 % longer.
-        for out in dict.fromkeys(out for name, out in wanted if name == "backward+y"):
-            call = prepare(libraries[0], arrays.apart(), plain, out)
-            runs |= {f"apart {out}": call.run} if isinstance(call, Call) else {}
-            del call
-        times = take_turns(runs, budget)
-        medians = {name: float(np.median(seconds)) for name, (seconds, _) in times.items()}
-        best = min(ways, key=lambda way: medians[f"copy {way}"])
-        for (library, function, out), call in found.items():
-            if (function, out) not in wanted:
-                continue
-            about = (case.name, case.shape.name, case.shape.dims, case.shape.group, case.layout, case.dtype)
-            if isinstance(call, str):
-                yield Row(*about, function, out, library.name, None, note=call)
-                continue
-            name = f"{library.name} {function} {out}"
-            simple = f"apart {out}" if function == "backward+y" else f"{library.name} {plain} {out}"
-            seconds, repeats = times[name]
-            low, high = (float(v) for v in np.quantile(seconds, (0.25, 0.75)))
-            ratio = None
-            if library is libraries[0] and twin is not None and f"twin {out}" in medians and function == plain:
-                ratio = (medians[name] / case.size) / (medians[f"twin {out}"] / twin.size)
-            yield Row(
-                *about,
-                function,
-                out,
-                library.name,
-                medians[name] * 1e3,
-                low * 1e3,
-                high * 1e3,
-                len(seconds),
-                repeats,
-                case.bytes / 1e6,
-                medians[f"copy {best}"] * 1e3,
-                best,
-                ratio,
-                medians[name] / medians[simple] if function != plain and simple in medians else None,
-            )
-        del found, runs, ways
+        if outs := [out for name, out in calls if name == plain]:
+            yield from _beside_others(arrays, twin, plain, outs, libraries, budget, torch)
+        for function, out in calls:
+            if function != plain and base(function) == plain:
+                yield _beside_plain(arrays, function, out, libraries[0], budget, torch)
+
+
+def _beside_others(
+    arrays: Arrays, twin: Arrays | None, function: str, outs: Sequence[bool], libraries: Sequence[Library],
+    budget: Budget, torch: Any,
+) -> Iterator[Row]:  # fmt: skip
+    """A plain function of all libraries, with and without `out=`, and of the twin."""
+    found = {(library, out): prepare(library, arrays, function, out) for out in outs for library in libraries}
+    runs: dict[Any, Any] = {key: call.run for key, call in found.items() if isinstance(call, Call)}
+    if twin is not None:
+        prepared = {("twin", out): prepare(libraries[0], twin, function, out) for out in outs}
+        runs |= {key: call.run for key, call in prepared.items() if isinstance(call, Call)}
+    times, copied = _times(runs, arrays, torch, budget)
+    for (library, out), call in found.items():
+        about = _about(arrays.case, function, out, library)
+        if isinstance(call, str):
+            yield Row(**about, ms=None, note=call)
+            continue
+        ratio = None
+        if library is libraries[0] and twin is not None and ("twin", out) in times:
+            theirs = float(np.median(times["twin", out][0])) / twin.case.size
+            ratio = float(np.median(times[library, out][0])) / arrays.case.size / theirs
+        yield Row(**about, **_figures(times[library, out]), **copied, mbytes=arrays.case.bytes / 1e6, twin=ratio)
+
+
+def _beside_plain(
+    arrays: Arrays, function: str, out: bool, library: Library, budget: Budget, torch: Any
+) -> Row:  # fmt: skip
+    """A function with more, beside the plain one and copies alone: beside five others that read the same x, whose
+    y is where the plain call left it or isn't, ReLU took 1.4 times as long as none, and beside it alone 1.0."""
+    about = _about(arrays.case, function, out, library)
+    # What y alone is read from nobody else reads, where x is in the caches for the sake of all: of 26 MB, the plain
+    # function with an x of its own takes 6 to 14 % longer.
+    beside = arrays.apart() if function == "backward+y" else arrays
+    call, plain = prepare(library, arrays, function, out), prepare(library, beside, base(function), out)
+    if isinstance(call, str):
+        return Row(**about, ms=None, note=call)
+    runs: dict[Any, Any] = {"more": call.run} | ({"plain": plain.run} if isinstance(plain, Call) else {})
+    times, copied = _times(runs, arrays, torch, budget.doubled())
+    ratio = float(np.median(times["more"][0]) / np.median(times["plain"][0])) if "plain" in times else None
+    return Row(**about, **_figures(times["more"]), **copied, mbytes=arrays.case.bytes / 1e6, plain=ratio)
+
+
+def _times(
+    runs: Mapping[Any, Callable[[], Any]], arrays: Arrays, torch: Any, budget: Budget
+) -> tuple[dict[Any, tuple[list[float], int]], dict[str, Any]]:
+    """What `take_turns` gives for the calls and the copies, and what a row says of the fastest of those."""
+    ways = copies(arrays.source(), arrays.target(), torch)
+    for copy in ways.values():
+        copy()  # compiles
+    times = take_turns({**runs, **{("copy", way): run for way, run in ways.items()}}, budget)
+    taken = {way: float(np.median(times["copy", way][0])) for way in ways}
+    best = min(taken, key=taken.__getitem__)
+    return times, {"copy_ms": taken[best] * 1e3, "copy_by": best}
+
+
+def _about(case: Case, function: str, out: bool, library: Library) -> dict[str, Any]:
+    shape = case.shape
+    return {
+        "case": case.name, "shape": shape.name, "dims": shape.dims, "group": shape.group, "layout": case.layout,
+        "dtype": case.dtype, "function": function, "out": out, "library": library.name,
+    }  # fmt: skip
+
+
+def _figures(times: tuple[list[float], int]) -> dict[str, Any]:
+    seconds, repeats = times
+    low, middle, high = (float(v) * 1e3 for v in np.quantile(seconds, (0.25, 0.5, 0.75)))
+    return {"ms": middle, "low": low, "high": high, "rounds": len(seconds), "repeats": repeats}

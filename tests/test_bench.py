@@ -6,11 +6,13 @@ Nothing here asserts a time.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numba
@@ -242,6 +244,41 @@ def test_everything_takes_turns_and_slow_ones_fewer(monkeypatch):
     assert all(sorted(pair) == ["a", "b"] for pair in zip(turns[::2], turns[1::2], strict=True))
     assert "aa" in "".join(turns)
     assert "ab" in "".join(turns)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 7])
+def test_each_call_follows_each_other_one_equally_often(count):
+    names = list("abcdefg")[:count]
+    found = measure.orders(names)
+    rows = [next(found) for _ in range(2 * count)]
+    assert all(sorted(row) == names for row in rows)
+    neighbours = Counter(pair for row in rows for pair in itertools.pairwise(row))
+    assert set(neighbours) == set(itertools.permutations(names, 2))
+    assert len(set(neighbours.values())) <= 1
+    assert count < 3 or len({tuple(row) for row in rows}) > count
+
+
+def test_more_is_measured_beside_the_plain_call_alone(monkeypatch):
+    """Also where the plain function wasn't asked for; y has a plain call with an x that nothing else reads."""
+    turns = []
+
+    def take_turns(runs, budget):
+        turns.append([name if isinstance(name, str) else name[0] for name in runs])
+        return {name: ([2.0 if name == "more" else 1.0] * budget.rounds, 1) for name in runs}
+
+    monkeypatch.setattr(measure, "take_turns", take_turns)
+    monkeypatch.setattr(measure, "copies", lambda *_: {"quick": lambda: None})
+    calls = [("forward+relu", True), ("backward", False), ("backward+y", False)]
+    rows = list(measure.measure(plain(), calls, [ours(), peers.NumPy(1)], BRIEF))
+    library = [row.library for row in rows]
+    assert [(row.function, row.out, row.plain) for row in rows] == [
+        ("forward+relu", True, 2.0), ("backward", False, None), ("backward", False, None), ("backward+y", False, 2.0)
+    ]  # fmt: skip
+    assert library == ["fastbn", "fastbn", "NumPy", "fastbn"]
+    assert [row.rounds for row in rows] == [2 * BRIEF.rounds, BRIEF.rounds, BRIEF.rounds, 2 * BRIEF.rounds]
+    assert turns[0] == turns[2] == ["more", "plain", "copy"]
+    assert turns[1][-1] == "copy"
+    assert len(turns[1]) == 3
 
 
 def test_short_calls_are_repeated_within_a_sample():
@@ -549,6 +586,7 @@ def test_the_readme_table():
 MEMORY = """
 import sys
 import numpy as np, fastbn
+from collections import Counter
 from pathlib import Path
 
 def status(name):
