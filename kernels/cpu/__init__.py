@@ -124,16 +124,23 @@ def _forward(
     x: np.ndarray, y: np.ndarray | None, table: np.ndarray, given: tuple[Any, ...], eps: float, more: Any, sizes: Sizes
 ) -> None:  # fmt: skip
     gamma, beta, mean, var = given
-    stages = FINISH | (0 if y is None else MAP)
-    if mean is None:
-        stages |= SUM
-    else:
-        table[0], table[1], table[2] = mean, 0.0, var
-    sets, channels = 1 if more is None else _sets(more), x.shape[1]
+    stages = FINISH | (0 if y is None else MAP) | (SUM if mean is None else 0)
+    # The kernel takes those of its own type, and has the rows of the others from the table.
+    nothing, usual = _NO_SUMS[x.itemsize == 8], _SUMS[x.itemsize == 8]
     if stages & MAP:
-        scale, shift = (table[4], table[5]) if sets == 1 else table[4:].reshape(2, sets, channels)
-        scale[...] = 1.0 if gamma is None else gamma
-        shift[...] = 0.0 if beta is None else beta
+        if gamma is None or gamma.dtype is not usual:
+            table[4] = 1.0 if gamma is None else np.tile(gamma, table.shape[1] // x.shape[1])
+            gamma = nothing
+        if beta is None or beta.dtype is not usual:
+            table[5] = 0.0 if beta is None else np.tile(beta, table.shape[1] // x.shape[1])
+            beta = nothing
+    else:
+        gamma = beta = nothing
+    if mean is None:
+        mean = var = nothing
+    elif mean.dtype is not usual or var.dtype is not usual:
+        table[0], table[1], table[2] = mean, 0.0, var
+        mean = var = nothing
     if y is None:
         y = np.empty((0, 0, 0), np.float32 if _is_whole(x.dtype) else x.dtype)
     how, extras = None, _FORWARD_ALONE
@@ -142,7 +149,8 @@ def _forward(
         how, value = _how(more, False, more.residual is None and (weights is None or more.masked == "normalize"))
         mass = None if weights is None else more.mass
         extras = _order(more), value, more.residual, weights, mass, more.lost, more.kept
-    _carry_out(forward_item, (x, y), (table, float(eps)), 4, stages, how, more, extras, sizes)
+    numbers = table, float(eps), (gamma, beta, mean, var)
+    _carry_out(forward_item, (x, y), numbers, 4, stages, how, more, extras, sizes)
 
 
 _NO_ORDER = _NO_CLAIMS = np.zeros(0, np.int64)
@@ -217,6 +225,7 @@ def _backward(
             _forward(dy, dx, np.empty_like(table), (table[4] * table[3], None, nothing, nothing), 1.0, None, sizes)
 
 
+_SUMS = np.dtype(np.float32), np.dtype(np.float64)
 _NO_SUMS = np.empty(0, np.float32), np.empty(0)
 
 
@@ -370,8 +379,9 @@ def _twins(item: Any, dtype: np.dtype[Any], result: np.dtype[Any], how: Any, kin
     read, numbers, part = array(written.dtype, 3, "A", readonly=True), array(real, 2, "A"), array(real, 4, "C")
     row, reals = array(integer, 1, "C"), array(real, 1, "C")
     sums = reals if dtype.itemsize == 8 else array(numba.types.float32, 1, "C")
+    known = numba.types.UniTuple(array(sums.dtype, 1, "C", readonly=True), 4)
     arrays, layouts = {
-        forward_item: ((given, written, numbers, real, part), (read, None, reals, row, written)),
+        forward_item: ((given, written, numbers, real, known, part), (read, None, reals, row, written)),
         backward_item: (
             (read, given, written, numbers, numbers, sums, sums, part),
             (read, None, written, reals, row, written),

@@ -181,6 +181,25 @@ def _replace(merged, part, all_of_it):  # type: ignore[no-untyped-def]
 
 
 @part()
+def _take_given(table, c0, own, given):  # type: ignore[no-untyped-def]
+    """table (6, G) of a tile <- gamma and beta of the channels from c0 on, mean and variance from `own` on.
+
+    Of those that are empty, the rows are as they should be.
+    """
+    gamma, beta, mean, var = given
+    for c in range(0, table.shape[1], LANES):
+        n = min(LANES, table.shape[1] - c)
+        if gamma.shape[0]:
+            give(table, 4, c, n, take(gamma, 0, c0 + c, n, spread(0.0)))
+        if beta.shape[0]:
+            give(table, 5, c, n, take(beta, 0, c0 + c, n, spread(0.0)))
+        if mean.shape[0]:
+            give(table, 0, c, n, take(mean, 0, own + c, n, spread(0.0)))
+            give(table, 1, c, n, spread(0.0))
+            give(table, 2, c, n, take(var, 0, own + c, n, spread(0.0)))
+
+
+@part()
 def _forward_finish(table, part, eps, summed, count):  # type: ignore[no-untyped-def]
     """Mean and variance of a tile's channels, unless its table (6, G) has them. All 0 of no weight.
 
@@ -277,7 +296,7 @@ def _map_waiting(g, c0, x, y, summed, starts, order, plan, memory, how, r, w):  
 
 @part()
 def _forward_units(
-    k, items, x, y, table, eps, part, claims, plan, stage, starts, order, how, r, w, mass, kept, lost, memory
+    k, items, x, y, table, eps, given, part, claims, plan, stage, starts, order, how, r, w, mass, kept, lost, memory
 ):  # type: ignore[no-untyped-def]
     """What there is for item k to do; in a part, as Numba writes a page of code for each array that may own memory."""
     keep_whole()
@@ -305,6 +324,7 @@ def _forward_units(
                     _forward_sum(p, c0, xs, sums, own, memory, ws, order_of, waiting, ys, how, rs)
                 waiting = np.int64(-1)
             if stage & FINISH and (stage & SUM or cell != ready):  # each item for itself, where all is given
+                _take_given(of_tile, c0, g * x.shape[1] + c0, given)
                 count = mass_or(mass, g, float(xs.shape[0] * xs.shape[2]))
                 _forward_finish(of_tile, sums, eps, part.shape[0] > 0, count)
             if stage & MAP:
@@ -331,24 +351,26 @@ def _forward_units(
 
 @compiled
 def forward_item(
-    k, items, x, y, table, eps, part, claims, plan, stage, starts, order, how, r, w, mass, lost, kept, every
+    k, items, x, y, table, eps, given, part, claims, plan, stage, starts, order, how, r, w, mass, lost, kept, every
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    """x, y (O, C, I), table (6, G C), part (cells or items, P, 4, channels of a tile).
+    """x, y (O, C, I), table (6, G C), part (cells or items, P, 4, channels of a tile). given: gamma, beta (C,), mean,
+    var (G C,), each empty where its row is in the table already.
 
     y is not touched without the MAP stage. starts (G + 1,), order (O,) or (0,), r (O, C, I), w (O, 1, I) and mass (G,)
     or None. With the channels `lost` (n,), or None, kept (O, n, I) is written: their x.
     """
     keep_whole()
     if k < 0:
-        by_all(every, items, (x, y, table, eps, part, claims, plan, stage, starts, order, how, r, w, mass, lost,
-                              kept, every))  # fmt: skip
+        by_all(every, items, (x, y, table, eps, given, part, claims, plan, stage, starts, order, how, r, w, mass,
+                              lost, kept, every))  # fmt: skip
         return
     wants = 2 if absent(w) else 3, np.int64(3), np.int64(6)
     owned = memory_of(borrowed(table), borrowed(x), borrowed(y), plan, stage, wants, not absent(w))
     memory = lent(borrowed(owned), borrowed(x), borrowed(y), plan, stage, wants, not absent(w))
     _forward_units(
-        k, items, borrowed(x), borrowed(y), borrowed(table), eps, borrowed(part), borrowed(claims),
-        plan, stage, borrowed(starts), borrowed(order), how, borrowed(r), borrowed(w), borrowed(mass),
+        k, items, borrowed(x), borrowed(y), borrowed(table), eps,
+        (borrowed(given[0]), borrowed(given[1]), borrowed(given[2]), borrowed(given[3])), borrowed(part),
+        borrowed(claims), plan, stage, borrowed(starts), borrowed(order), how, borrowed(r), borrowed(w), borrowed(mass),
         borrowed(kept), borrowed(lost), memory,
     )  # fmt: skip
     fence()
