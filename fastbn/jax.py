@@ -16,6 +16,7 @@ from .arguments import Axis, check_array, check_axis, check_eps, check_real, des
 from .batchnorm import backward, forward
 from .layout import channels_of
 from .saved import Saved
+from .second import backward_backward
 
 __all__ = ["batch_norm"]
 
@@ -25,8 +26,8 @@ def batch_norm(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``y = gamma (x - mean) / sqrt(var + eps) + beta``, and the mean and biased variance of each channel.
 
-    Gradients flow through y to x, gamma and beta. mean and var are constants to them: they are for running statistics,
-    as in Flax ``ra = decay * ra + (1 - decay) * mean``.
+    Gradients flow through y to x, gamma and beta, and those of gradients, too; there are no third ones. mean and var
+    are constants to them: they are for running statistics, as in Flax ``ra = decay * ra + (1 - decay) * mean``.
 
     Parameters
     ----------
@@ -60,7 +61,7 @@ def batch_norm(
     x = jax.numpy.asarray(x)
     given = [None if a is None else jax.numpy.asarray(a) for a in (gamma, beta, *_pair(frozen))]
     axes = _check(x, given, axis, eps)
-    y, mean, var = _normalize(x, *given, axes, float(eps))
+    y, mean, var, _ = _normalize(x, *given, axes, float(eps))
     return y, jax.lax.stop_gradient(mean), jax.lax.stop_gradient(var)
 
 
@@ -92,44 +93,67 @@ def _stand_in(a: Any) -> np.ndarray:
 def _normalize(
     x: Any, gamma: Any, beta: Any, mean: Any, var: Any, axes: tuple[int, ...], eps: float
 ) -> tuple[Any, ...]:
-    return _keep(x, gamma, beta, mean, var, axes, eps)[0]
-
-
-def _keep(
-    x: Any, gamma: Any, beta: Any, mean: Any, var: Any, axes: tuple[int, ...], eps: float
-) -> tuple[tuple[Any, ...], Any]:
+    """y, mean and var, and the table as bits: it is float64, which JAX has only where it is told so."""
     channels = channels_of(x.shape, axes)
     small = jax.ShapeDtypeStruct(channels.shape, _number_type(x))
-    # The table is float64, which JAX has only where it is told so: it travels as bits.
     bits = jax.ShapeDtypeStruct((6, 2 * channels.number), np.uint32)
     call = functools.partial(_forward, axes, eps)
     wanted = jax.ShapeDtypeStruct(x.shape, x.dtype), small, small, bits
-    y, *found, table = jax.pure_callback(call, wanted, x, gamma, beta, mean, var, vmap_method="sequential")
-    like = [None if a is None else a[:0] for a in (gamma, beta)]  # of no elements: they tell what gradients are like
-    return (y, *found), (x, table, mean, var, like)
+    return tuple(jax.pure_callback(call, wanted, x, gamma, beta, mean, var, vmap_method="sequential"))
+
+
+def _keep(x: Any, gamma: Any, beta: Any, mean: Any, var: Any, *rest: Any) -> tuple[tuple[Any, ...], Any]:
+    found = _normalize(x, gamma, beta, mean, var, *rest)  # which has a gradient, where one of gradients is asked for
+    like = None if beta is None else beta[:0]  # of no elements: it tells what beta's gradient is like
+    return found, (x, found[3], mean, var, gamma, like)
 
 
 def _gradients(axes: tuple[int, ...], _eps: float, kept: Any, cotangents: tuple[Any, ...]) -> tuple[Any, ...]:
-    x, table, mean, var, like = kept
-    shape = channels_of(x.shape, axes).shape
-    small = jax.ShapeDtypeStruct(shape, _number_type(x))
-    call = functools.partial(_backward, axes, mean is not None, tuple(a is not None for a in like))
-    wanted = jax.ShapeDtypeStruct(x.shape, x.dtype), *(None if a is None else small for a in like)
-    dx, *rest = jax.pure_callback(call, wanted, cotangents[0], x, table, vmap_method="sequential")
-    dgamma, dbeta = (None if a is None else new.astype(a.dtype) for new, a in zip(rest, like, strict=True))
+    x, table, mean, var, gamma, like = kept
+    dx, *rest = _gradient(cotangents[0], x, gamma, table, axes, mean is not None, like is not None)
+    dgamma, dbeta = (None if a is None else new.astype(a.dtype) for new, a in zip(rest, (gamma, like), strict=True))
     constants = (None if a is None else jax.numpy.zeros_like(a) for a in (mean, var))
     return dx, dgamma, dbeta, *constants
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _gradient(
+    dy: Any, x: Any, gamma: Any, table: Any, axes: tuple[int, ...], frozen: bool, has_beta: bool
+) -> tuple[Any, ...]:
+    """dx, dgamma and dbeta. gamma's values are in the table: it is here for its own gradient of these."""
+    small = jax.ShapeDtypeStruct(channels_of(x.shape, axes).shape, _number_type(x))
+    need = gamma is not None, has_beta
+    wanted = jax.ShapeDtypeStruct(x.shape, x.dtype), *(small if n else None for n in need)
+    call = functools.partial(_backward, axes, frozen, need)
+    return tuple(jax.pure_callback(call, wanted, dy, x, table, vmap_method="sequential"))
+
+
+def _keep_gradient(dy: Any, x: Any, gamma: Any, table: Any, *rest: Any) -> tuple[tuple[Any, ...], Any]:
+    return _gradient(dy, x, gamma, table, *rest), (dy, x, gamma, table)
+
+
+def _gradients_again(
+    axes: tuple[int, ...], frozen: bool, _has_beta: bool, kept: Any, cotangents: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    dy, x, gamma, table = kept
+    like_x = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    small = jax.ShapeDtypeStruct(channels_of(x.shape, axes).shape, _number_type(x))
+    call = functools.partial(_backward_backward, axes, frozen, gamma is not None)
+    wanted = like_x, None if gamma is None else small, like_x
+    gx, ggamma, gdy = jax.pure_callback(call, wanted, *cotangents, dy, x, table, vmap_method="sequential")
+    return gdy, gx, None if gamma is None else ggamma.astype(gamma.dtype), None
+
+
 _normalize.defvjp(_keep, _gradients)
+_gradient.defvjp(_keep_gradient, _gradients_again)
 
 
 def _number_type(x: Any) -> Any:
     return np.float64 if x.dtype == np.float64 else np.float32
 
 
-# JAX calls these two, with its arrays, which NumPy reads in place. Nothing of JAX may be called here: it would wait for
-# itself.
+# JAX calls these three, with its arrays, which NumPy reads in place. Nothing of JAX may be called here: it would wait
+# for itself.
 def _forward(axes: tuple[int, ...], eps: float, x: Any, gamma: Any, beta: Any, mean: Any, var: Any) -> tuple[Any, ...]:
     x, gamma, beta, mean, var = (None if a is None else np.asarray(a) for a in (x, gamma, beta, mean, var))
     frozen = None if mean is None else (mean, var)
@@ -142,6 +166,14 @@ def _forward(axes: tuple[int, ...], eps: float, x: Any, gamma: Any, beta: Any, m
 
 
 def _backward(axes: tuple[int, ...], frozen: bool, need: tuple[bool, ...], dy: Any, x: Any, table: Any) -> Any:
-    x, dy, table = (np.asarray(a) for a in (x, dy, table))
-    saved = Saved.of(x, np.ascontiguousarray(table).view(np.float64), frozen, axes)
-    return backward(dy, saved, need=(True, *need))
+    return backward(np.asarray(dy), _saved(x, table, frozen, axes), need=(True, *need))
+
+
+def _backward_backward(axes: tuple[int, ...], frozen: bool, need_gamma: bool, *given: Any) -> Any:
+    ddx, ddgamma, ddbeta, dy, x, table = (None if a is None else np.asarray(a) for a in given)
+    saved = _saved(x, table, frozen, axes)
+    return backward_backward(ddx, ddgamma, ddbeta, dy, saved, need=(True, need_gamma, True))
+
+
+def _saved(x: Any, table: Any, frozen: bool, axes: tuple[int, ...]) -> Saved:
+    return Saved.of(np.asarray(x), np.ascontiguousarray(np.asarray(table)).view(np.float64), frozen, axes)

@@ -6,8 +6,8 @@
 BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
 >>> model(torch.ones(2, 3, 8, 8)).sum().backward()  # trains as before, and saves and loads PyTorch's own state_dict
 
-Tensors on the CPU and on CUDA take the same way. Gradients of gradients are not there: an error says so when asked.
-Nor are torch.func's transforms.
+Tensors on the CPU and on CUDA take the same way. Gradients of gradients are there, but with an activation in the same
+pass; third ones are not, nor are torch.func's transforms: an error says so when asked.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from .extras import ACTIVATIONS, Asked, check_activation
 from .host import TENSORS
 from .plain import backward_plainly, forward_plainly, way_of
 from .saved import Saved
+from .second import backward_backward
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Fused", "batch_norm", "convert", "revert"]
 
 # table (6, C) float64 is what `forward` found; mean and var, both or none, are statistics to be taken as they are.
-_FORWARD, _BACKWARD = "fastbn::forward", "fastbn::backward"
+_FORWARD, _BACKWARD, _SECOND = "fastbn::forward", "fastbn::backward", "fastbn::backward_backward"
 torch.library.define(
     _FORWARD,
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps, str activation='', "
@@ -39,8 +40,13 @@ torch.library.define(
 )
 torch.library.define(
     _BACKWARD,
-    "(Tensor dy, Tensor x, Tensor table, bool frozen, bool[3] need, str activation='', float parameter=0.0) -> "
-    "(Tensor dx, Tensor dgamma, Tensor dbeta)",
+    "(Tensor dy, Tensor x, Tensor table, Tensor? weight, bool frozen, bool[3] need, str activation='', "
+    "float parameter=0.0) -> (Tensor dx, Tensor dgamma, Tensor dbeta)",
+)  # the weight for autograd alone, which has a gradient for it; its values are in the table
+torch.library.define(
+    _SECOND,
+    "(Tensor? ddx, Tensor? ddgamma, Tensor? ddbeta, Tensor dy, Tensor x, Tensor table, bool frozen, bool[3] need) -> "
+    "(Tensor gx, Tensor ggamma, Tensor gdy)",
 )
 
 
@@ -72,8 +78,9 @@ def _forward(
 
 
 def _backward(
-    dy: Tensor, x: Tensor, table: Tensor, frozen: bool, need: list[bool], activation: str = "", parameter: float = 0.0
-) -> tuple[Tensor, ...]:
+    dy: Tensor, x: Tensor, table: Tensor, _weight: Any, frozen: bool, need: list[bool], activation: str = "",
+    parameter: float = 0.0,
+) -> tuple[Tensor, ...]:  # fmt: skip
     dx = torch.empty_like(x) if need[0] else None
     given, read, numbers, written = _seen(dy), _seen(x), _seen(table), _seen(dx)
     way = None if x.is_cuda or not all(need) else way_of(read.shape, read.strides, read.dtype, 1)
@@ -87,8 +94,19 @@ def _backward(
     return tuple([table.new_empty(0) if a is None else torch.as_tensor(a) for a in (dx, dgamma, dbeta)])
 
 
+def _backward_backward(
+    ddx: Any, ddgamma: Any, ddbeta: Any, dy: Tensor, x: Tensor, table: Tensor, frozen: bool, need: list[bool]
+) -> tuple[Tensor, ...]:
+    saved = Saved.of(_seen(x), _seen(table), frozen)
+    gx, gdy = (torch.empty_like(x) if n else None for n in (need[0], need[2]))
+    out, tangents = (_seen(gx), None, _seen(gdy)), (_seen(ddx), _seen(ddgamma), _seen(ddbeta))
+    _, ggamma, _ = backward_backward(*tangents, _seen(dy), saved, need=(need[0], need[1], need[2]), out=out)
+    return tuple([table.new_empty(0) if a is None else torch.as_tensor(a) for a in (gx, ggamma, gdy)])
+
+
 torch.library.impl(_FORWARD, ("cpu", "cuda"), _forward)
 torch.library.impl(_BACKWARD, ("cpu", "cuda"), _backward)
+torch.library.impl(_SECOND, ("cpu", "cuda"), _backward_backward)
 
 
 @torch.library.register_fake(_FORWARD)
@@ -98,16 +116,28 @@ def _fake_forward(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake(_BACKWARD)
 def _fake_backward(
-    _dy: Tensor, x: Tensor, table: Tensor, _frozen: bool, need: list[bool], *_: Any
+    _dy: Tensor, x: Tensor, table: Tensor, _weight: Any, _frozen: bool, need: list[bool], *_: Any
 ) -> tuple[Tensor, ...]:
+    return tuple([_blank(x, table, n, k == 0) for k, n in enumerate(need)])
+
+
+@torch.library.register_fake(_SECOND)
+def _fake_second(
+    _ddx: Any, _ddgamma: Any, _ddbeta: Any, _dy: Tensor, x: Tensor, table: Tensor, _frozen: bool, need: list[bool]
+) -> tuple[Tensor, ...]:
+    return tuple([_blank(x, table, n, k != 1) for k, n in enumerate(need)])
+
+
+def _blank(x: Tensor, table: Tensor, needed: bool, like_x: bool) -> Tensor:
+    if not needed:
+        return table.new_empty(0)
     kind = torch.float64 if x.dtype is torch.float64 else torch.float32
-    dx = torch.empty_like(x) if need[0] else table.new_empty(0)
-    return dx, *(table.new_empty(x.shape[1], dtype=kind) if n else table.new_empty(0) for n in need[1:])
+    return torch.empty_like(x) if like_x else table.new_empty(x.shape[1], dtype=kind)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, bias, mean, _, _, *ctx.activation = inputs
-    ctx.save_for_backward(x, output[1])
+    ctx.save_for_backward(x, output[1], weight)
     ctx.mark_non_differentiable(output[1])
     ctx.frozen = mean is not None
     ctx.kinds = [a if a is None else a.dtype for a in (x, weight, bias)]
@@ -120,15 +150,36 @@ def _gradients(ctx: Any, dy: Tensor, _: Any, run: Any = torch.ops.fastbn.backwar
     return *kept, None, None, None, None, None
 
 
-def _second(*_: Any) -> Any:
+def _keep_again(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ARG001
+    dy, x, table, weight, ctx.frozen, ctx.had, ctx.activation, _ = inputs
+    ctx.save_for_backward(dy, x, table)
+    ctx.kind = None if weight is None else weight.dtype
+
+
+def _second(ctx: Any, *given: Tensor) -> tuple[Any, ...]:
+    if ctx.activation:
+        raise NotImplementedError(
+            f"fastbn.torch: a gradient of a gradient of batch norm with activation={ctx.activation!r} is asked for, "
+            "which there is of batch norm alone. Convert the model without fuse, or let the activation follow apart"
+        )
+    need_dy, need_x, _, need_weight = ctx.needs_input_grad[:4]
+    tangents = [a if had else None for a, had in zip(given, ctx.had, strict=True)]
+    need = [need_x, need_weight, need_dy]
+    gx, ggamma, gdy = torch.ops.fastbn.backward_backward(*tangents, *ctx.saved_tensors, ctx.frozen, need)
+    ggamma = ggamma.to(ctx.kind) if need_weight else None
+    return gdy if need_dy else None, gx if need_x else None, None, ggamma, None, None, None, None
+
+
+def _third(*_: Any) -> Any:
     raise NotImplementedError(
-        "fastbn.torch: a gradient of a gradient of batch norm is asked for, which these operators have none of. "
+        "fastbn.torch: a third derivative of batch norm is asked for, which these operators have none of. "
         "fastbn.torch.revert(model) gives PyTorch's own"
     )
 
 
 torch.library.register_autograd(_FORWARD, _gradients, setup_context=_keep)
-torch.library.register_autograd(_BACKWARD, _second)
+torch.library.register_autograd(_BACKWARD, _second, setup_context=_keep_again)
+torch.library.register_autograd(_SECOND, _third)
 
 
 class _Eager(torch.autograd.Function):

@@ -1,5 +1,7 @@
 """fastbn.jax: beside JAX's own arithmetic and jax.grad of it, plain and under jax.jit."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -63,6 +65,50 @@ def test_values_and_gradients(shape, axis, evaluate, jit, dtype, rng):
     near(gradients[0], exact[0], dtype)
     for got, value in zip((*found[1:], *gradients[1:]), (*expected[1:], *exact[1:]), strict=True):
         near(got, value, "float32")
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("evaluate", [False, True])
+@pytest.mark.parametrize(("shape", "axis"), LAYOUTS.values(), ids=LAYOUTS)
+def test_gradients_of_gradients(shape, axis, evaluate, jit, rng):
+    """Of a penalty on all first gradients, with respect to x, gamma and dy."""
+    x, dy, gamma, beta, mean, var = data(rng, shape, axis, "float32")
+    frozen = (mean, var) if evaluate else None
+    weights = [jnp.asarray(rng.normal(size=a.shape), jnp.float32) for a in (x, gamma, beta)]
+
+    def penalty(normalize, x, gamma, beta, dy):
+        first = jax.grad(lambda *given: (normalize(*given) * dy).sum(), argnums=(0, 1, 2))(x, gamma, beta)
+        return sum((w * a**2).sum() for w, a in zip(weights, first, strict=True))
+
+    def own(x, gamma, beta):
+        return ours.batch_norm(x, gamma, beta, axis=axis, eps=1e-3, frozen=frozen)[0]
+
+    def plain(x, gamma, beta):
+        return theirs(x, gamma, beta, axis, 1e-3, frozen)[0]
+
+    found, wanted = (
+        (jax.jit if jit else lambda f: f)(jax.grad(functools.partial(penalty, f), argnums=(0, 1, 2, 3)))(
+            x, gamma, beta, dy
+        )
+        for f in (own, plain)
+    )
+    for got, right in zip(found, wanted, strict=True):
+        size = float(jnp.abs(right).max())
+        near(got / max(1, size), right / max(1, size), "float32")
+
+
+def test_gradients_of_gradients_without_parameters(rng):
+    x, dy, gamma, *_ = data(rng, (6, 5, 4), 1, "float32")
+
+    def penalty(normalize, x):
+        return (jax.grad(lambda x: (normalize(x) * dy).sum())(x) ** 2).sum()
+
+    got = jax.grad(functools.partial(penalty, lambda x: ours.batch_norm(x, eps=1e-3)[0]))(x)
+    one = jnp.ones_like(gamma)
+    wanted = jax.grad(functools.partial(penalty, lambda x: theirs(x, one, 0 * one, 1, 1e-3)[0]))(x)
+    near(got, wanted, "float32")
+    with pytest.raises(ValueError, match=r"Pure callbacks do not support JVP"):  # a third one
+        jax.grad(lambda x: jax.grad(functools.partial(penalty, lambda x: ours.batch_norm(x)[0]))(x).sum())(x)
 
 
 def test_the_bits_are_those_of_fastbn(rng):

@@ -53,8 +53,12 @@ def test_opcheck(frozen, dtype, form):
     y, table = (a.detach() for a in torch.ops.fastbn.forward(*args))
     back = torch.ops.fastbn.backward.default
     for need in ([True] * 3, [False, True, False], [True, False, False]):
-        args = (torch.randn_like(y), x.detach(), table, frozen, need)
+        args = (torch.randn_like(y), x.detach(), table, weight.detach(), frozen, need)
         found = torch.library.opcheck(back, args, test_utils=OPCHECKS)
+        assert set(found.values()) == {"SUCCESS"}
+        ddx, small = torch.randn_like(y), torch.randn(2, len(weight), dtype=y.dtype if y.itemsize == 8 else None)
+        args = (ddx if need[0] else None, *small, torch.randn_like(y), x.detach(), table, frozen, need)
+        found = torch.library.opcheck(torch.ops.fastbn.backward_backward.default, args, test_utils=OPCHECKS)
         assert set(found.values()) == {"SUCCESS"}
 
 
@@ -68,11 +72,53 @@ def test_gradcheck(training):
     )
 
 
-def test_gradients_of_gradients_are_refused():
+@pytest.mark.parametrize("training", [True, False])
+def test_gradgradcheck(training):
+    x, weight, bias, mean, var = tensors((4, 3, 2, 3))
+    for a in (x, weight, bias):
+        a.requires_grad_()
+
+    def normalize(x, w, b):
+        return ours.batch_norm(x, mean.clone(), var.clone(), w, b, training, 0.1, 1e-3)
+
+    assert torch.autograd.gradgradcheck(normalize, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(lambda x: ours.batch_norm(x, mean, var, None, None, training), (x,))
+    assert torch.autograd.gradgradcheck(lambda w: normalize(x.detach(), w, bias.detach()), (weight,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_gradient_penalty_trains_as_with_pytorch(form, dtype):
+    """The parameters' gradients of |dL/dx|^2, beside PyTorch's float64."""
+    x, weight, bias, _, _ = tensors(dtype=dtype)
+    x, dy = x.contiguous(memory_format=form), torch.randn_like(x)
+    weight, bias = weight.to(dtype), bias.to(dtype)
+    results = []
+    for ours_ in (True, False):
+        given = [a.detach().to(a.dtype if ours_ else torch.float64).requires_grad_() for a in (x, weight, bias)]
+        run = ours.batch_norm if ours_ else nn.functional.batch_norm
+        y = run(given[0], None, None, *given[1:], training=True, eps=1e-3)
+        (dx,) = torch.autograd.grad(y, given[0], dy.to(y.dtype), create_graph=True)
+        (dx * dx).sum().backward()
+        assert given[0].grad.stride() == given[0].stride()
+        results.append([a.grad for a in given[:2]])
+    for got, wanted in zip(*results, strict=True):
+        assert got.dtype == dtype
+        # dx itself, rounded to its dtype, goes into the second pass
+        error = (got.double() - wanted).abs().max() / wanted.abs().max()
+        assert error <= 4 * torch.finfo(dtype).eps
+
+
+def test_third_derivatives_and_those_of_activations_are_refused():
     x = tensors()[0].requires_grad_()
     y = ours.batch_norm(x, None, None, training=True)
+    (dx,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
+    (dxx,) = torch.autograd.grad((dx**2).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"a third derivative of batch norm is asked for"):
+        dxx.sum().backward()
+    y = ours.batch_norm(x, None, None, training=True, activation="silu")
     (dx,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"a gradient of a gradient of batch norm is asked for"):
+    with pytest.raises(NotImplementedError, match=r"of batch norm with activation='silu' is asked for"):
         dx.sum().backward()
 
 
