@@ -21,7 +21,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .shapes import DTYPES, EXTRAS, FUNCTIONS, LAYOUTS
+from .shapes import DTYPES, EXTRAS, FUNCTIONS, LAYOUTS, SECOND
 
 __all__ = ["add_arguments", "run"]
 
@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", **several, help="names or groups of the table (--list shows it)")
     parser.add_argument("--layout", **several, help=", ".join(LAYOUTS))
     parser.add_argument("--dtype", **several, help=", ".join(DTYPES))
-    parser.add_argument("--function", **several, help=f"{', '.join(FUNCTIONS)}; and +{', +'.join(EXTRAS)}")
+    parser.add_argument(
+        "--function", **several, help=f"{', '.join(FUNCTIONS)}; and +{', +'.join(EXTRAS)}; {', '.join(SECOND)}"
+    )
     parser.add_argument("--out", choices=("given", "fresh"), help="results given by `out=`, or fresh (default: both)")
     parser.add_argument("--peer", **several, help="NumPy, PyTorch, JAX, ONNX Runtime or none (default: all installed)")
     parser.add_argument("--threads", type=int, help="of every library (default: all cores)")

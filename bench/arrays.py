@@ -11,7 +11,7 @@ import numpy as np
 
 import fastbn
 
-from .shapes import Case
+from .shapes import SECOND, Case
 
 EPS = 1e-5
 POOL = 1_000_003  # random numbers drawn once, then repeated: a prime, so that no layout meets them in step
@@ -115,6 +115,18 @@ class Arrays:
         wide = [1 if a == 1 else n for a, n in enumerate(self.x.shape)]
         return np.asarray(self._rng.random(wide) < 0.6)
 
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """Each sample's group, of four."""
+        return self._rng.integers(0, 4, len(self.x))
+
+    @cached_property
+    def tangent(self) -> np.ndarray:
+        """Of x, or of dx; those of parameters are beta and the given mean."""
+        u = np.empty_like(self.x)
+        self._fill(u, self._noise[::-1], self._rng.uniform(0.5, 1, len(self.gamma)).astype(self.gamma.dtype))
+        return u
+
     def more(self, function: str) -> dict[str, Any]:
         """What a function with more asks for: `forward` of "forward+relu" an activation."""
         what = function.partition("+")[2]
@@ -124,7 +136,15 @@ class Arrays:
             return {"activation": "leaky_relu", "save": "y"}
         if what == "groups":
             return {"groups": min(4, len(self.x))}
-        return {} if not what else {"weights": self.weights} if what == "weights" else {"activation": what}
+        if what == "ids":
+            return {"groups": self.ids}
+        return (
+            {}
+            if not what or function in SECOND
+            else {"weights": self.weights}
+            if what == "weights"
+            else {"activation": what}
+        )
 
     def _exact(self, function: str) -> tuple[np.ndarray, ...]:
         """The reference's results on the checked channels."""
@@ -132,6 +152,8 @@ class Arrays:
         x, gamma, beta = self.x[:, picked], self.gamma[picked], self.beta[picked]
         more = self.more(function)
         more.pop("save", None)
+        if function in SECOND:
+            return self._second_order(function, picked)
         if "residual" in more:
             more["residual"] = more["residual"][:, picked]
         function = function.partition("+")[0]
@@ -142,6 +164,15 @@ class Arrays:
             return found.mean, found.var()
         y, saved = fastbn.reference.forward(x, gamma, beta, eps=EPS, **more)
         return (y,) if function == "forward" else fastbn.reference.backward(self.dy[:, picked], saved)[:3]
+
+    def _second_order(self, function: str, picked: np.ndarray) -> tuple[np.ndarray, ...]:
+        wide = [a[:, picked].astype(np.float64) for a in (self.x, self.dy, self.tangent)]
+        gamma, beta, p, q = (a[picked] for a in (self.gamma, self.beta, self.beta, self.mean))
+        with fastbn.set_backend("reference"):
+            _, saved = fastbn.forward(wide[0], gamma, beta, eps=EPS)
+            if function.endswith("+jvp"):
+                return (fastbn.jvp(wide[2], saved, p, q),)
+            return fastbn.backward_backward(wide[2], p, q, wide[1], saved)
 
     def error(self, function: str, results: Sequence[np.ndarray]) -> float:
         """The largest error of results (N, C, ...) or (C,), relative to max(1, |exact|); NaN counts as infinite."""

@@ -17,7 +17,7 @@ import numpy as np
 import fastbn
 
 from .arrays import EPS, Arrays
-from .shapes import base
+from .shapes import SECOND, base
 
 Results = tuple[np.ndarray, ...]
 
@@ -58,6 +58,8 @@ class Fastbn(Library):
     def call(self, arrays: Arrays, function: str, out: bool) -> Call | None:
         """Everything, on every array."""
         a, more = arrays, arrays.more(function)
+        if function in SECOND:
+            return _second_order(arrays, function, out)
         function = base(function)
         if function == "moments":
             return Call(partial(fastbn.moments, a.x, **more), lambda m: (m.mean, m.var()))
@@ -70,6 +72,15 @@ class Fastbn(Library):
             run = partial(fastbn.infer, a.x, a.mean, a.var, a.gamma, a.beta, eps=EPS, **more)
             return Call(run, lambda r: (r,))
         return Call(partial(fastbn.forward, a.x, a.gamma, a.beta, eps=EPS, **more), lambda r: (r[0],))
+
+
+def _second_order(a: Arrays, function: str, out: bool) -> Call:
+    saved = fastbn.forward(a.x, a.gamma, a.beta, eps=EPS)[1]
+    if function.endswith("+jvp"):
+        run = partial(fastbn.jvp, a.tangent, saved, a.beta, a.mean, out=a.dx if out else None)
+        return Call(run, lambda r: (r,))
+    given = (a.dx, a.dgamma, a.y) if out else None
+    return Call(partial(fastbn.backward_backward, a.tangent, a.beta, a.mean, a.dy, saved, out=given), lambda r: r)
 
 
 class NumPy(Library):

@@ -14,7 +14,8 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 FUNCTIONS = ("forward", "backward", "infer", "moments")
 
 # What may be asked for beyond: "forward+relu" and so on are fastbn's alone, and are compared with the plain function.
-EXTRAS = ("relu", "gelu", "residual", "weights", "groups", "y")
+EXTRAS = ("relu", "gelu", "residual", "weights", "groups", "ids", "y")
+SECOND = ("backward+second", "backward+jvp")  # backward_backward and forward mode, compared with backward
 
 
 def base(function: str) -> str:
@@ -152,7 +153,7 @@ class Selection:
             "shape": {*BY_NAME, *(shape.group for shape in SHAPES)},
             "layout": set(LAYOUTS),
             "dtype": set(DTYPES),
-            "function": {*FUNCTIONS, *(f"{name}+{more}" for name in FUNCTIONS for more in EXTRAS)},
+            "function": {*FUNCTIONS, *SECOND, *(f"{name}+{more}" for name in FUNCTIONS for more in EXTRAS)},
             "out": {True, False},
         }
         for field, names in known.items():

@@ -321,10 +321,12 @@ def _groups(where: str, groups: Any, samples: int) -> Groups:
                 f"{where}: groups names group {number - 1} among {samples} samples; expected numbers from 0 on. "
                 "Number them by np.unique(groups, return_inverse=True)[1]"
             )
-        order = np.argsort(groups, kind="stable").astype(np.int64)
-        starts = np.searchsorted(groups[order], np.arange(number + 1)).astype(np.int64)
-        in_order = np.all(groups[1:] >= groups[:-1])  # differences of unsigned ids are never below 0
-        return Groups(number, samples, None if in_order else order, starts)
+        ids: np.ndarray = groups.astype(
+            np.uint16 if number <= 1 << 16 else np.int64
+        )  # 16 bits are sorted in a quarter of the time
+        starts = np.concatenate([[0], np.cumsum(np.bincount(ids, minlength=number))])
+        in_order = np.all(ids[1:] >= ids[:-1])  # differences of unsigned ids are never below 0
+        return Groups(number, samples, None if in_order else np.argsort(ids, kind="stable"), starts)
     each = groups if isinstance(groups, Sequence) else ()
     listed = [number for n in each if (number := integer(n, 0)) is not None]
     if listed and len(listed) == len(groups):
