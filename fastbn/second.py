@@ -2,7 +2,7 @@
 
 Both are linear in what they are given, with a few numbers for each channel, so that one pass of sums and one map over
 memory do all of it; the formulas are derived in `fastbn.kernels.cpu.second`. For arrays on a GPU, of whatever library,
-they are numba.cuda's.
+they are numba.cuda's; those of other libraries in main memory are read and made as by `forward`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .arguments import check_array, check_out, check_place, check_real, describe, native
+from .arguments import check_array, check_caller, check_out, check_place, check_real, describe, native
 from .arrays import Span, family_of_values
 from .dispatch import get_backend, kernels, second_order_on_device
 from .layout import Views, channels_of
@@ -33,18 +33,18 @@ def jvp(x_t: Any, saved: Saved, gamma_t: Any = None, beta_t: Any = None, *, out:
     Parameters
     ----------
     x_t : array of x's shape and dtype, or None for 0
-        Any strides; where x is, on a GPU as well: what `forward` takes, this takes.
+        Any strides; of x's library, in main memory or on a GPU: what `forward` takes, this takes.
     saved : Saved
         From `forward`, which tells x, gamma and the statistics; it may be used again. Not with an activation, a
         residual, `save="y"`, whole numbers or a `comm` of several ranks.
     gamma_t, beta_t : array of the channels' shape, or None for 0
         As gamma and beta in `forward`: with x on a GPU, beside it.
     out : array of x's shape and dtype, optional
-        Where y_t goes; it may be x_t.
+        Where y_t goes, of x's library, unless its arrays are never written to, as JAX's; it may be x_t.
 
     Returns
     -------
-    y_t : array of x's shape, dtype and memory layout
+    y_t : array of x's library, shape, dtype and memory layout
 
     Raises
     ------
@@ -68,7 +68,7 @@ def jvp(x_t: Any, saved: Saved, gamma_t: Any = None, beta_t: Any = None, *, out:
     x = _x_of(where, saved, gamma_t is not None)
     y_t = _place(where, "out", out, saved, {"x_t": u}, {"x": saved._x})
     _run(where, u, None, x, y_t, None, saved, numbers, None)
-    return own(y_t)
+    return own(y_t) if saved._caller is None else saved._caller.result(y_t, out)
 
 
 def backward_backward(
@@ -95,22 +95,22 @@ def backward_backward(
     Parameters
     ----------
     ddx : array of x's shape and dtype, or None for 0
-        The gradient of L with respect to dx.
+        The gradient of L with respect to dx, of x's library, as in `jvp`.
     ddgamma, ddbeta : array of the channels' shape, or None for 0
         Those with respect to dgamma and dbeta.
     dy : array of y's shape and dtype
-        As it was given to `backward`.
+        As it was given to `backward`, of x's library.
     saved : Saved
         As in `jvp`.
     need : three bools
         Which of gx, ggamma and gdy to compute. The others are None.
     out : (gx, ggamma, gdy) with None where there is none, optional
-        Where results go, without any other memory of that size. gx and gdy may go to ddx or dy.
+        Where results go, as in `jvp`, without any other memory of that size. gx and gdy may go to ddx or dy.
 
     Returns
     -------
-    gx, gdy : arrays of x's shape, dtype and memory layout
-    ggamma : float32 array of the channels' shape (float64 for float64 x)
+    gx, gdy : arrays of x's library, shape, dtype and memory layout
+    ggamma : float32 array of x's library, of the channels' shape (float64 for float64 x)
 
     Raises
     ------
@@ -136,7 +136,8 @@ def backward_backward(
     if out is not None and (not isinstance(out, (tuple, list)) or len(out) != 3):
         raise ValueError(f"{where}: out is {describe(out)}; expected three: gx, ggamma and gdy, or None for each")
     need_x, need_gamma, need_dy = (bool(n) for n in need)
-    given_x, given_gamma, given_dy = (None, None, None) if out is None else out
+    given_x, given_gamma, given_dy = places = (None, None, None) if out is None else out
+    caller = saved._caller
     x = _x_of(where, saved, ddgamma is not None)
     may_be, apart = {"ddx": u, "dy": g}, {"x": saved._x}
     gx = _place(where, "out (gx)", given_x, saved, may_be, apart) if need_x else None
@@ -147,10 +148,11 @@ def backward_backward(
     if need_gamma:
         if given_gamma is not None:
             apart = apart | {"ddx": u, "dy": g, "gdy": gdy}
-            given_gamma = check_out(where, "out (ggamma)", given_gamma, channels.shape, kind, g, {}, apart)
+            given_gamma = check_out(where, "out (ggamma)", given_gamma, channels.shape, kind, g, {}, apart, caller)
         ggamma = flat(given_gamma, channels.number, kind, saved._like)
     _run(where, u, g, x, gdy, gx, saved, numbers, ggamma)
-    return own(gx), shaped(ggamma, given_gamma, channels.shape), own(gdy)
+    found = own(gx), shaped(ggamma, given_gamma, channels.shape), own(gdy)
+    return found if caller is None else tuple(map(caller.result, found, places))
 
 
 def _check_saved(where: str, saved: Any) -> None:
@@ -187,6 +189,7 @@ def _like_x(where: str, name: str, value: Any, saved: Saved) -> Any:
         return None
     array = check_array(where, name, value)
     check_place(where, name, value, saved._like)
+    check_caller(where, name, value, saved._caller)
     if array.shape != saved._shape or native(array.dtype) != native(_dtype_of(saved)):
         advice = "Is it for another forward pass?" if array.shape != saved._shape else f"Convert it: {name}.astype(...)"
         raise ValueError(
@@ -198,7 +201,7 @@ def _like_x(where: str, name: str, value: Any, saved: Saved) -> Any:
 def _place(where: str, name: str, out: Any, saved: Saved, may_be: dict[str, Any], apart: dict[str, Any]) -> Any:
     beside = next((a for a in (saved._like, *may_be.values()) if a is not None), None)
     dtype = _dtype_of(saved) if out is not None else native(_dtype_of(saved))
-    return placed(where, name, out, saved, dtype, beside, may_be, apart)
+    return placed(where, name, out, saved, dtype, beside, may_be, apart, saved._caller)
 
 
 def _tangents(where: str, one: str, gamma: Any, other: str, beta: Any, saved: Saved) -> Any:

@@ -162,6 +162,50 @@ def test_nothing_of_xs_size_is_copied(library, rng, monkeypatch):
     assert touched == [[library.address(a) for a in arrays] for arrays in ((x, y), (dy, x, dx))]
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["own parameters", "NumPy parameters"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+def test_second_order_as_the_callers_kind(library, dtype, own, rng):
+    if dtype not in library.dtypes:
+        pytest.skip("the library has no such type, or NumPy can't read it")
+    dtype = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
+    x, dy, gamma, beta, mean, var = data(rng, dtype)
+    u = rng.normal(1, 2, SHAPE).astype(dtype)
+    put = library.put if own else lambda a: a
+    for frozen in (None, (mean, var)):
+        with fastbn.set_backend("reference"):
+            _, saved = fastbn.forward(x, gamma, beta, frozen=frozen)
+            _, kept = fastbn.forward(library.put(x), put(gamma), put(beta), frozen=frozen)
+            wanted = fastbn.jvp(u, saved, gamma, beta), *fastbn.backward_backward(u, gamma, beta, dy, saved)
+            second = fastbn.backward_backward(library.put(u), put(gamma), put(beta), library.put(dy), kept)
+            results = fastbn.jvp(library.put(u), kept, put(gamma), put(beta)), *second
+            for got, value in zip(results, wanted, strict=True):
+                same(library, got, value)
+            same(library, fastbn.jvp(None, kept, gamma), fastbn.jvp(None, saved, gamma))
+    gx, ggamma, gdy = fastbn.backward_backward(
+        library.put(u), None, None, library.put(dy), kept, need=(False, True, False)
+    )
+    assert gx is gdy is None
+    assert isinstance(ggamma, library.type)
+
+
+def test_second_order_copies_nothing_of_xs_size(library, rng, monkeypatch):
+    from fastbn.kernels.cpu import second
+
+    x, u, dy = (library.put(rng.normal(3, 2, SHAPE).astype(np.float32)) for _ in range(3))
+    touched, whole = [], second.second
+
+    def watch(u, g, x, r, z, *rest):
+        touched.append([None if a is None else a.ctypes.data for a in (u, g, x, r, z)])
+        return whole(u, g, x, r, z, *rest)
+
+    monkeypatch.setattr(second, "second", watch)
+    _, saved = fastbn.forward(x)
+    y_t = fastbn.jvp(u, saved)
+    gx, _, gdy = fastbn.backward_backward(u, None, None, dy, saved)
+    expected = (u, None, x, y_t, None), (u, dy, x, gdy, gx)
+    assert touched == [[None if a is None else library.address(a) for a in arrays] for arrays in expected]
+
+
 @pytest.mark.parametrize("name", ["gamma", "beta"])
 def test_parameters_of_any_library_with_numpys_x(library, name, rng):
     x, _, gamma, *_ = data(rng)
@@ -182,6 +226,50 @@ def test_results_go_where_out_says(library, rng):
         assert got is place
         same(library, got, value)
     assert fastbn.infer(library.put(x), gamma, gamma**2, out=places[0]) is places[0]
+
+
+def test_second_order_goes_where_out_says(library, rng):
+    x, dy, gamma, *_ = data(rng)
+    u = rng.normal(1, 2, SHAPE).astype(np.float32)
+    places = [library.put(np.full(shape, 7, np.float32)) for shape in (SHAPE, SHAPE, 5, SHAPE)]
+    _, saved = fastbn.forward(x, gamma)
+    _, kept = fastbn.forward(library.put(x), gamma)
+    given = library.put(u), gamma, None, library.put(dy), kept
+    if isinstance(library, Jax):
+        with pytest.raises(
+            TypeError, match=r"fastbn\.jvp: out is given, but JAX arrays are never written to; expected"
+        ):
+            fastbn.jvp(given[0], kept, out=places[0])
+        for k, name in enumerate(("gx", "ggamma", "gdy")):
+            out = [p if k == i else None for i, p in enumerate(places[1:])]
+            with pytest.raises(TypeError, match=rf"fastbn\.backward_backward: out \({name}\) is given, but JAX arrays"):
+                fastbn.backward_backward(*given, out=out)
+        return
+    results = fastbn.jvp(given[0], kept, gamma, out=places[0]), *fastbn.backward_backward(*given, out=places[1:])
+    wanted = fastbn.jvp(u, saved, gamma), *fastbn.backward_backward(u, gamma, None, dy, saved)
+    for got, place, value in zip(results, places, wanted, strict=True):
+        assert got is place
+        same(library, got, value)
+    gx, ggamma, gdy = fastbn.backward_backward(*given, out=(given[0], None, None))  # over its own argument
+    assert gx is given[0]
+    for got, value in zip((gx, ggamma, gdy), wanted[1:], strict=True):
+        same(library, got, value)
+
+
+def test_second_order_doesnt_mix_libraries(library, rng):
+    x, dy, *_ = data(rng)
+    _, saved = fastbn.forward(x)
+    _, kept = fastbn.forward(library.put(x))
+    for wrong, right, of, kind in ((dy, library.put(dy), kept, ".*"), (library.put(dy), dy, saved, "NumPy array")):
+        says = rf"is a float32 .* of shape \(6, 5, 4, 3\); expected a {kind}, like x\. Convert it"
+        with pytest.raises(TypeError, match=r"fastbn\.jvp: x_t " + says):
+            fastbn.jvp(wrong, of)
+        with pytest.raises(TypeError, match="backward_backward: ddx " + says):
+            fastbn.backward_backward(wrong, None, None, right, of)
+        with pytest.raises(TypeError, match="backward_backward: dy " + says):
+            fastbn.backward_backward(right, None, None, wrong, of)
+        with pytest.raises(TypeError, match=r"fastbn\.jvp: out (is given, but JAX|" + says + ")"):
+            fastbn.jvp(right, of, out=wrong)
 
 
 def test_what_a_call_may_ask_for_more(library, rng):
