@@ -15,6 +15,7 @@ from .arguments import Axis, check_axis, check_shape, describe, integer
 from .arrays import on_device
 from .batchnorm import moments
 from .distributed import ranks_of
+from .host import check_host
 from .layer import BatchNorm
 from .moments import Moments
 from .running import RunningStats
@@ -25,7 +26,7 @@ _PATIENCE = 2.0  # seconds without a progress bar
 
 def recalibrate(
     batches: Any, target: Any, *, axis: Axis | None = None, chunk: int | None = None, progress: bool = True,
-    comm: Any = None,
+    comm: Any = None, scale: float = 1.0, zero_point: float = 0.0,
 ) -> Moments:  # fmt: skip
     """Mean and variance of all values of all batches, exactly, whatever the batches' sizes and order.
 
@@ -40,7 +41,8 @@ def recalibrate(
         An iterator, list or data loader of batches; each an array as for `fastbn.moments`, `Moments` of one, or a
         function without arguments that gives either when its turn comes. Or a function that gives such an iterable
         (a generator function). Only one batch is held at a time, and empty ones don't count.
-        Or one array with all the data, which may be a `numpy.memmap` larger than the memory: it is read piece by piece.
+        Or one array with all the data, of any library that `fastbn.moments` takes, which may be a `numpy.memmap` larger
+        than the memory: it is read piece by piece, where it lies.
     target : int, tuple of int, RunningStats or BatchNorm
         Channels, to be checked; or what is to get the result in place of its running statistics, by its own `ddof`.
         Nothing in it changes if anything fails.
@@ -54,6 +56,8 @@ def recalibrate(
     comm : communicator or fastbn.Ranks, optional
         The batches are this rank's part of them, or none, and the result is that of all ranks, the same bits on each:
         one message at the end. The kinds are those of `fastbn.forward`.
+    scale, zero_point : float
+        What whole numbers in all arrays stand for, as in `fastbn.moments`. `Moments` are taken as they are.
 
     Returns
     -------
@@ -86,7 +90,8 @@ def recalibrate(
         axis = target.axis if isinstance(target, BatchNorm) else 1
     ranks = None if comm is None else ranks_of(where, comm)
     with contextlib.nullcontext() if ranks is None else ranks.joined(where):
-        found, full = _merged(where, batches, axis, chunk, progress, shape, ranks is not None)
+        units = {"scale": scale, "zero_point": zero_point}
+        found, full = _merged(where, batches, axis, chunk, progress, shape, ranks is not None, units)
     if ranks is not None:
         found = found.allreduce(ranks)
         full = Moments(full, np.zeros(1), np.zeros(1), np.float64).allreduce(ranks).count
@@ -98,8 +103,9 @@ def recalibrate(
 
 
 def _merged(
-    where: str, batches: Any, axis: Axis, chunk: int | None, progress: bool, shape: tuple[int, ...], may_be_empty: bool
-) -> tuple[Moments, int]:
+    where: str, batches: Any, axis: Axis, chunk: int | None, progress: bool, shape: tuple[int, ...], may_be_empty: bool,
+    units: dict[str, float],
+) -> tuple[Moments, int]:  # fmt: skip
     """The moments of all batches, and how many had values."""
     items, total = _items(where, batches, axis, chunk)
     full = 0
@@ -109,7 +115,7 @@ def _merged(
         number = -1
         for number, item in enumerate(_shown(items, total) if progress else items):
             item = item() if callable(item) else item
-            part = item if isinstance(item, Moments) else moments(item, axis=axis)
+            part = item if isinstance(item, Moments) else moments(item, axis=axis, **units)
             if part.shape != shape:
                 raise ValueError(
                     f"{where}: batch {number} (from 0) has channels of shape {part.shape}; expected {shape}, like "
@@ -153,7 +159,8 @@ def _items(where: str, batches: Any, axis: Axis, chunk: int | None) -> tuple[Ite
         raise ValueError(f"{where}: chunk is {describe(given)}; expected a number of rows, 1 or more, or None")
     if callable(batches) and not hasattr(batches, "__iter__"):
         batches = batches()
-    if isinstance(batches, np.ndarray) or on_device(batches) is not None or hasattr(batches, "__dlpack__"):
+    batches = check_host(where, "batches", batches)
+    if isinstance(batches, np.ndarray) or on_device(batches) is not None:
         axes = check_axis(where, batches, axis)
         along, rows = _cut(batches, axes, chunk)
         return pieces(batches, axes, rows), -(-batches.shape[along] // rows)

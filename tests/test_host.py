@@ -344,6 +344,33 @@ def test_the_layer(library, rng):
     same(library, ours(library.put(x)), plain(x))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])
+def test_recalibrate_reads_one_array_piece_by_piece_where_it_lies(library, dtype, rng, monkeypatch):
+    if dtype == "bfloat16" and dtype not in library.dtypes:
+        pytest.skip("NumPy can't read the library's bfloat16")
+    x = rng.uniform(0, 200, SHAPE).astype(BFLOAT16 if dtype == "bfloat16" else dtype)
+    units = {"scale": 0.25, "zero_point": 7} if dtype == "uint8" else {}
+    module, read = sys.modules["fastbn.recalibrate"], []
+
+    def watch(piece, **how):
+        read.append((type(piece), piece.shape[0], piece.ctypes.data))
+        return fastbn.moments(piece, **how)
+
+    monkeypatch.setattr(module, "moments", watch)
+    given = library.put(x)
+    found, start = fastbn.recalibrate(given, 5, chunk=4, **units), library.address(given)
+    assert read == [(np.ndarray, 4, start), (np.ndarray, 2, start + 4 * x[0].nbytes)]
+    np.testing.assert_allclose(found.exact(), fastbn.moments(x, **units).exact(), rtol=1e-13)
+
+
+def test_recalibrate_of_batches(library, rng):
+    x = data(rng)[0]
+    found = fastbn.recalibrate([library.put(x[:4].copy()), library.put(x[4:].copy())], 5)
+    np.testing.assert_allclose(found.exact(), fastbn.moments(x).exact(), rtol=1e-13)
+    with pytest.raises(ValueError, match=r"recalibrate: x has shape \(6,\); expected at least two axes"):
+        fastbn.recalibrate(library.put(x[:, 0, 0, 0].copy()), 5)
+
+
 class Described:
     """`__array_interface__` and nothing else: there is no way to make another, so results are NumPy's."""
 
@@ -360,6 +387,8 @@ def test_an_array_interface_alone(rng):
     assert type(y) is type(dx) is np.ndarray
     np.testing.assert_array_equal(y, wanted_y)
     np.testing.assert_array_equal(dx, fastbn.backward(dy, wanted)[0])
+    found = fastbn.recalibrate(Described(x), 5, chunk=4)
+    np.testing.assert_allclose(found.exact(), wanted.moments.exact(), rtol=1e-13)
 
 
 def test_ml_dtypes_are_numpys(rng):
@@ -411,6 +440,8 @@ def test_tensors_that_autograd_watches(rng):
         fastbn.forward(watched)
     with pytest.raises(TypeError, match="gamma " + says.format("gamma")):
         fastbn.forward(torch.tensor(x), torch.nn.Parameter(torch.tensor(gamma)))
+    with pytest.raises(TypeError, match="recalibrate: batches " + says.format("batches")):
+        fastbn.recalibrate(watched, 5)
     _, saved = fastbn.forward(torch.tensor(x))
     with pytest.raises(TypeError, match="dy " + says.format("dy")):
         fastbn.backward(torch.tensor(dy, requires_grad=True), saved)

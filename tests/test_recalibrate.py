@@ -176,6 +176,23 @@ def test_without_rich(rng, monkeypatch):
     assert stream.getvalue() == ""
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16])
+@pytest.mark.parametrize("source", ["a list", "functions", "the array itself"])
+def test_whole_numbers(rng, monkeypatch, source, dtype):
+    monkeypatch.setattr(MODULE, "_PIECE", 200)
+    q, bn = rng.integers(0, 120, (61, 3, 4)).astype(dtype), BatchNorm(3, ddof=0)
+    found = recalibrate(SOURCES[source](q), bn, scale=0.1, zero_point=3.5)
+    real = 0.1 * (q - 3.5)
+    np.testing.assert_allclose(found.exact(), (real.mean((0, 2)), real.var((0, 2))), rtol=1e-12)
+    np.testing.assert_array_equal(bn.running.exact(), found.exact())
+
+
+def test_moments_have_their_unit(rng):
+    q = rng.integers(0, 120, (9, 3)).astype(np.uint8)
+    found = recalibrate([q[:4], fastbn.moments(q[4:], scale=0.1)], 3, scale=0.1)
+    np.testing.assert_allclose(found.exact()[0], 0.1 * q.mean(0), rtol=1e-12)
+
+
 X = np.ones((4, 3))
 WRONG = {
     "no batches": (lambda t: recalibrate([], t), ValueError, r"recalibrate: batches has no values, in 0 batches"),
@@ -189,6 +206,16 @@ WRONG = {
         lambda t: recalibrate([fastbn.moments(X.T)], t),
         ValueError,
         r"batch 0 .* shape \(4,\); expec",
+    ),
+    "a scale with floats": (
+        lambda t: recalibrate(X, t, scale=0.5),
+        ValueError,
+        r"moments: scale or zero_point is given with x of float64; expected them with whole numbers only",
+    ),
+    "a scale of 0": (
+        lambda t: recalibrate(iter([X.astype(np.uint8)]), t, scale=0),
+        ValueError,
+        r"moments: scale is int 0 and zero_point .* expected finite numbers, and a scale above 0",
     ),
     "an integer": (lambda t: recalibrate(5, t), TypeError, r"batches is int 5; expected an iterable of arrays"),
     "text": (lambda t: recalibrate("abc", t), TypeError, r"batches is str 'abc'; expected an iterable"),
