@@ -136,7 +136,7 @@ class Diagnosis:
             name = ", ".join(str(i) for i in index)
             cells = [f"{a[index]:.4g}" for a in numbers]
             counts = [str(a[index]) if a[index] else "-" for a in (self.nan, self.inf)]
-            rows.append((name, *cells, *counts, f"{self.share_of_float16[index]:.2%}", findings[c]))
+            rows.append((name, *cells, *counts, _as_share(self.share_of_float16[index]), findings[c]))
         widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
         for row in (heads, *rows):
             lines.append(
@@ -211,6 +211,11 @@ def _finite_moments(x: np.ndarray, axes: tuple[int, ...], channel: tuple[int, ..
 
     mean, var = Moments.merge_all(each()).exact()
     return float(mean[0]), float(var[0])
+
+
+def _as_share(value: float) -> str:
+    """In percent, and above 100 % as a factor: that of float32's largest number is 5e33."""
+    return f"{value:.4g}x" if value > 1 else f"{value:.2%}"
 
 
 def _largest(dtype: np.dtype[Any]) -> float:

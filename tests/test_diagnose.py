@@ -127,6 +127,16 @@ def test_beyond_float16():
     assert found.findings.tolist() == ["beyond float16", ""]
 
 
+def test_the_table_stays_narrow_beyond_float16():
+    """The share was printed as 457987299324889468547078015185584128.00%."""
+    top = float(np.finfo(np.float16).max)
+    x = np.float32([[3e38, 1, 1.5 * top, top, np.nan], [-3e38, 2, 0, 0, np.nan]])
+    table = [line.split() for line in str(diagnose(x)).splitlines()[-5:]]
+    shares = {row[0]: row[8] for row in table}
+    assert shares == {"0": "4.58e+33x", "1": "0.00%", "2": "1.5x", "3": "100.00%", "4": "nan%"}
+    assert str(diagnose(x)).isascii()  # or print fails where stdout is ASCII alone
+
+
 def test_the_table_lists_findings_first_and_not_everything(rng):
     x = rng.normal(2, 1, (9, 300)).astype(np.float32)
     x[:, 250], x[3, 17] = 4, np.nan
