@@ -65,8 +65,8 @@ class RunningStats:
     Raises
     ------
     ValueError
-        For a momentum or decay outside [0, 1], or both given; in `update`, for other channels, and for NaN or Inf if
-        on_nonfinite="raise".
+        For a momentum or decay outside [0, 1], or both given; in `update`, for other channels, for a list of groups
+        without any, and for NaN or Inf if on_nonfinite="raise".
     TypeError
         In `update`, for moments that live elsewhere; for Numba device arrays as `like`.
 
@@ -167,8 +167,24 @@ class RunningStats:
             family, device = self._family, self._device
             self._skips = family.put(batches.astype(float), device), family.put(variances.astype(float), device)
 
-    def update(self, moments: Moments) -> None:
-        """Take in one batch: `saved.moments` of a forward pass, or `fastbn.moments(x)`."""
+    def update(self, moments: Moments | list[Moments] | tuple[Moments, ...]) -> None:
+        """Take in one batch: `saved.moments` of a forward pass, or `fastbn.moments(x)`.
+
+        With groups, `saved.moments` is a list (or a tuple is given) of those of each group. They are one batch: they
+        are merged first, to those of all its values, and empty groups count for nothing. What on_nonfinite says is for
+        the merged ones, in which NaN or Inf of any group is.
+
+        >>> import numpy as np, fastbn
+        >>> running = fastbn.RunningStats(1, momentum=1)
+        >>> y, saved = fastbn.forward(np.float32([[1], [3], [10], [50]]), groups=2)
+        >>> saved.moments
+        [Moments(count=2, mean=[2], var=[1]), Moments(count=2, mean=[30], var=[400])]
+        >>> running.update(saved.moments)
+        >>> running.mean.tolist(), running.batches
+        ([16.0], 1)
+        """
+        if isinstance(moments, (list, tuple)):
+            moments = self._together(moments)
         self._check("update", moments)
         if moments.count == 0:
             return
@@ -223,15 +239,18 @@ class RunningStats:
             self._skips = skipped, skipped
         self._mean, self._var = mean, var
 
+    def _together(self, groups: list[Moments] | tuple[Moments, ...]) -> Moments:
+        """The moments of a batch, from those of its groups."""
+        where = "fastbn.RunningStats.update"
+        if not groups:
+            raise ValueError(f"{where}: moments is an empty {type(groups).__name__}; expected those of each group")
+        for group in groups:
+            self._check_kind(where, group)
+        return Moments.merge_all(groups)
+
     def _check(self, method: str, moments: Any) -> None:
         where = f"fastbn.RunningStats.{method}"
-        if not isinstance(moments, Moments):
-            raise TypeError(
-                f"{where}: moments is a {type(moments).__name__}; expected Moments, "
-                "as in saved.moments (None after a frozen forward pass) or fastbn.moments(x)"
-            )
-        if moments.shape != self.shape:
-            raise ValueError(f"{where}: moments has channels of shape {moments.shape}; expected {self.shape}")
+        self._check_kind(where, moments)
         if self.on_nonfinite == "raise":
             wrong = np.flatnonzero(~place_of(moments._hi)[0].host(moments.finite()).astype(bool))
             if wrong.size:
@@ -240,6 +259,15 @@ class RunningStats:
                     f"{where}: moments is NaN or Inf in {wrong.size} of {math.prod(self.shape)} channels ({few}); "
                     'expected finite ones. Look for NaN or Inf in the batch, or pass on_nonfinite="skip"'
                 )
+
+    def _check_kind(self, where: str, moments: Any) -> None:
+        if not isinstance(moments, Moments):
+            raise TypeError(
+                f"{where}: moments is a {type(moments).__name__}; expected Moments, "
+                "as in saved.moments (None after a frozen forward pass) or fastbn.moments(x)"
+            )
+        if moments.shape != self.shape:
+            raise ValueError(f"{where}: moments has channels of shape {moments.shape}; expected {self.shape}")
 
     def _skip(self, taken: Any, varied: bool) -> None:
         """Count the channels that don't take a batch in, without waiting for a device."""

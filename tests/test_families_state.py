@@ -56,6 +56,17 @@ def test_running_stats_live_with_the_first_batch(library, rng):
     assert library.state.transfers.count("from") == 0
 
 
+def test_running_stats_of_groups_where_they_are(library, rng):
+    x = rng.normal(3, 2, (8, 3, 5)).astype(np.float32)
+    running, wanted = fastbn.RunningStats(3), fastbn.RunningStats(3)
+    running.update([fastbn.moments(library.put(part, 1)) for part in (x[:2], x[2:5], x[5:])])
+    wanted.update(fastbn.moments(x))
+    for got, expected in ((running.mean, wanted.mean), (running.var, wanted.var)):
+        assert (type(got), got.on_device) == (library.type, 1)
+        np.testing.assert_allclose(got.on_host, expected, rtol=3e-7)  # as above
+    assert library.state.transfers.count("from") == 0
+
+
 def test_moments_subtract_merge_and_load_where_they_are(library, rng):
     x = rng.normal(1e4, 1, (40, 3)).astype(np.float32)
     parts = [x[:25], x[25:]]

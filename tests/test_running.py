@@ -335,6 +335,49 @@ def test_replace_under_the_guard():
     assert running.skipped.tolist() == [0, 4]
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_groups_are_one_batch(rng, kind, ddof):
+    """[ghost batch norm] Their means differ: the average of their variances isn't that of the batch."""
+    groups, mean, var = np.int64([0, 2, 2, 0, 4, 4, 4, 2]), np.zeros(3), np.ones(3)  # 1 and 3 are empty
+    running = RunningStats(3, momentum=0.25, ddof=ddof)
+    for _ in range(3):
+        x = rng.normal(0, 1, (8, 3, 5)) + 10 * groups[:, None, None]
+        found = fastbn.forward(x, rng.normal(size=3), groups=groups)[1].moments
+        assert [m.count for m in found] == [10, 0, 15, 0, 15]
+        running.update(kind(found))
+        mean = 0.75 * mean + 0.25 * x.mean((0, 2))
+        var = 0.75 * var + 0.25 * x.var((0, 2), ddof=ddof)
+    np.testing.assert_allclose(running.exact(), [mean, var], rtol=1e-12)
+    assert (running.batches, running.variances) == (3, 3)
+
+
+def test_groups_of_one_value_each_have_a_variance_together(rng):
+    x, running = rng.normal(5, 2, (6, 3)), RunningStats(3, momentum=1)
+    running.update([fastbn.moments(row[None]) for row in x])
+    np.testing.assert_allclose(running.exact(), [x.mean(0), x.var(0, ddof=1)], rtol=1e-12)
+
+
+def test_groups_without_values_change_nothing():
+    running = RunningStats(2, on_nonfinite="raise")
+    running.update([Moments(0, [0, 0], [0, 0])] * 2)
+    assert (running.batches, running.mean.tolist(), running.var.tolist()) == (0, [0, 0], [1, 1])
+
+
+def test_a_nan_of_one_group_is_the_batchs(rng):
+    x = rng.normal(5, 2, (6, 3))
+    x[1, 2] = np.nan
+    found = fastbn.forward(x, groups=3)[1].moments
+    running = RunningStats(3, momentum=1, on_nonfinite="skip")
+    running.update(found)
+    assert running.skipped.tolist() == [0, 0, 1]
+    np.testing.assert_allclose(running.exact()[0], [*x.mean(0)[:2], 0], rtol=1e-12)
+    running = RunningStats(3, on_nonfinite="raise")
+    with pytest.raises(ValueError, match=r"update: moments is NaN or Inf in 1 of 3 channels \(2\)"):
+        running.update(found)
+
+
 R = "fastbn.RunningStats: "
 WRONG = {
     "guard unknown": (
@@ -378,6 +421,18 @@ WRONG_USE = {
         r"update: moments has channels of shape \(2,\); expected \(3,\)",
     ),
     "other channels, of no values": (lambda r: r.update(Moments(0, [1], [1])), ValueError, r"channels of shape \(1,\)"),
+    "no groups": (lambda r: r.update([]), ValueError, r"update: moments is an empty list; expected those"),
+    "a group that has none": (
+        lambda r: r.update([Moments(2, [1, 2, 3], [1, 2, 3]), None]),
+        TypeError,
+        r"update: moments is a NoneType; expected Moments",
+    ),
+    "a group of other channels": (
+        lambda r: r.update((Moments(2, [1, 2, 3], [1, 2, 3]), Moments(0, [1], [1]))),
+        ValueError,
+        r"update: moments has channels of shape \(1,\); expected \(3,\)",
+    ),
+    "replace by groups": (lambda r: r.replace([]), TypeError, r"replace: moments is a list; expected Moments"),
     "replace by none": (lambda r: r.replace(None), TypeError, r"replace: moments is a NoneType"),
     "replace by other channels": (
         lambda r: r.replace(Moments(2, [1], [1])),
