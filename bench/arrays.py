@@ -138,13 +138,9 @@ class Arrays:
             return {"groups": min(4, len(self.x))}
         if what == "ids":
             return {"groups": self.ids}
-        return (
-            {}
-            if not what or function in SECOND
-            else {"weights": self.weights}
-            if what == "weights"
-            else {"activation": what}
-        )
+        if what == "weights":
+            return {"weights": self.weights}
+        return {"activation": what} if what and function not in SECOND else {}
 
     def _exact(self, function: str) -> tuple[np.ndarray, ...]:
         """The reference's results on the checked channels."""
