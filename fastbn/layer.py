@@ -127,12 +127,21 @@ class BatchNorm:
         weights: Any = None,
         masked: str = "normalize",
         residual: Array | None = None,
+        groups: Any = None,
+        save: str = "x",
+        scale: float = 1.0,
+        zero_point: float = 0.0,
     ) -> Array:
-        """y; in training the running statistics take x in. The rest is as in `fastbn.forward`."""
+        """y; in training the running statistics take x in. The rest is as in `fastbn.forward`.
+
+        The running statistics take all groups in as one batch, and in evaluation, where they stand for all samples,
+        groups mean nothing.
+        """
         frozen = None if self.training else self.running
         y, saved = forward(
             x, self.gamma, self.beta, axis=self.axis, eps=self.eps, frozen=frozen, out=out, weights=weights,
-            masked=masked, residual=residual, activation=self.activation, comm=self.comm,
+            masked=masked, residual=residual, activation=self.activation, comm=self.comm, save=save, scale=scale,
+            zero_point=zero_point, groups=groups if self.training else None,
         )  # fmt: skip
         if (moments := saved.moments) is not None:
             self.running.update(moments)

@@ -157,6 +157,34 @@ def test_out(rng):
     np.testing.assert_array_equal(dy, dx)
 
 
+def test_groups_are_one_batch_in_training_and_nothing_in_evaluation(rng):
+    bn, (x, dy) = layer(rng, momentum=1.0), batch(rng, (7, 3, 4))
+    ids = np.array([2, 0, 0, 1, 2, 2, 0])
+    y, saved = fastbn.forward(x, bn.gamma, bn.beta, groups=ids)
+    np.testing.assert_array_equal(bn(x, groups=ids), y)
+    dx, dgamma, dbeta = fastbn.backward(dy, saved)
+    for got, right in zip((bn.backward(dy), bn.dgamma, bn.dbeta), (dx, dgamma, dbeta), strict=True):
+        np.testing.assert_array_equal(got, right)
+    whole = fastbn.moments(x)
+    np.testing.assert_allclose(bn.running.mean, whole.mean, rtol=1e-6)
+    np.testing.assert_allclose(bn.running.var, whole.var(ddof=1), rtol=1e-6)
+    np.testing.assert_array_equal(bn.eval()(x, groups=ids), fastbn.infer(x, *bn.running.exact(), bn.gamma, bn.beta))
+
+
+def test_y_alone_and_whole_numbers_as_in_forward(rng):
+    bn, (x, dy) = layer(rng, activation="leaky_relu"), batch(rng)
+    wanted, given = fastbn.forward(x, bn.gamma, bn.beta, activation="leaky_relu")[1], x.copy()
+    y = bn(given, out=given, save="y")
+    assert y is given
+    # x is had back from y: off by some eps of float32, times 4 of the activation's slope
+    np.testing.assert_allclose(bn.backward(dy), fastbn.backward(dy, wanted)[0], atol=1e-5)
+    bn, counts = layer(rng), rng.integers(0, 255, (6, 3, 4)).astype(np.uint8)
+    y = bn(counts, scale=0.5, zero_point=7.0)
+    np.testing.assert_array_equal(y, fastbn.forward(counts, bn.gamma, bn.beta, scale=0.5, zero_point=7.0)[0])
+    wanted = 0.1 * 0.5 * (counts.mean((0, 2)) - 7)  # momentum is 0.1
+    np.testing.assert_allclose(bn.running.mean, wanted, rtol=1e-5)
+
+
 def test_results_are_new_each_time(rng):
     bn = layer(rng)
     x, dy = batch(rng)
