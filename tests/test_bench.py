@@ -584,7 +584,7 @@ def test_the_readme_table():
 
 
 MEMORY = """
-import sys
+import json, sys
 import numpy as np, fastbn
 from collections import Counter
 from pathlib import Path
@@ -600,20 +600,24 @@ def peak(call):
     kept = call()
     return status("VmHWM") - before
 
-dtype, last = np.dtype(sys.argv[1]), sys.argv[2] == "last"
-shape = (96, 64, 128 * 4 // dtype.itemsize, 64)  # 201 MB: what grows with x shows beside 1 MB
-def array():
+dtype, last, activation = np.dtype(sys.argv[1]), sys.argv[2] == "last", json.loads(sys.argv[3])
+whole = dtype.kind == "u"
+result = np.dtype(np.float32) if whole else dtype
+shape = (96, 64, 128 * 4 // result.itemsize, 64)  # y has 201 MB: what grows with it, or x, shows beside 1 MB
+def array(dtype=result):
     a = np.empty([shape[i] for i in (0, 2, 3, 1)], dtype).transpose(0, 3, 1, 2) if last else np.empty(shape, dtype)
-    a.fill(0.5)
+    a.fill(1 if dtype.kind == "u" else 0.5)
     return a
-x, y, dy, dx = (array() for _ in range(4))
+x, y, dy, dx = array(dtype), array(), array(), None if whole else array()
 dgamma, dbeta, mean, var = np.ones((4, 64), np.float32)
-saved = fastbn.forward(x, out=y)[1]
-print(peak(lambda: fastbn.forward(x)), x.nbytes)
+more = {"activation": activation}
+alone = {"save": "y", "out": x} if activation == "leaky_relu" else {"out": y}
+print(peak(lambda: fastbn.forward(x, **more)), y.nbytes)
+saved = fastbn.forward(x, **more, **alone)[1]
 for call in (
-    lambda: fastbn.forward(x, out=y),
-    lambda: fastbn.backward(dy, saved, out=(dx, dgamma, dbeta)),
-    lambda: fastbn.infer(x, mean, var, out=y),
+    lambda: fastbn.forward(x, **more, **alone),
+    lambda: fastbn.backward(dy, saved, need=(not whole, True, True), out=(dx, dgamma, dbeta)),
+    lambda: fastbn.infer(x, mean, var, **more, out=y),
     lambda: fastbn.moments(x),
 ):
     print(peak(call), 0)
@@ -622,15 +626,19 @@ for call in (
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
 @pytest.mark.parametrize("layout", ["first", "last"])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_no_hidden_memory(dtype, layout):
+@pytest.mark.parametrize(
+    ("dtype", "activation"),
+    [("float32", None), ("float16", None), ("float32", "relu"), ("float32", "leaky_relu"), ("uint8", None)],
+)
+def test_no_hidden_memory(dtype, activation, layout):
     """Peak of resident memory beyond inputs and outputs: at most 1 MB and 64 numbers a channel and thread.
 
+    With ReLU x alone is kept; with leaky ReLU y, written over x; whole numbers have no float copy.
     malloc is told to map each block of 64 KB or more by itself, else it hands out memory that is resident already.
     """
     environment = {**command.os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     process = subprocess.run(
-        [sys.executable, "-c", MEMORY, dtype, layout],
+        [sys.executable, "-c", MEMORY, dtype, layout, json.dumps(activation)],
         env=environment,
         capture_output=True,
         text=True,
