@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from extras import SHAPES, compare
+from extras import SHAPES, compare, groups_for, weights_for
 
 import fastbn
 
@@ -52,6 +52,42 @@ def test_whole_numbers(name, dtype, rng):
     assert np.abs(dbeta - want_beta).max() <= 1e-6 * n
     with pytest.raises(ValueError, match=r"dx of whole numbers .* no gradient.*need=\(False, True, True\)"):
         fastbn.backward(dy, saved)
+
+
+@pytest.mark.parametrize(
+    ("weights", "groups"), [("mask", "sizes"), ("positions", "ids")], ids=["mask, sizes", "positions, ids"]
+)
+@pytest.mark.parametrize("name", ["nchw", "nhwc narrow"])
+def test_all_at_once(name, weights, groups, rng):
+    """Weights, groups, a residual and ReLU: as the reference has it of what the whole numbers stand for."""
+    shape, axis = SHAPES[name]
+    scale, zero = 0.037, 113.0
+    q = rng.integers(0, 255, shape, np.uint8, endpoint=True)
+    gamma, beta = rng.normal(1, 0.5, shape[axis]), rng.normal(0, 1, shape[axis])
+    more = {
+        "axis": axis,
+        "weights": weights_for(weights, rng, shape, axis),
+        "masked": "zero",
+        "groups": groups_for(groups, rng, shape, axis),
+        "residual": rng.normal(0, 1, shape).astype(np.float32),
+        "activation": "relu",
+    }
+    y, saved = fastbn.forward(q, gamma, beta, **more, scale=scale, zero_point=zero)
+    exact, kept = fastbn.reference.forward(scale * (q.astype(np.float64) - zero), gamma, beta, **more)
+    assert y.dtype == np.float32
+    compare("y", y, exact, y.dtype)
+    for found, want in zip(saved.moments, kept.moments, strict=True):
+        np.testing.assert_allclose(found.count, want.count, rtol=1e-6)
+        np.testing.assert_allclose(found.mean, want.mean, rtol=2e-7, atol=2e-7 * scale * 255)
+        np.testing.assert_allclose(found.var(), want.var(), rtol=1e-6)
+    dy = rng.normal(0, 1, shape).astype(np.float32)
+    dx, *gradients = fastbn.backward(dy, saved, need=(False, True, True))
+    _, *wanted = fastbn.reference.backward(dy, kept)
+    assert dx is None
+    n = q.size / len(gamma)
+    for found, want in zip(gradients[:2], wanted[:2], strict=True):  # sums of n terms, each some eps off
+        assert np.abs(found - want).max() <= 1e-6 * n
+    np.testing.assert_array_equal(gradients[2], wanted[2])  # dy, or 0 where ReLU or the mask is
 
 
 @pytest.mark.parametrize("scale", [1e200, 1e-170, 0.0, np.inf])
