@@ -38,6 +38,13 @@ def channels_of(shape: tuple[int, ...], axes: tuple[int, ...]) -> Channels:
     return Channels(channels, number, math.prod(shape) // max(1, number))
 
 
+class Samples(NamedTuple):
+    """The axis that comes first in O, so that a sample is some outer indices, one behind the other."""
+
+    axis: int
+    alone: bool  # O is that axis, if it can be: they come in an order of their own
+
+
 @dataclasses.dataclass(frozen=True)
 class Collapse:
     """How to see an array as (O, C, I): transpose by `order`, then reshape."""
@@ -61,18 +68,19 @@ class Collapse:
 
 @functools.lru_cache(maxsize=4096)
 def collapse(
-    shape: tuple[int, ...], axes: tuple[int, ...], *strides: tuple[int, ...], samples: int | None = None
+    shape: tuple[int, ...], axes: tuple[int, ...], *strides: tuple[int, ...], samples: Samples | None = None
 ) -> Collapse | None:
     """The common view of arrays of one shape (no axis of size 0) and these strides, or None if there is none.
 
-    `axes` are the channel axes, ascending. The first array's strides set the order of the axes. With `samples`, that
-    axis comes first in O, so that a sample is some outer indices, one behind the other.
+    `axes` are the channel axes, ascending. The first array's strides set the order of the axes.
 
     >>> collapse((8, 3, 4, 4), (1,), (192, 64, 16, 4))  # float32, NCHW
     Collapse(order=(0, 1, 2, 3), shape=(8, 3, 16))
     >>> collapse((8, 3, 4, 4), (1,), (192, 4, 48, 12))  # the same shape in channels-last memory
     Collapse(order=(0, 2, 3, 1), shape=(128, 3, 1))
     >>> collapse((8, 3, 4, 4), (1,), (192, 64, 16, 4), (192, 4, 48, 12))  # one of each: (N, C, H W) fits both
+    Collapse(order=(0, 1, 2, 3), shape=(8, 3, 16))
+    >>> collapse((8, 3, 4, 4), (1,), (192, 4, 48, 12), samples=Samples(0, alone=True))
     Collapse(order=(0, 1, 2, 3), shape=(8, 3, 16))
     """
     groups: list[list[int]] = []
@@ -95,11 +103,13 @@ def collapse(
     else:
         outer, inner = [], others[0] if others else []
     ones = [a for a in range(len(shape)) if shape[a] == 1]
-    if samples is not None and samples not in ones:
-        if not outer and inner[0] == samples:
+    if samples is not None and samples.axis not in ones:
+        if not outer and inner[0] == samples.axis:
             outer, inner = inner[:1], inner[1:]
-        elif not outer or outer[0] != samples:
+        elif not outer or outer[0] != samples.axis:
             return None
+        elif samples.alone and not inner:
+            outer, inner = outer[:1], outer[1:]
 
     def size(group: list[int]) -> int:
         return math.prod(shape[a] for a in group)
@@ -139,7 +149,7 @@ class Views:
     __slots__ = ("_axes", "_copied", "_plan", "inputs", "views")
 
     def __init__(
-        self, axes: tuple[int, ...], inputs: Sequence[Any], outputs: Sequence[Any], samples: int | None = None
+        self, axes: tuple[int, ...], inputs: Sequence[Any], outputs: Sequence[Any], samples: Samples | None = None
     ) -> None:
         given = len(inputs)
         arrays: list[Any] = [*inputs, *outputs]
@@ -210,7 +220,7 @@ def _is_plain(a: np.ndarray | None) -> bool:
     return a is None or (a.dtype.isnative and a.flags.aligned)
 
 
-def _common(axes: tuple[int, ...], arrays: Sequence[Any], samples: int | None) -> Collapse | None:
+def _common(axes: tuple[int, ...], arrays: Sequence[Any], samples: Samples | None) -> Collapse | None:
     """The common view of arrays and of None, which stands for a result that nobody wants."""
     strides = [a.strides for a in arrays if a is not None]
     if samples is None:
@@ -219,7 +229,7 @@ def _common(axes: tuple[int, ...], arrays: Sequence[Any], samples: int | None) -
 
 
 def _walkable(
-    axes: tuple[int, ...], arrays: Sequence[Any], given: int, samples: int | None
+    axes: tuple[int, ...], arrays: Sequence[Any], given: int, samples: Samples | None
 ) -> tuple[list[Any], Collapse]:
     """The arrays, the first `given` of them inputs, with copies for those that need one; and their common view."""
     plain: Any = is_aligned if isinstance(arrays[0], Span) else _is_plain
@@ -249,7 +259,7 @@ def dense_copy(a: Any, like: Any, filled: bool = True) -> Any:
     return new
 
 
-def _packed(axes: tuple[int, ...], a: Any, samples: int | None) -> Any:
+def _packed(axes: tuple[int, ...], a: Any, samples: Samples | None) -> Any:
     """A copy of `a` that collapses: in its own order if that will do, else with the channel axes last."""
     new = dense_copy(a, a)
     if _common(axes, [new], samples) is None:

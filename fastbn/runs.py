@@ -13,7 +13,7 @@ from .distributed import Shared, sums
 from .extras import Asked, Extras
 from .host import Caller
 from .kept import assign_at, of_channels, picked, put_back
-from .layout import Few, Views, channels_of, empty
+from .layout import Few, Samples, Views, channels_of, empty
 from .saved import Saved, number_type
 
 
@@ -74,9 +74,11 @@ def _each(views: list[Any], backend: Kernels) -> list[Any]:
     return [None if v is None else elements([v], backend)[0] for v in views]
 
 
-def samples(asked: Asked | None) -> int | None:
+def samples(asked: Asked | None, x: Any) -> Samples | None:
     """The axis that must come first, if groups of samples are asked for."""
-    return None if asked is None or asked.groups is None else asked.samples
+    if asked is None or asked.groups is None:
+        return None
+    return Samples(asked.samples, asked.groups.order is not None and not isinstance(x, Span))
 
 
 def run_forward(
@@ -102,7 +104,7 @@ def run_forward(
         views.finish()
         return None, views.inputs[0], None
     residual = None if asked is None else asked.residual
-    views = Views(axes, [x] if residual is None else [x, residual], [y], samples(asked))
+    views = Views(axes, [x] if residual is None else [x, residual], [y], samples(asked, x))
     seen = _each(views.views, backend)
     more = None
     if asked is not None:
@@ -167,7 +169,7 @@ def _seen(
     asked = saved._asked
     residual = None if asked is None else asked.residual
     inputs = [x, dy] if residual is None else [x, dy, residual]
-    views = Views(saved._axes, inputs, [dx] if dr is None else [dx, dr], samples(asked))
+    views = Views(saved._axes, inputs, [dx] if dr is None else [dx, dr], samples(asked, x))
     seen = _each(views.views, backend)
     more = None
     if asked is not None:

@@ -240,7 +240,7 @@ def _run(where: str, u: Any, g: Any, x: Any, r: Any, z: Any, saved: Saved, numbe
         return
     inputs = [a for a in (x, u, g) if a is not None]
     asked = saved._asked
-    views = Views(saved._axes, inputs or [r], [r, z], samples(asked))
+    views = Views(saved._axes, inputs or [r], [r, z], samples(asked, r))
     seen = iter(elements(views.views, backend))
     if not inputs:
         next(seen)

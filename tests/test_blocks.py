@@ -128,3 +128,17 @@ def test_samples_of_a_block_lie_in_it_here_and_there(rng):
         if few >= 4 * rows.SAMPLE and n >= rows.SAMPLE:
             assert np.unique(seen.nonzero()[0]).size >= min(runs, 3)
             assert seen.nonzero()[1].max() >= n // 2
+
+
+@pytest.mark.parametrize(("inner", "fold"), [(1, 1), (37, 1), (49, 7), (63, 9), (196, 14), (3136, 16)])
+def test_folded_rows_end_with_a_sample_where_those_have_an_order(inner, fold):
+    """What follows in memory is another group's."""
+    from fastbn.kernels import cpu
+    from fastbn.kernels.cpu.plan import ORDERED, plan_of
+
+    def folded(special):
+        strides = ((64 * inner * 4, 4, 64 * 4),) * 2
+        return plan_of((32, 64, inner), strides, (4, 4, 0), 7, cpu.Sizes(folded=1024), 3, 12, special).cut.fold
+
+    assert folded(ORDERED) == fold
+    assert folded(0) == (2 if inner == 1 else 16)

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 import fastbn
 from fastbn import reference
-from fastbn.layout import Views
+from fastbn.layout import Samples, Views
 
 # Three levels of other axes; not native; channel axes apart, or in another order in memory than in the shape.
 COPIED = {"batch slice", "cropped image", "one channel cropped"}
@@ -68,7 +68,9 @@ def test_any_strides_any_axes(first, second):
     if second[0].shape == x.shape:
         dy = second[0].astype(x.dtype, order="K")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "SIZES", cpu.Sizes(block=6, piece=2, slab=40, line=12, columns=3, height=3, serial=30))
+        patch.setattr(
+            cpu, "SIZES", cpu.Sizes(block=6, piece=2, slab=40, line=12, columns=3, folded=3, height=3, serial=30)
+        )
         y, saved = fastbn.forward(x, gamma, beta, axis=axis, eps=1e-2)
         dx, dgamma, dbeta = fastbn.backward(dy, saved)
     exact, exact_saved = reference.forward(x, gamma, beta, axis=axis, eps=1e-2)
@@ -91,6 +93,19 @@ def test_views_agree_for_operands_of_different_layouts(rng):
         views = Views((1,), [a, b], [])
         for view, array in zip(views.views, (a, b), strict=True):
             np.testing.assert_allclose(view.sum((0, 2)), array.sum((0, 2, 3)), rtol=0, atol=1e-4)
+
+
+def test_samples_alone_where_they_have_an_order(rng):
+    """Rows of a sample are folded then; of the rows of all samples each had its place in the order, and none was."""
+    x = rng.normal(size=(6, 7, 9, 5))  # channels last
+    crossed = rng.normal(size=(7, 6, 9, 5)).transpose(1, 0, 2, 3)  # samples don't come first in memory
+    for array, shape, copied in ((x, (6, 5, 63), 0), (x[:, :1], (6, 5, 9), 0), (crossed, (6, 5, 63), 1)):
+        views = Views((3,), [array], [], Samples(0, alone=True))
+        assert views.shape == shape
+        assert (views.inputs[0] is not array) == copied
+        np.testing.assert_array_equal(views.views[0][-1, -1], array[-1, :, :, -1].ravel())
+    assert Views((3,), [x], [], Samples(0, alone=False)).shape == (6 * 63, 5, 1)
+    assert Views((1,), [x], [], Samples(0, alone=True)).shape == (6, 7, 45)  # channels first: so it is anyhow
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "narrow", "transposed"])

@@ -23,7 +23,9 @@ def small(monkeypatch):
     """Blocks so small that a small array has many of each, and runs on all threads."""
     from fastbn.kernels.cpu import second
 
-    sizes = second.Sizes(block=48, slab=4000, line=64, columns=32, height=16, few=8, serial=0, asleep=0, past=4000)
+    sizes = second.Sizes(
+        block=48, slab=4000, line=64, columns=32, folded=32, height=16, few=8, serial=0, asleep=0, past=4000
+    )
     monkeypatch.setattr(second, "SIZES", sizes)
     monkeypatch.setattr(second, "FEW", 7)
 

@@ -80,7 +80,7 @@ def _row(a, r, c0, plan, order):  # type: ignore[no-untyped-def]
         o = r // a.shape[2]
         i = r - o * a.shape[2]
         place, step, left = index(order, o) * a.strides[0] + i * a.strides[2], a.strides[2], a.shape[2] - i
-        if plan.fold > 1:
+        if plan.fold > 1 and order.size == 0:
             left = rows - r  # folded rows are contiguous
     return pointer(a, place + c0 * a.strides[1]), step * plan.fold, (left + plan.fold - 1) // plan.fold
 

@@ -44,8 +44,11 @@ class Sizes:
     most: int = 32  # channels of a tile of rows: their sums stay in L1
     far: tuple[int, int] = (256, 4_000_000)  # runs and bytes of a channel that no cache holds: 64 are a tile then
     columns: int = 1024  # columns of a tile: its sums and coefficients stay in L1 and L2
-    weighted: int = 128  # columns of a folded row that has weights, which are laid out by column, 16 rows at once
-    height: int = 64  # rows of a block of columns: as many are added in a lane
+    folded: int = 256  # columns of a folded row: by 1024, forward of (100,000, 3) took 1.4 times as long
+    weighted: int = 128  # the same with weights, which are laid out by column, 16 rows at once
+    height: int = (
+        256  # rows of a block of columns, or more of few: by 64, a pass took 1.02 to 1.1, as each block merges
+    )
     few: int = 256  # values of a channel below which all is done in float64
     serial: int = 600_000  # of `Plan.work`: less runs on one thread; of 0.5 MB two took 0.8 to 1.2 of the time
     asleep: int = 2_000_000  # the same where threads sleep between regions: of 1.6 MB 1.0 to 1.5, of 3.2 MB 0.8 to 1.1
@@ -143,14 +146,16 @@ def _by_columns(
     outer, channels, inner = shape
     rows = outer if period > 1 else outer * inner
     fold, width = 1, channels * period
-    folded = sizes.columns // max(1, len(strides) - 1)  # coefficients of a gradient are twice as large
+    folded = sizes.folded // max(1, len(strides) - 1)  # coefficients of a gradient are twice as large
     if special & WEIGHTED:
         folded = min(folded, sizes.weighted)
     across = [s[0] if period > 1 or inner == 1 else s[2] for s in strides]
-    gapless = all(s == width * n for s, n in zip(across, items, strict=True)) and not special & ORDERED
+    gapless = all(s == width * n for s, n in zip(across, items, strict=True))
     level = period > 1 or inner == 1 or outer == 1 or all(s[0] == inner * s[2] for s in strides)
     if gapless and level and 2 * width <= folded:
         fold = max(1, min(folded // width, rows // 16))
+    if special & ORDERED:  # of one sample, if at all
+        fold = next(n for n in range(fold, 0, -1) if inner % n == 0) if period == 1 else 1
     # Not fewer to keep a tile in L2: rows of 256 bytes took 2 to 5 times as long, as loads wait for stores of other
     # rows to the same place in a page.
     tile = channels if fold > 1 else min(max(1, sizes.columns // period), channels)
@@ -158,7 +163,13 @@ def _by_columns(
         tile = channels  # whole rows are one run: infer of (1568, 2048) float64 took 1.90 ms by halves, 1.31 so
     if fold == 1 and tile < channels:  # alike: 1040 channels as 1024 and 16 took twice as long as 1024
         tile = min(tile, ceil(ceil(channels, ceil(channels, tile)), LANES) * LANES)
-    blocks = ceil(ceil(rows, fold), sizes.height)
+    rows, height = ceil(rows, fold), sizes.height * sizes.columns // (tile * period * fold)
+    height = max(sizes.height, min(height, 4 * sizes.height))
+    blocks = ceil(rows, height)
+    if blocks < 16:  # alike, and 2, 4, 8 or 16 of them: as much for each thread
+        step = min(16, sizes.height)
+        height = max(ceil(height, 4), ceil(ceil(rows, 1 << blocks.bit_length()), step) * step)
+        blocks = ceil(rows, height)
     piece = max(min(8, ceil(blocks, 16)), ceil(blocks, max(1, min(64, 32768 // channels))))
-    cut = Cut(1, tile, blocks, piece, sizes.height, 1, 1, period, fold, flags)
+    cut = Cut(1, tile, blocks, piece, height, 1, 1, period, fold, flags)
     return ceil(channels, tile), ceil(blocks, piece), cut
