@@ -16,9 +16,9 @@ from collections import Counter
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .arguments import describe
@@ -274,21 +274,27 @@ def batch_norm(
                 "each channel one"
             )
     y, table = _normalize(input, weight, bias, None, None, eps, name, parameter)
-    if count and running_mean is not None:
-        _mix(running_mean, table, [0, 1], 1.0, momentum)
-    if count and running_var is not None:
-        _mix(running_var, table, [2], count / (count - 1), momentum)
+    if count:
+        _mix(running_mean, running_var, table, count / (count - 1), momentum)
     return y
 
 
-def _mix(running: Tensor, table: Tensor, rows: list[int], scale: float, momentum: float | Tensor) -> None:
+def _mix(mean: Tensor | None, var: Tensor | None, table: Tensor, unbiased: float, momentum: float | Tensor) -> None:
     """In float64, and rounded once: PyTorch's lerp in bfloat16 rounds three times."""
-    if running.is_cuda or not _is_plain(running, table):
-        running.copy_(torch.lerp(running.double(), table[rows].sum(0) * scale, momentum))
-        return
-    new = TENSORS.view(table)  # NumPy does it in a third of the time
-    before = TENSORS.view(running).astype(np.float64)
-    running.copy_(torch.from_numpy(before + float(momentum) * (scale * sum(new[row] for row in rows) - before)))
+    some = [a for a in (mean, var) if a is not None]
+    plain = _is_plain(*some, table) and not table.is_cuda
+    found: Any = TENSORS.view(table) if plain else table  # NumPy does it in a third of the time
+    for running in some:
+        new = found[0] + found[1] if running is mean else found[2] * unbiased
+        if not plain:
+            running.copy_(torch.lerp(running.double(), new, momentum))
+            continue
+        held = TENSORS.view(running)
+        new -= held
+        new *= float(momentum)
+        new += held
+        held[...] = new
+        increment_version(running)
 
 
 class _Fast(nn.modules.batchnorm._BatchNorm):

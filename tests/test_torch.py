@@ -324,6 +324,18 @@ def test_an_empty_batch_changes_nothing():
     assert torch.equal(module.running_var, before["running_var"])
 
 
+def test_autograd_sees_running_statistics_change():
+    """They are written by NumPy, which has no part in how autograd counts what is written."""
+    module, weight = ours.BatchNorm2d(5), torch.ones(5, requires_grad=True)
+    x, *_ = tensors(dtype=torch.float32)
+    for running in (module.running_mean, module.running_var):
+        before, products = running.clone(), (running * weight).sum()
+        module(x)
+        assert not torch.equal(running, before)
+        with pytest.raises(RuntimeError, match=r"modified by an inplace operation"):
+            products.backward()
+
+
 def test_convert_and_revert():
     """The same module objects, with their parameters, hooks, modes and whatever else they have."""
 
