@@ -220,8 +220,8 @@ def _beside_others(
 def _beside_plain(
     arrays: Arrays, function: str, out: bool, library: Library, budget: Budget, torch: Any
 ) -> Row:  # fmt: skip
-    """A function with more, beside the plain one and copies alone: beside five others that read the same x, whose
-    y is where the plain call left it or isn't, ReLU took 1.4 times as long as none, and beside it alone 1.0."""
+    """A function with more, beside the plain one and copies alone: where five others read the same x in between, ReLU
+    took 1.4 times as long as none, for what they left in the caches; beside the plain one alone 1.0."""
     about = _about(arrays.case, function, out, library)
     # What y alone is read from nobody else reads, where x is in the caches for the sake of all: of 26 MB, the plain
     # function with an x of its own takes 6 to 14 % longer.

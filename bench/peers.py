@@ -76,7 +76,7 @@ class Fastbn(Library):
 
 def _second_order(a: Arrays, function: str, out: bool) -> Call:
     saved = fastbn.forward(a.x, a.gamma, a.beta, eps=EPS)[1]
-    if function.endswith("+jvp"):
+    if function == "backward+jvp":
         run = partial(fastbn.jvp, a.tangent, saved, a.beta, a.mean, out=a.dx if out else None)
         return Call(run, lambda r: (r,))
     given = (a.dx, a.dgamma, a.y) if out else None

@@ -543,7 +543,7 @@ def _forward(
         kept = None
     residual = _residual_of(asked)
     overwritten = residual is not None and out is not None and same_memory(residual, y)
-    y = own(y) if caller is None else caller.result(y, out)
+    y = own(y, caller, out)
     saved = Saved(kept, x, axes, table, frozen is not None, asked, masses, lost, units, caller)
     saved._shared, saved._overwritten = shared, overwritten
     return y, saved

@@ -22,8 +22,10 @@ def new(shape: tuple[int, ...], dtype: np.dtype[Any], x: Any) -> Any:
     return x.family.new(shape, dtype, x.device) if isinstance(x, Span) else np.empty(shape, dtype)
 
 
-def own(a: Any) -> Any:
-    """The caller's own kind of array."""
+def own(a: Any, caller: Caller | None = None, out: Any = None) -> Any:
+    """The caller's own kind of array: the one that they gave for it, or a new one."""
+    if caller is not None:
+        return caller.result(a, out)
     return a.value if isinstance(a, Span) else a
 
 

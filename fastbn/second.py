@@ -68,7 +68,7 @@ def jvp(x_t: Any, saved: Saved, gamma_t: Any = None, beta_t: Any = None, *, out:
     x = _x_of(where, saved, gamma_t is not None)
     y_t = _place(where, "out", out, saved, {"x_t": u}, {"x": saved._x})
     _run(where, u, None, x, y_t, None, saved, numbers, None)
-    return own(y_t) if saved._caller is None else saved._caller.result(y_t, out)
+    return own(y_t, saved._caller, out)
 
 
 def backward_backward(
@@ -151,8 +151,8 @@ def backward_backward(
             given_gamma = check_out(where, "out (ggamma)", given_gamma, channels.shape, kind, g, {}, apart, caller)
         ggamma = flat(given_gamma, channels.number, kind, saved._like)
     _run(where, u, g, x, gdy, gx, saved, numbers, ggamma)
-    found = own(gx), shaped(ggamma, given_gamma, channels.shape), own(gdy)
-    return found if caller is None else tuple(map(caller.result, found, places))
+    found = gx, shaped(ggamma, given_gamma, channels.shape), gdy
+    return tuple([own(a, caller, place) for a, place in zip(found, places, strict=True)])
 
 
 def _check_saved(where: str, saved: Any) -> None:

@@ -117,12 +117,15 @@ def same(library, got, wanted):
     np.testing.assert_array_equal(seen, wanted)
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["own parameters", "NumPy parameters"])
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
-def test_the_bits_of_the_numpy_call_as_the_callers_kind(library, dtype, own, rng):
-    if dtype not in library.dtypes:
+@pytest.fixture(params=["float32", "float64", "float16", "bfloat16"])
+def dtype(library, request):
+    if request.param not in library.dtypes:
         pytest.skip("the library has no such type, or NumPy can't read it")
-    dtype = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
+    return BFLOAT16 if request.param == "bfloat16" else np.dtype(request.param)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own parameters", "NumPy parameters"])
+def test_the_bits_of_the_numpy_call_as_the_callers_kind(library, dtype, own, rng):
     x, dy, gamma, beta, mean, var = data(rng, dtype)
     put = library.put if own else lambda a: a
     for frozen in (None, (mean, var)):
@@ -163,11 +166,7 @@ def test_nothing_of_xs_size_is_copied(library, rng, monkeypatch):
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own parameters", "NumPy parameters"])
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 def test_second_order_as_the_callers_kind(library, dtype, own, rng):
-    if dtype not in library.dtypes:
-        pytest.skip("the library has no such type, or NumPy can't read it")
-    dtype = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
     x, dy, gamma, beta, mean, var = data(rng, dtype)
     u = rng.normal(1, 2, SHAPE).astype(dtype)
     put = library.put if own else lambda a: a

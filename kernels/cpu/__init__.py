@@ -126,19 +126,12 @@ def _forward(
     gamma, beta, mean, var = given
     stages = FINISH | (0 if y is None else MAP) | (SUM if mean is None else 0)
     # The kernel takes those of its own type, and has the rows of the others from the table.
-    nothing, usual = _NO_SUMS[x.itemsize == 8], _SUMS[x.itemsize == 8]
-    if stages & MAP:
-        if gamma is None or gamma.dtype is not usual:
-            table[4] = 1.0 if gamma is None else np.tile(gamma, table.shape[1] // x.shape[1])
-            gamma = nothing
-        if beta is None or beta.dtype is not usual:
-            table[5] = 0.0 if beta is None else np.tile(beta, table.shape[1] // x.shape[1])
-            beta = nothing
-    else:
-        gamma = beta = nothing
+    nothing = _NO_SUMS[x.itemsize == 8]
+    gamma = _read_or_put(gamma, 1.0, table[4], nothing) if stages & MAP else nothing
+    beta = _read_or_put(beta, 0.0, table[5], nothing) if stages & MAP else nothing
     if mean is None:
         mean = var = nothing
-    elif mean.dtype is not usual or var.dtype is not usual:
+    elif mean.dtype is not nothing.dtype or var.dtype is not nothing.dtype:
         table[0], table[1], table[2] = mean, 0.0, var
         mean = var = nothing
     if y is None:
@@ -151,6 +144,14 @@ def _forward(
         extras = _order(more), value, more.residual, weights, mass, more.lost, more.kept
     numbers = table, float(eps), (gamma, beta, mean, var)
     _carry_out(forward_item, (x, y), numbers, 4, stages, how, more, extras, sizes)
+
+
+def _read_or_put(values: np.ndarray | None, absent: float, row: np.ndarray, nothing: np.ndarray) -> np.ndarray:
+    """`values` for the kernel to read, if they are of its type, that of `nothing`; else the table's row gets them."""
+    if values is not None and values.dtype is nothing.dtype:
+        return values
+    row[:] = absent if values is None else np.tile(values, len(row) // len(values))
+    return nothing
 
 
 _NO_ORDER = _NO_CLAIMS = np.zeros(0, np.int64)
@@ -225,7 +226,6 @@ def _backward(
             _forward(dy, dx, np.empty_like(table), (table[4] * table[3], None, nothing, nothing), 1.0, None, sizes)
 
 
-_SUMS = np.dtype(np.float32), np.dtype(np.float64)
 _NO_SUMS = np.empty(0, np.float32), np.empty(0)
 
 
@@ -321,7 +321,7 @@ def _carry_out(
 def _turns(plan: Plan, cells: int, stages: int, sizes: Sizes, count: int) -> tuple[int, tuple[tuple[int, int], ...]]:
     """For how many tiles at a time sums are kept, and what is done one after the other: by so many items, stages."""
     sums = 1 if stages & SUM else 0
-    # Not whole is piece by piece, too, a map of given statistics, whose coefficients each thread makes for itself.
+    # By pieces too where statistics are given: each thread makes the coefficients of its own ones.
     whole = plan.whole(cells, count)
     twice = not whole and stages & SUM and stages & MAP  # threads are woken for the sums, and for the map
     if count == 1 or (twice and plan.work < 2 * threads.least(sizes)):
