@@ -46,9 +46,7 @@ class Sizes:
     columns: int = 1024  # columns of a tile: its sums and coefficients stay in L1 and L2
     folded: int = 256  # columns of a folded row: by 1024, forward of (100,000, 3) took 1.4 times as long
     weighted: int = 128  # the same with weights, which are laid out by column, 16 rows at once
-    height: int = (
-        256  # rows of a block of columns, or more of few: by 64, a pass took 1.02 to 1.1, as each block merges
-    )
+    height: int = 256  # rows of a block of columns, or more of few: each block merges; by 64, 1.02 to 1.1 of the time
     few: int = 256  # values of a channel below which all is done in float64
     serial: int = 600_000  # of `Plan.work`: less runs on one thread; of 0.5 MB two took 0.8 to 1.2 of the time
     asleep: int = 2_000_000  # the same where threads sleep between regions: of 1.6 MB 1.0 to 1.5, of 3.2 MB 0.8 to 1.1
