@@ -44,15 +44,18 @@ def benchmark(args: argparse.Namespace) -> int:
     libraries, skipped = peers.load(names, threads)
     for name, reason in skipped.items():
         print(f"{name} is skipped: {reason}")
-    seconds: dict[str, float] = {}
-    verdicts: list[Verdict] = []
-    if required is None:
-        rows = sweep(plan, libraries, measure.QUICK if args.quick else measure.FULL)
-    else:
-        rows, seconds, verdicts = check(required, libraries)
-    try:
+
+    def keep(rows: list[Row], seconds: dict[str, float]) -> None:
         if args.json:
             report.save(args.json, report.about(libraries, skipped, threads), rows, seconds)
+
+    verdicts: list[Verdict] = []
+    try:
+        if required is None:
+            rows = sweep(plan, libraries, measure.QUICK if args.quick else measure.FULL)
+            keep(rows, {})
+        else:
+            rows, verdicts = check(required, libraries, keep)
         if args.plot:
             print("drawn:", *plots.draw(rows, args.plot))
     except OSError as error:
@@ -65,11 +68,14 @@ def benchmark(args: argparse.Namespace) -> int:
     return fail(f"fastbn gave no right result in {wrong} rows") if wrong else 0
 
 
-def check(required: Bars, libraries: Sequence[Library]) -> tuple[list[Row], dict[str, float], list[Verdict]]:
-    """Measure what the bars need, again where noise may have decided, and judge."""
+def check(
+    required: Bars, libraries: Sequence[Library], keep: Callable[[list[Row], dict[str, float]], None]
+) -> tuple[list[Row], list[Verdict]]:
+    """Measure what the bars need, again where noise may have decided, and judge; `keep` gets what there is so far."""
     seconds = processes(required.bars)
     plan = bars.needs(required.bars)
     rows = sweep(plan, libraries, measure.CHECK)
+    keep(rows, seconds)
     verdicts = []
     for bar in required.bars:
         verdict, budget = bars.judge(bar, rows, seconds, required.near), measure.CHECK
@@ -78,9 +84,10 @@ def check(required: Bars, libraries: Sequence[Library]) -> tuple[list[Row], dict
                 break
             budget = budget.doubled()
             rows = bars.replaced(rows, sweep(calls_of(verdict.again, plan), libraries, budget, "again:"))
+            keep(rows, seconds)
             verdict = bars.judge(bar, rows, seconds, required.near)
         verdicts.append(verdict)
-    return rows, seconds, verdicts
+    return rows, verdicts
 
 
 def selected(args: argparse.Namespace) -> Plan:

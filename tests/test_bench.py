@@ -507,7 +507,7 @@ def test_some_bars_alone_start_no_process_that_they_do_not_need(monkeypatch):
 @pytest.mark.usefixtures("small")
 def test_a_near_miss_is_measured_again_and_may_pass(monkeypatch):
     found = iter([1.05, 1.02, 0.99])
-    budgets = []
+    budgets, kept = [], []
 
     def measured(case, calls, libraries, budget, twin):
         budgets.append(budget.rounds)
@@ -515,10 +515,15 @@ def test_a_near_miss_is_measured_again_and_may_pass(monkeypatch):
 
     monkeypatch.setattr(measure, "measure", measured)
     bar = bars.Bar("each", "copies", Selection(("mlp-32x64",), None, ("float32",), ("forward",), (True,)), most=1.0)
-    rows, _, (verdict,) = command.check(bars.Bars((bar,), 0.1, 2), [ours()])
+    rows, (verdict,) = command.check(bars.Bars((bar,), 0.1, 2), [ours()], lambda *found: kept.append(found))
     assert verdict.passed
     assert budgets == [1, 2, 4]
     assert [r.ms for r in rows] == [0.99]
+    assert [[r.ms for r in found] for found, _ in kept] == [
+        [1.05],
+        [1.02],
+        [0.99],
+    ]  # an interrupted check leaves what it had
 
 
 @pytest.mark.parametrize(

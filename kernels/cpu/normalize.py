@@ -41,6 +41,7 @@ from .schedule import (
     near_enough,
     part_sizes,
     planned,
+    quartered,
     share_of,
     start_of,
     tile_width,
@@ -263,6 +264,8 @@ def _forward_map(p0, p1, c0, ca, x, y, rare, summed, plan, memory, how, r, w, or
     of_columns = columns, fast_numbers(how, r, w, like_columns), None
     k0, k1, reach = p0 * plan.piece, min(p1 * plan.piece, plan.blocks), near_rows(g, plan)
     if any_lost(lost, c0, g):  # of the next block some lines are read first: no prefetcher saw what came then
+        if plan.across and plan.height % 4 == 0:  # it has to fit into L2, too
+            plan, k0, k1 = quartered(plan), 4 * k0, 4 * k1
         reach = -plan.height if summed else plan.height
     for i in range(k1 - k0):
         k = k1 - 1 - i if summed else k0 + i

@@ -137,6 +137,15 @@ def planned(shape, plan):  # type: ignore[no-untyped-def]
 
 
 @part()
+def quartered(plan):  # type: ignore[no-untyped-def]
+    """The plan by blocks of a quarter of the height, four for one; the last ones may be empty."""
+    return Cut(
+        plan.across, plan.tile, 4 * plan.blocks, plan.piece, plan.height // 4, plan.segments, plan.length, plan.period,
+        plan.fold, plan.flags,
+    )  # fmt: skip
+
+
+@part()
 def count_of(k, shape, plan, few):  # type: ignore[no-untyped-def]
     return float(columns_count(k, shape, plan, few) if plan.across else rows_count(k, shape, plan, few))
 
