@@ -519,11 +519,8 @@ def test_a_near_miss_is_measured_again_and_may_pass(monkeypatch):
     assert verdict.passed
     assert budgets == [1, 2, 4]
     assert [r.ms for r in rows] == [0.99]
-    assert [[r.ms for r in found] for found, _ in kept] == [
-        [1.05],
-        [1.02],
-        [0.99],
-    ]  # an interrupted check leaves what it had
+    # What an interrupted check leaves.
+    assert [[r.ms for r in found] for found, _ in kept] == [[1.05], [1.02], [0.99]]
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,14 @@ def listed(order, start, count):  # type: ignore[no-untyped-def]
 
 
 @part()
+def _in_blocks(plan, blocks, height):  # type: ignore[no-untyped-def]
+    return Cut(
+        plan.across, plan.tile, blocks, plan.piece, height, plan.segments, plan.length, plan.period, plan.fold,
+        plan.flags,
+    )  # fmt: skip
+
+
+@part()
 def planned(shape, plan):  # type: ignore[no-untyped-def]
     """The plan, with the blocks of this shape."""
     if plan.across:
@@ -130,19 +138,13 @@ def planned(shape, plan):  # type: ignore[no-untyped-def]
         blocks = ((rows + plan.fold - 1) // plan.fold + plan.height - 1) // plan.height
     else:
         blocks = (shape[0] + plan.height - 1) // plan.height * plan.segments
-    return Cut(
-        plan.across, plan.tile, blocks, plan.piece, plan.height, plan.segments, plan.length, plan.period, plan.fold,
-        plan.flags,
-    )  # fmt: skip
+    return _in_blocks(plan, blocks, plan.height)
 
 
 @part()
 def quartered(plan):  # type: ignore[no-untyped-def]
     """The plan by blocks of a quarter of the height, four for one; the last ones may be empty."""
-    return Cut(
-        plan.across, plan.tile, 4 * plan.blocks, plan.piece, plan.height // 4, plan.segments, plan.length, plan.period,
-        plan.fold, plan.flags,
-    )  # fmt: skip
+    return _in_blocks(plan, 4 * plan.blocks, plan.height // 4)
 
 
 @part()
