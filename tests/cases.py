@@ -99,6 +99,8 @@ CASES = [
     Case("(C, N)", (12, 33), 0, _as_is, "no outer axis"),
     Case("(N, C) transposed", (33, 12), 1, _through(1, 0), "looks like columns, lies in rows"),
     Case("1-D signal", (5, 3, 301), 1, _as_is, "runs longer than a test's block, ragged at its end"),
+    Case("deep runs", (97, 3, 21), 1, _as_is, "so many runs of a channel that it is walked by column, folded"),
+    Case("wide deep runs", (70, 20, 17), 1, _as_is, "the same, in tiles"),
     Case("far runs", (12, 3, 70), 1, _as_is, "a channel of more runs and bytes than a test's cache holds"),
     Case("3-D volume", (2, 3, 4, 5, 6), 1, _as_is, "five axes"),
     Case("six axes", (2, 2, 3, 2, 2, 3), 2, _as_is, "channels in the middle"),

@@ -23,6 +23,8 @@ NARROW = {  # weights are laid out by column, where rows are folded or a channel
     "narrow": ((700, 20), 1),
     "folded runs": ((301, 3, 5), 1),
     "wide runs": ((60, 200, 7), 1),
+    "deep runs": ((401, 3, 21), 1),
+    "deep and wide": ((90, 40, 19), 1),
     "sequences": ((5, 400, 4), -1),
     "wide enough": ((9, 70, 64), -1),
 }

@@ -78,6 +78,7 @@ LAYOUTS = {  # of x and of dy, beside a shape, whose channels are on axis 1
     "runs of more than a line": ((6, 40, 7, 9), lambda a: a),
     "far runs": ((40, 12, 33), lambda a: a),
     "columns of five": ((70, 12, 5), lambda a: a),
+    "columns of twenty": ((90, 12, 20), lambda a: a),
     "channels last": ((11, 40, 5, 6), lambda a: _transposed(a, 0, 2, 3, 1)),
     "(N, C)": ((391, 70), lambda a: a),
     "folded rows": ((401, 5), lambda a: a),

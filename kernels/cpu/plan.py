@@ -44,6 +44,7 @@ class Sizes:
     most: int = 32  # channels of a tile of rows: their sums stay in L1
     far: tuple[int, int] = (256, 4_000_000)  # runs and bytes of a channel that no cache holds: 64 are a tile then
     columns: int = 1024  # columns of a tile: its sums and coefficients stay in L1 and L2
+    short: tuple[int, int, int] = (32, 64, 10_000_000)  # elements of a run, or of an array of such bytes; see `_across`
     folded: int = 256  # columns of a folded row: by 1024, forward of (100,000, 3) took 1.4 times as long
     weighted: int = 128  # the same with weights, which are laid out by column, 16 rows at once
     height: int = 256  # rows of a block of columns, or more of few: each block merges; by 64, 1.02 to 1.1 of the time
@@ -88,7 +89,8 @@ def plan_of(
     # Memory decides: across the channels where they are next to each other, else along the inner axis.
     each = list(zip(strides, items, strict=True))
     across = channels > 1 and all(s[1] == n and (inner == 1 or s[2] != n) for s, n in each)
-    short = 1 < inner < LANES and all(s[2] == n and s[1] == inner * n for s, n in each)
+    packed = all(s[2] == n and s[1] == inner * n for s, n in each)
+    short = packed and _across(shape, items[0], stages, sizes)
     flags |= PAST if size * sum(items) > sizes.past * len(items) * (1 if stages & SUM else 2) else 0
     if across or short:
         found = _by_columns(shape, strides, items, flags, stages, inner if short else 1, sizes, special)
@@ -97,6 +99,21 @@ def plan_of(
     # A map alone waits for memory, by which elements count as they are; sums, curves and strides are work for each.
     light = not (stages & SUM or special & CURVED or found[-1].flags & GATHER)
     return Plan(*found, size * sum(items) * 3 // 8 if light else size * max(4, itemsize))
+
+
+def _across(shape: tuple[int, int, int], itemsize: int, stages: int, sizes: Sizes) -> bool:
+    """Whether a channel's runs are so short that an outer index's elements are walked as one row.
+
+    Runs of 16 and more only where a column has many of them, as its sums join by channel: (5589, 10, 16) took 5 times
+    as long by runs, (1000, 64, 40) 1.7 times, (2048, 64, 64) 0.8.
+    """
+    outer, channels, inner = shape
+    if inner < LANES:
+        return inner > 1
+    if not stages & SUM:
+        return channels * inner <= sizes.folded
+    large = outer * channels * inner * itemsize > sizes.short[2]
+    return inner <= sizes.short[0 if large else 1] and outer >= 4 * inner
 
 
 def _by_rows(
@@ -118,9 +135,10 @@ def _by_rows(
         if flags & GATHER:
             tile = max(tile, 16)  # whose elements share lines
         tile = min(tile, sizes.most, ceil(channels, 16))
-        if outer >= sizes.far[0] and (slab > sizes.far[1] or (short and slab * tile > sizes.ahead)):
+        if outer >= sizes.far[0] and (short or slab > sizes.far[1]):
             # By channel, each run was in another page: forward of 1 GB took 109 ms, now 90; of 26 MB in 1792 times 64
-            # runs of 224 bytes, 2.5 ms by 9 channels, now 1.7, and backward 5.0, now 2.6.
+            # runs of 224 bytes, 2.5 ms by 9 channels, now 1.7, and backward 5.0, now 2.6; of (600, 30, 100) by 1 and 2
+            # channels 1.7 times as long.
             tile = min(channels, 64)
         near = slab * tile <= sizes.ahead
         adjacent = length == inner and all(s[1] == inner * n for s, n in zip(strides, items, strict=True))
@@ -157,8 +175,10 @@ def _by_columns(
     # Not fewer to keep a tile in L2: rows of 256 bytes took 2 to 5 times as long, as loads wait for stores of other
     # rows to the same place in a page.
     tile = channels if fold > 1 else min(max(1, sizes.columns // period), channels)
-    if not stages & SUM and width <= 2 * sizes.columns:
-        tile = channels  # whole rows are one run: infer of (1568, 2048) float64 took 1.90 ms by halves, 1.31 so
+    if not stages & SUM and width <= (8 if rows >= 256 else 2) * sizes.columns:
+        # Whole rows are one run: infer of (1568, 2048) float64 took 1.90 ms by halves, 1.31 so; of (5627, 2079) float32
+        # 2.83 and 2.32, float16 1.75 and 1.07. Of 9000 columns and more, whose coefficients L2 can't have, longer.
+        tile = channels
     if fold == 1 and tile < channels:  # alike: 1040 channels as 1024 and 16 took twice as long as 1024
         tile = min(tile, ceil(ceil(channels, ceil(channels, tile)), LANES) * LANES)
     rows, height = ceil(rows, fold), sizes.height * sizes.columns // (tile * period * fold)
