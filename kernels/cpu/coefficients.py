@@ -27,7 +27,8 @@ from .views import corner, row
 def forward_coefficients(how, table, numbers, singles, exact, double):  # type: ignore[no-untyped-def]
     """By channel of a tile's table (6, G). numbers (3, G): hi, a, b for y = a (x - hi) + b. singles (6, G): h, a, al,
     b, bl in float32 for y = (a d + b) + (al d + bl), d = x - h; and 1 where they won't do. Returns how many such there
-    are. Float64 data (`double`) has its own numbers there; other data in which all is `exact` has none that will do.
+    are. Float64 data (`double`) has its own numbers there; other data in which all is `exact` has none that will do,
+    and of no rows none are written.
 
     A mean within 1000 standard deviations goes to b: d = x is exact then, and so is x - h with h near x otherwise.
     Within 16 where al and bl are left out (`through`): the rounding of a and b stays.
@@ -35,10 +36,12 @@ def forward_coefficients(how, table, numbers, singles, exact, double):  # type: 
     rare, misses = 0, spread(0.0) if double else spread(1.0)
     for c in range(0, numbers.shape[1], LANES):
         g = min(LANES, numbers.shape[1] - c)
-        if exact:
+        if not exact:
+            misses = _numbers(how, c, g, table, numbers, singles)
+        elif singles.shape[0] > 0:
             _exact_numbers(c, g, table, numbers, singles, misses)
         else:
-            misses = _numbers(how, c, g, table, numbers, singles)
+            give_rows(numbers, 0, c, g, _lens(c, g, table))
         rare += count_nonzero(misses, g)
     return rare
 

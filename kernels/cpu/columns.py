@@ -277,6 +277,13 @@ def some_rows(r, most, channels, shape, plan):  # type: ignore[no-untyped-def]
 
 
 @part()
+def _again(row, n, like):  # type: ignore[no-untyped-def]
+    """The first columns of n behind the last one: a vector may have the end of a row, and the start of the next."""
+    for k in range(0, LANES, n):  # of few columns, again and again
+        save_part(row, n + k, LANES - k, load(row, k, like))
+
+
+@part()
 def spread_column(values, columns, plan):  # type: ignore[no-untyped-def]
     """columns (fold G period + 16,) <- values (G,) by channel, and from the start again."""
     period, j, n, like = plan.period, 0, values.size, spread(values[0])
@@ -292,8 +299,14 @@ def spread_column(values, columns, plan):  # type: ignore[no-untyped-def]
             for i in range(0, period, LANES):  # what is behind the period is written over
                 save(target, j + i, lanes)
             j += period
-    for i in range(LANES):
-        columns[j + i] = columns[i]
+    _again(target, j, like)
+
+
+@part()
+def start_again(columns):  # type: ignore[no-untyped-def]
+    """The first columns of each row behind its last one."""
+    for i in range(columns.shape[0]):
+        _again(pointer(columns, i * columns.strides[0]), columns.shape[1], spread(columns[i, 0]))
 
 
 @part()

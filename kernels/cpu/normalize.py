@@ -5,7 +5,7 @@ import numpy as np
 from .activations import absent, fast_numbers
 from .blocks import joined_moments, not_negative, settle
 from .coefficients import forward_coefficients
-from .columns import columns_map, keep_columns, near_rows, spread_columns
+from .columns import columns_map, keep_columns, near_rows, spread_columns, start_again
 from .compile import compiled
 from .cut import ALL, EXACT, NEXT, TWO
 from .formulas import formula
@@ -242,6 +242,12 @@ def _forward_numbers(table, plan, memory, double, how, r, w):  # type: ignore[no
     """What the map of a tile takes of its channels, in `memory`; and for how many of them float32 won't do."""
     g, exact = table.shape[1], plan.flags & EXACT != 0
     numbers, singles = corner(memory[0], 0, 3, g), corner(memory[3], 2, 6, g)
+    if plan.across and plan.period * plan.fold == 1:  # a channel is a column
+        numbers, singles = corner(memory[2], 0, 3, g), corner(memory[4], 0, 0 if exact else 6, g)
+        rare = forward_coefficients(how, table, numbers, singles, exact, double)
+        start_again(numbers)
+        start_again(singles)
+        return rare
     rare = forward_coefficients(how, table, numbers, singles, exact, double)
     if plan.across:
         if exact or rare or absent(fast_numbers(how, r, w, memory[4])):
@@ -313,7 +319,9 @@ def _forward_units(
             outers, c0 = starts[g + 1] - starts[g], t * plan.tile
             n0 = start_of(order, starts[g])
             channels = min(plan.tile, x.shape[1] - c0)
-            of_tile = columns_from(table, g * x.shape[1] + c0, channels)
+            of_tile = corner(memory[0], 26, 6, channels)  # where nobody wants the table
+            if table.shape[1] > 0:
+                of_tile = columns_from(table, g * x.shape[1] + c0, channels)
             xs, ys = outer(x, n0, outers), outer(y, n0, outers)
             rs, ws = outer(r, n0, outers), outer(w, n0, outers)
             own, order_of = planned(xs.shape, plan), listed(order, starts[g], outers)
@@ -356,8 +364,8 @@ def _forward_units(
 def forward_item(
     k, items, x, y, table, eps, given, part, claims, plan, stage, starts, order, how, r, w, mass, lost, kept, every
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    """x, y (O, C, I), table (6, G C), part (cells or items, P, 4, channels of a tile). given: gamma, beta (C,), mean,
-    var (G C,), each empty where its row is in the table already.
+    """x, y (O, C, I), table (6, G C) or (6, 0), part (cells or items, P, 4, channels of a tile). given: gamma,
+    beta (C,), mean, var (G C,), each empty where its row is in the table already.
 
     y is not touched without the MAP stage. starts (G + 1,), order (O,) or (0,), r (O, C, I), w (O, 1, I) and mass (G,)
     or None. With the channels `lost` (n,), or None, kept (O, n, I) is written: their x.
