@@ -35,7 +35,7 @@ def tiny(monkeypatch):
     from fastbn.kernels import cpu
 
     sizes = cpu.Sizes(
-        block=20, piece=3, slab=400, line=64, far=(9, 1500), columns=16, folded=16, height=4, serial=0, asleep=0,
+        block=20, piece=3, slab=400, line=64, far=(9, 1500, 8), columns=16, folded=16, height=4, serial=0, asleep=0,
         past=800,
     )  # fmt: skip
     monkeypatch.setattr(cpu, "SIZES", sizes)

@@ -42,7 +42,7 @@ class Sizes:
     )
     line: int = 2048  # bytes of a tile of rows that follow each other in memory, at least
     most: int = 32  # channels of a tile of rows: their sums stay in L1
-    far: tuple[int, int] = (256, 4_000_000)  # runs and bytes of a channel that no cache holds: 64 are a tile then
+    far: tuple[int, int, int] = (256, 4_000_000, 128)  # runs and bytes of a channel that no cache holds; tiles then
     columns: int = 1024  # columns of a tile: its sums and coefficients stay in L1 and L2
     short: tuple[int, int, int] = (32, 64, 10_000_000)  # elements of a run, or of an array of such bytes; see `_across`
     folded: int = 256  # columns of a folded row: by 1024, forward of (100,000, 3) took 1.4 times as long
@@ -112,8 +112,8 @@ def _across(shape: tuple[int, int, int], itemsize: int, stages: int, sizes: Size
         return inner > 1
     if not stages & SUM:
         return channels * inner <= sizes.folded
-    large = outer * channels * inner * itemsize > sizes.short[2]
-    return inner <= sizes.short[0 if large else 1] and outer >= 4 * inner
+    wide = channels * inner > sizes.columns and outer * channels * inner * itemsize > sizes.short[2]
+    return inner <= sizes.short[0 if wide else 1] and outer >= 4 * inner
 
 
 def _by_rows(
@@ -138,8 +138,8 @@ def _by_rows(
         if outer >= sizes.far[0] and (short or slab > sizes.far[1]):
             # By channel, each run was in another page: forward of 1 GB took 109 ms, now 90; of 26 MB in 1792 times 64
             # runs of 224 bytes, 2.5 ms by 9 channels, now 1.7, and backward 5.0, now 2.6; of (600, 30, 100) by 1 and 2
-            # channels 1.7 times as long.
-            tile = min(channels, 64)
+            # channels 1.7 times as long. Alike: (1706, 77, 80) took 1.75 times as long by 64 and 13.
+            tile = ceil(channels, ceil(channels, sizes.far[2]))
         near = slab * tile <= sizes.ahead
         adjacent = length == inner and all(s[1] == inner * n for s, n in zip(strides, items, strict=True))
         joint = tile == 1 or (adjacent and near)
@@ -173,9 +173,11 @@ def _by_columns(
     if special & ORDERED:  # of one sample, if at all
         fold = next(n for n in range(fold, 0, -1) if inner % n == 0) if period == 1 else 1
     # Not fewer to keep a tile in L2: rows of 256 bytes took 2 to 5 times as long, as loads wait for stores of other
-    # rows to the same place in a page.
-    tile = channels if fold > 1 else min(max(1, sizes.columns // period), channels)
-    if not stages & SUM and width <= (8 if rows >= 256 else 2) * sizes.columns:
+    # rows to the same place in a page. More of many rows: forward of 1040 columns took 1.2 to 2 times as long by
+    # halves, of 2048 1.0 to 1.25 times, of float64 no longer; 32 rows of a million by 2048 1.4 times.
+    columns = sizes.columns if rows < sizes.height else sizes.columns * (3 if items[0] == 8 else 4) // 2
+    tile = channels if fold > 1 else min(max(1, columns // period), channels)
+    if not stages & SUM and width <= (8 if rows >= sizes.height else 2) * sizes.columns:
         # Whole rows are one run: infer of (1568, 2048) float64 took 1.90 ms by halves, 1.31 so; of (5627, 2079) float32
         # 2.83 and 2.32, float16 1.75 and 1.07. Of 9000 columns and more, whose coefficients L2 can't have, longer.
         tile = channels
