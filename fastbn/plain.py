@@ -159,9 +159,13 @@ def moments_plainly(where: str, way: Way, x: np.ndarray) -> Moments:
     backend, table, count = kernels(where, x), np.empty((6, way.channels.number)), way.channels.values
     (read,) = way.views(backend, x)
     backend.forward(read, None, table, (None, None, None, None), 1.0)
-    with np.errstate(all="ignore"):
-        table[2] *= count
-    return Moments.found(count, table[0], table[2], way.sums, table[1])
+    m2 = table[2]
+    if x.itemsize < 8:  # what float64 can't overflow by; `errstate` takes 0.8 us
+        m2 *= count
+    else:
+        with np.errstate(all="ignore"):
+            m2 *= count
+    return Moments.found(count, table[0], m2, way.sums, table[1])
 
 
 def backward_plainly(

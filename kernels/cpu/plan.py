@@ -161,35 +161,58 @@ def _by_columns(
 ) -> tuple[int, int, Cut]:  # fmt: skip
     outer, channels, inner = shape
     rows = outer if period > 1 else outer * inner
-    fold, width = 1, channels * period
-    folded = sizes.folded // max(1, len(strides) - 1)  # coefficients of a gradient are twice as large
+    fold = _fold(shape, strides, items, rows, period, sizes, special)
+    tile = channels if fold > 1 else _tile(channels, rows, period, items[0], stages, sizes)
+    rows = ceil(rows, fold)
+    height = _height(rows, tile * period * fold, sizes)
+    blocks = ceil(rows, height)
+    piece = max(min(8, ceil(blocks, 16)), ceil(blocks, max(1, min(64, 32768 // channels))))
+    cut = Cut(1, tile, blocks, piece, height, 1, 1, period, fold, flags)
+    return ceil(channels, tile), ceil(blocks, piece), cut
+
+
+def _fold(
+    shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], items: tuple[int, ...], rows: int,
+    period: int, sizes: Sizes, special: int,
+) -> int:  # fmt: skip
+    """How many rows are walked as one."""
+    outer, channels, inner = shape
+    width = channels * period
+    most = sizes.folded // max(1, len(strides) - 1)  # coefficients of a gradient are twice as large
     if special & WEIGHTED:
-        folded = min(folded, sizes.weighted)
+        most = min(most, sizes.weighted)
     across = [s[0] if period > 1 or inner == 1 else s[2] for s in strides]
     gapless = all(s == width * n for s, n in zip(across, items, strict=True))
     level = period > 1 or inner == 1 or outer == 1 or all(s[0] == inner * s[2] for s in strides)
-    if gapless and level and 2 * width <= folded:
-        fold = max(1, min(folded // width, rows // 16))
+    fold = max(1, min(most // width, rows // 16)) if gapless and level and 2 * width <= most else 1
     if special & ORDERED:  # of one sample, if at all
         fold = next(n for n in range(fold, 0, -1) if inner % n == 0) if period == 1 else 1
+    return fold
+
+
+def _tile(channels: int, rows: int, period: int, itemsize: int, stages: int, sizes: Sizes) -> int:
+    """Channels of a tile where rows aren't folded."""
+    many = rows >= sizes.height
+    if not stages & SUM and channels * period <= (8 if many else 2) * sizes.columns:
+        # Whole rows are one run: infer of (1568, 2048) float64 took 1.90 ms by halves, 1.31 so; of (5627, 2079) float32
+        # 2.83 and 2.32, float16 1.75 and 1.07. Of 9000 columns and more, whose coefficients L2 can't have, longer.
+        return channels
     # Not fewer to keep a tile in L2: rows of 256 bytes took 2 to 5 times as long, as loads wait for stores of other
     # rows to the same place in a page. More of many rows: forward of 1040 columns took 1.2 to 2 times as long by
     # halves, of 2048 1.0 to 1.25 times, of float64 no longer; 32 rows of a million by 2048 1.4 times.
-    columns = sizes.columns if rows < sizes.height else sizes.columns * (3 if items[0] == 8 else 4) // 2
-    tile = channels if fold > 1 else min(max(1, columns // period), channels)
-    if not stages & SUM and width <= (8 if rows >= sizes.height else 2) * sizes.columns:
-        # Whole rows are one run: infer of (1568, 2048) float64 took 1.90 ms by halves, 1.31 so; of (5627, 2079) float32
-        # 2.83 and 2.32, float16 1.75 and 1.07. Of 9000 columns and more, whose coefficients L2 can't have, longer.
-        tile = channels
-    if fold == 1 and tile < channels:  # alike: 1040 channels as 1024 and 16 took twice as long as 1024
-        tile = min(tile, ceil(ceil(channels, ceil(channels, tile)), LANES) * LANES)
-    rows, height = ceil(rows, fold), sizes.height * sizes.columns // (tile * period * fold)
-    height = max(sizes.height, min(height, 4 * sizes.height))
+    columns = sizes.columns if not many else sizes.columns * (3 if itemsize == 8 else 4) // 2
+    tile = max(1, columns // period)
+    if tile >= channels:
+        return channels
+    # Alike: 1040 channels as 1024 and 16 took twice as long as 1024.
+    return min(tile, ceil(ceil(channels, ceil(channels, tile)), LANES) * LANES)
+
+
+def _height(rows: int, width: int, sizes: Sizes) -> int:
+    """Rows of a block of so many columns."""
+    height = max(sizes.height, min(sizes.height * sizes.columns // width, 4 * sizes.height))
     blocks = ceil(rows, height)
     if blocks < 16:  # alike, and 2, 4, 8 or 16 of them: as much for each thread
         step = min(16, sizes.height)
         height = max(ceil(height, 4), ceil(ceil(rows, 1 << blocks.bit_length()), step) * step)
-        blocks = ceil(rows, height)
-    piece = max(min(8, ceil(blocks, 16)), ceil(blocks, max(1, min(64, 32768 // channels))))
-    cut = Cut(1, tile, blocks, piece, height, 1, 1, period, fold, flags)
-    return ceil(channels, tile), ceil(blocks, piece), cut
+    return height
