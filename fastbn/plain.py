@@ -160,7 +160,7 @@ def moments_plainly(where: str, way: Way, x: np.ndarray) -> Moments:
     (read,) = way.views(backend, x)
     backend.forward(read, None, table, (None, None, None, None), 1.0)
     m2 = table[2]
-    if x.itemsize < 8:  # what float64 can't overflow by; `errstate` takes 0.8 us
+    if x.itemsize < 8:  # float64 can have their squares; `errstate` takes 0.8 us
         m2 *= count
     else:
         with np.errstate(all="ignore"):

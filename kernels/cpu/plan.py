@@ -44,7 +44,7 @@ class Sizes:
     most: int = 32  # channels of a tile of rows: their sums stay in L1
     far: tuple[int, int, int] = (256, 4_000_000, 128)  # runs and bytes of a channel that no cache holds; tiles then
     columns: int = 1024  # columns of a tile: its sums and coefficients stay in L1 and L2
-    short: tuple[int, int, int] = (32, 64, 10_000_000)  # elements of a run, or of an array of such bytes; see `_across`
+    short: tuple[int, int, int] = (32, 64, 10_000_000)  # elements of a run; of arrays of so many bytes; see `_is_short`
     folded: int = 256  # columns of a folded row: by 1024, forward of (100,000, 3) took 1.4 times as long
     weighted: int = 128  # the same with weights, which are laid out by column, 16 rows at once
     height: int = 256  # rows of a block of columns, or more of few: each block merges; by 64, 1.02 to 1.1 of the time
@@ -90,7 +90,7 @@ def plan_of(
     each = list(zip(strides, items, strict=True))
     across = channels > 1 and all(s[1] == n and (inner == 1 or s[2] != n) for s, n in each)
     packed = all(s[2] == n and s[1] == inner * n for s, n in each)
-    short = packed and _across(shape, items[0], stages, sizes)
+    short = packed and _is_short(shape, items[0], stages, sizes)
     flags |= PAST if size * sum(items) > sizes.past * len(items) * (1 if stages & SUM else 2) else 0
     if across or short:
         found = _by_columns(shape, strides, items, flags, stages, inner if short else 1, sizes, special)
@@ -101,7 +101,7 @@ def plan_of(
     return Plan(*found, size * sum(items) * 3 // 8 if light else size * max(4, itemsize))
 
 
-def _across(shape: tuple[int, int, int], itemsize: int, stages: int, sizes: Sizes) -> bool:
+def _is_short(shape: tuple[int, int, int], itemsize: int, stages: int, sizes: Sizes) -> bool:
     """Whether a channel's runs are so short that an outer index's elements are walked as one row.
 
     Runs of 16 and more only where a column has many of them, as its sums join by channel: (5589, 10, 16) took 5 times
@@ -162,7 +162,7 @@ def _by_columns(
     outer, channels, inner = shape
     rows = outer if period > 1 else outer * inner
     fold = _fold(shape, strides, items, rows, period, sizes, special)
-    tile = channels if fold > 1 else _tile(channels, rows, period, items[0], stages, sizes)
+    tile = channels if fold > 1 else _tile(channels, rows, period, items[0], stages, sizes, special)
     rows = ceil(rows, fold)
     height = _height(rows, tile * period * fold, sizes)
     blocks = ceil(rows, height)
@@ -190,10 +190,11 @@ def _fold(
     return fold
 
 
-def _tile(channels: int, rows: int, period: int, itemsize: int, stages: int, sizes: Sizes) -> int:
+def _tile(channels: int, rows: int, period: int, itemsize: int, stages: int, sizes: Sizes, special: int) -> int:
     """Channels of a tile where rows aren't folded."""
     many = rows >= sizes.height
-    if not stages & SUM and channels * period <= (8 if many else 2) * sizes.columns:
+    most = (8 if many and not special & WEIGHTED else 2) * sizes.columns  # weights may be laid out for 16 rows
+    if not stages & SUM and channels * period <= most:
         # Whole rows are one run: infer of (1568, 2048) float64 took 1.90 ms by halves, 1.31 so; of (5627, 2079) float32
         # 2.83 and 2.32, float16 1.75 and 1.07. Of 9000 columns and more, whose coefficients L2 can't have, longer.
         return channels
