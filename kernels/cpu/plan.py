@@ -199,9 +199,10 @@ def _tile(channels: int, rows: int, period: int, itemsize: int, stages: int, siz
         # 2.83 and 2.32, float16 1.75 and 1.07. Of 9000 columns and more, whose coefficients L2 can't have, longer.
         return channels
     # Not fewer to keep a tile in L2: rows of 256 bytes took 2 to 5 times as long, as loads wait for stores of other
-    # rows to the same place in a page. More of many rows: forward of 1040 columns took 1.2 to 2 times as long by
+    # rows to the same place in a page. More of large arrays: forward of 1040 columns took 1.2 to 2 times as long by
     # halves, of 2048 1.0 to 1.25 times, of float64 no longer; 32 rows of a million by 2048 1.4 times.
-    columns = sizes.columns if not many else sizes.columns * (3 if itemsize == 8 else 4) // 2
+    large = many and rows * channels * period * itemsize > sizes.short[2]  # else threads would share one tile
+    columns = sizes.columns * (3 if itemsize == 8 else 4) // 2 if large else sizes.columns
     tile = max(1, columns // period)
     if tile >= channels:
         return channels
