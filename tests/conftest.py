@@ -36,7 +36,7 @@ def tiny(monkeypatch):
 
     sizes = cpu.Sizes(
         block=20, piece=3, slab=400, line=64, far=(9, 1500, 8), columns=16, folded=16, height=4, serial=0, asleep=0,
-        past=800,
+        past=800, large=4000,
     )  # fmt: skip
     monkeypatch.setattr(cpu, "SIZES", sizes)
 

@@ -33,7 +33,7 @@ def results(x, axis, rng):
 out = {}
 tiny = cpu.Sizes(
     block=50, piece=3, slab=400, line=64, far=(9, 1500, 8), columns=16, folded=16, height=4, serial=0, asleep=0,
-    past=800,
+    past=800, large=4000,
 )
 sizes = {"real": cpu.SIZES, "tiny": tiny}
 for name, size in sizes.items():

@@ -44,7 +44,8 @@ class Sizes:
     most: int = 32  # channels of a tile of rows: their sums stay in L1
     far: tuple[int, int, int] = (256, 4_000_000, 128)  # runs and bytes of a channel that no cache holds; tiles then
     columns: int = 1024  # columns of a tile: its sums and coefficients stay in L1 and L2
-    short: tuple[int, int, int] = (32, 64, 10_000_000)  # elements of a run; of arrays of so many bytes; see `_is_short`
+    short: tuple[int, int] = (32, 64)  # elements of a run that is walked as columns, see `_is_short`; of small arrays
+    large: int = 10_000_000  # bytes of an array that is not small
     folded: int = 256  # columns of a folded row: by 1024, forward of (100,000, 3) took 1.4 times as long
     weighted: int = 128  # the same with weights, which are laid out by column, 16 rows at once
     height: int = 256  # rows of a block of columns, or more of few: each block merges; by 64, 1.02 to 1.1 of the time
@@ -112,7 +113,7 @@ def _is_short(shape: tuple[int, int, int], itemsize: int, stages: int, sizes: Si
         return inner > 1
     if not stages & SUM:
         return channels * inner <= sizes.folded
-    wide = channels * inner > sizes.columns and outer * channels * inner * itemsize > sizes.short[2]
+    wide = channels * inner > sizes.columns and outer * channels * inner * itemsize > sizes.large
     return inner <= sizes.short[0 if wide else 1] and outer >= 4 * inner
 
 
@@ -201,7 +202,7 @@ def _tile(channels: int, rows: int, period: int, itemsize: int, stages: int, siz
     # Not fewer to keep a tile in L2: rows of 256 bytes took 2 to 5 times as long, as loads wait for stores of other
     # rows to the same place in a page. More of large arrays: forward of 1040 columns took 1.2 to 2 times as long by
     # halves, of 2048 1.0 to 1.25 times, of float64 no longer; 32 rows of a million by 2048 1.4 times.
-    large = many and rows * channels * period * itemsize > sizes.short[2]  # else threads would share one tile
+    large = many and rows * channels * period * itemsize > sizes.large  # else threads would share one tile
     columns = sizes.columns * (3 if itemsize == 8 else 4) // 2 if large else sizes.columns
     tile = max(1, columns // period)
     if tile >= channels:
