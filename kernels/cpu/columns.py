@@ -107,15 +107,15 @@ def _later(a, offset):  # type: ignore[no-untyped-def]
 
 
 @part()
-def weights_by_column(plan):  # type: ignore[no-untyped-def]
-    """Whether a row's columns have weights of their own: where it is folded, or a channel is more than a column."""
+def many_columns(plan):  # type: ignore[no-untyped-def]
+    """Whether a channel has more columns than one, so that weights, too, are by column: of runs, and of folded rows."""
     return plan.period > 1 or plan.fold > 1
 
 
 @part()
 def weights_room(width, plan):  # type: ignore[no-untyped-def]
     """Weights that are laid out at once: of ROWS rows by column, or sixteen alike for each row of a block."""
-    return (ROWS * width if weights_by_column(plan) else max(ROWS, plan.height) * LANES) + LANES
+    return (ROWS * width if many_columns(plan) else max(ROWS, plan.height) * LANES) + LANES
 
 
 @unless_none(0, lambda *args: None)
@@ -152,7 +152,7 @@ def laid_out(w, k, end, start, channels, period, width, order, room):  # type: i
 def weights_of(w, r, rows, shape, channels, plan, order, room):  # type: ignore[no-untyped-def]
     """Those of some folded rows from r on, by column or sixteen alike; and from a row's to the next one's, elements."""
     k, end = r * plan.fold, min((r + rows) * plan.fold, _rows(shape, plan))
-    by_column = weights_by_column(plan)
+    by_column = many_columns(plan)
     width = channels if by_column else np.int64(LANES)
     laid = laid_out(w, k, end, np.int64(0), channels, plan.period, width, order, room)
     return laid, channels * plan.period * plan.fold if by_column else np.int64(LANES)
@@ -320,7 +320,7 @@ def spread_columns(values, columns, plan):  # type: ignore[no-untyped-def]
 def gather_columns(sums, totals, plan):  # type: ignore[no-untyped-def]
     """totals (M, G) <- the columns in the rows of sums, added up to channels, and these <- 0."""
     period, n, zero = plan.period, totals.shape[1], spread(0.0)
-    if period == 1 and plan.fold == 1:
+    if not many_columns(plan):
         for i in range(totals.shape[0]):
             for c in range(0, n, LANES):
                 give(totals, i, c, min(LANES, n - c), load(pointer(sums, i * sums.strides[0]), c, zero))
@@ -335,7 +335,6 @@ def gather_columns(sums, totals, plan):  # type: ignore[no-untyped-def]
                 for c in range(0, n, LANES):
                     added = load_part(source, c, n - c, zero) + load_part(target, c, n - c, zero)
                     save_part(target, c, n - c, added)
-                    save_part(source, c, n - c, zero)
                 j += n
                 continue
             for c in range(n):
@@ -344,8 +343,7 @@ def gather_columns(sums, totals, plan):  # type: ignore[no-untyped-def]
                     added = added + load_part(pointer(sums, i * sums.strides[0]), j + k, period - k, zero)
                 totals[i, c] += total(added)
                 j += period
-    if period > 1:
-        blank(sums, totals.shape[0])
+    blank(sums, totals.shape[0])
 
 
 @part()
@@ -413,7 +411,7 @@ def columns_sums(sources, res, w, k, c0, channels, near, sums, plan, few, how, l
     are laid out in `room`.
     """
     keep_whole()
-    by_column = np.int64(weights_by_column(plan))
+    by_column = np.int64(many_columns(plan))
     shape = sources[0].shape
     r, r1 = block_rows(k, shape, plan)
     r1 = min(r1, r + few)
@@ -546,7 +544,7 @@ def columns_map(
     shape, width, (r, w, dr) = target.shape, channels * plan.period * plan.fold, beside
     r0, r1 = block_rows(k, shape, plan)
     past, mode = plan.flags & PAST != 0, EXACT if plan.flags & EXACT or rare == channels else 1 if rare else 0
-    rows, by_column = pointers_of(numbers), weights_by_column(plan)
+    rows, by_column = pointers_of(numbers), many_columns(plan)
     together, most = absent(w) or by_column or width >= LANES, ROWS if by_column and not absent(w) else plan.height
     laid = (np.int64(1), np.int64(0)) if by_column else (np.int64(0), np.int64(LANES))
     while r0 < r1:

@@ -5,7 +5,7 @@ import numpy as np
 from .activations import absent, is_frozen, is_plain, keeps, read_as, residual_of, used_of
 from .blocks import joined_comoments, settle
 from .coefficients import backward_coefficients, columns_of, lenses_of, make_invertible
-from .columns import columns_map, find_kept, near_rows, spread_column, spread_columns, start_again
+from .columns import columns_map, find_kept, many_columns, near_rows, spread_column, spread_columns, start_again
 from .compile import compiled
 from .cut import ALL, EXACT, TWO
 from .formulas import called, formula, full
@@ -301,7 +301,7 @@ def _backward_numbers(x, table, grads, plan, memory, how, r, w, mass):  # type: 
     """What the map of a tile takes of its channels, in `memory`; and for how many of them float32 won't do."""
     g, exact, n = table.shape[1], plan.flags & EXACT != 0, float(x.shape[0] * x.shape[2])
     numbers, singles = corner(memory[0], 0, 5, g), corner(memory[3], 2, 8, g)
-    by_column = plan.across and plan.period * plan.fold == 1  # a channel is a column
+    by_column = plan.across and not many_columns(plan)
     if by_column:
         numbers, singles = corner(memory[2], 0, 5, g), corner(memory[4], 0, 8, g)
     rare = backward_coefficients(table, grads, numbers, singles, n, mass, is_frozen(how) != 0.0, exact)

@@ -5,7 +5,7 @@ import numpy as np
 from .activations import absent, fast_numbers
 from .blocks import joined_moments, not_negative, settle
 from .coefficients import forward_coefficients
-from .columns import columns_map, keep_columns, near_rows, spread_columns, start_again
+from .columns import columns_map, keep_columns, many_columns, near_rows, spread_columns, start_again
 from .compile import compiled
 from .cut import ALL, EXACT, NEXT, TWO
 from .formulas import formula
@@ -242,7 +242,7 @@ def _forward_numbers(table, plan, memory, double, how, r, w):  # type: ignore[no
     """What the map of a tile takes of its channels, in `memory`; and for how many of them float32 won't do."""
     g, exact = table.shape[1], plan.flags & EXACT != 0
     numbers, singles = corner(memory[0], 0, 3, g), corner(memory[3], 2, 6, g)
-    if plan.across and plan.period * plan.fold == 1:  # a channel is a column
+    if plan.across and not many_columns(plan):
         numbers, singles = corner(memory[2], 0, 3, g), corner(memory[4], 0, 0 if exact else 6, g)
         rare = forward_coefficients(how, table, numbers, singles, exact, double)
         start_again(numbers)

@@ -73,6 +73,11 @@ def ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def alike(number: int, most: int) -> int:
+    """The size of so few parts, all alike, that none is larger than `most`."""
+    return ceil(number, ceil(number, most))
+
+
 @functools.lru_cache(maxsize=1024)
 def plan_of(
     shape: tuple[int, int, int], strides: tuple[tuple[int, int, int], ...], sized: tuple[int, int, int], stages: int,
@@ -140,7 +145,7 @@ def _by_rows(
             # By channel, each run was in another page: forward of 1 GB took 109 ms, now 90; of 26 MB in 1792 times 64
             # runs of 224 bytes, 2.5 ms by 9 channels, now 1.7, and backward 5.0, now 2.6; of (600, 30, 100) by 1 and 2
             # channels 1.7 times as long. Alike: (1706, 77, 80) took 1.75 times as long by 64 and 13.
-            tile = ceil(channels, ceil(channels, sizes.far[2]))
+            tile = alike(channels, sizes.far[2])
         near = slab * tile <= sizes.ahead
         adjacent = length == inner and all(s[1] == inner * n for s, n in zip(strides, items, strict=True))
         joint = tile == 1 or (adjacent and near)
@@ -208,7 +213,7 @@ def _tile(channels: int, rows: int, period: int, itemsize: int, stages: int, siz
     if tile >= channels:
         return channels
     # Alike: 1040 channels as 1024 and 16 took twice as long as 1024.
-    return min(tile, ceil(ceil(channels, ceil(channels, tile)), LANES) * LANES)
+    return min(tile, ceil(alike(channels, tile), LANES) * LANES)
 
 
 def _height(rows: int, width: int, sizes: Sizes) -> int:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ..activations import loaded
-from ..columns import block_rows, rows_from, some_rows, weights_by_column, weights_of
+from ..columns import block_rows, many_columns, rows_from, some_rows, weights_of
 from ..formulas import formula
 from ..lanes import LANES, keep_whole, spread
 from ..maps import fetch_all, load_parts, loads, rows_of, shift_all
@@ -28,7 +28,7 @@ def _coefficients_at(co, j):  # type: ignore[no-untyped-def]
 def columns_sums(sources, w, k, c0, channels, near, sums, plan, few, order, room):  # type: ignore[no-untyped-def]
     """Columns of sums (8, W) += those of block k, or of its first `few` rows; near (3, W) has the pivots by column."""
     keep_whole()
-    shape, skip, along = sources[0].shape, plan.flags & SKIP != 0, np.int64(weights_by_column(plan))
+    shape, skip, along = sources[0].shape, plan.flags & SKIP != 0, np.int64(many_columns(plan))
     r, end = block_rows(k, shape, plan)
     end = min(end, r + few)
     while r < end:
@@ -68,7 +68,7 @@ def _map_row(sources, w, i, along, targets, n, co, like, flags):  # type: ignore
 def columns_map(sources, targets, w, k, c0, channels, co, plan, order, room, unread):  # type: ignore[no-untyped-def]
     """r and z of block k; co (11, W) by column."""
     keep_whole()
-    shape, along = sources[0].shape, np.int64(weights_by_column(plan))
+    shape, along = sources[0].shape, np.int64(many_columns(plan))
     r, end = block_rows(k, shape, plan)
     while r < end:
         runs, steps, left = rows_from(sources, r, c0, plan, order)
