@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import operator
+import re
 
 import numpy as np
 import pytest
 from fastbn.kernels.cpu import formulas, views
 from fastbn.kernels.cpu.formulas import either, formula, full, intrinsic
-from fastbn.kernels.cpu.lanes import LANES, fma, nothing, spread, where_less
+from fastbn.kernels.cpu.lanes import LANES, fma, keep_whole, nothing, spread, where_less
 from fastbn.kernels.cpu.memory import load, pointer, save
 from fastbn.kernels.cpu.parts import part
 from numba import njit, types
@@ -159,6 +160,30 @@ def test_intrinsics_take_what_numba_casts():
         return called(i)
 
     assert run(21) == 42.0
+
+
+# ---- parts
+
+
+@part()
+def _lanes_of(a, out):
+    keep_whole()
+    save(pointer(out, 0), 0, load(pointer(a, 0), 0, spread(out[0])))
+
+
+def test_parts_have_vectors_on_the_stack_in_line(rng):
+    """Where they lie across lines or pages, a loop took up to ten times as long, in one process of six."""
+
+    @njit
+    def run(a, out):
+        _lanes_of(views.borrowed(a), views.borrowed(out))
+
+    a, out = rng.normal(3, 2, LANES), np.full(LANES, np.nan)
+    run(a, out)
+    np.testing.assert_array_equal(out, a)
+    code = next(iter(run.inspect_llvm().values()))
+    (group,) = re.findall(r"^define .*_lanes_of.* (#\d+) \{$", code, re.MULTILINE)
+    assert re.search(rf"^attributes {group} = .*\balignstack=64\b", code, re.MULTILINE)
 
 
 # ---- views
