@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,9 @@ from .peers import Library
 from .shapes import QUICK, SHAPES, Case, Selection
 
 Plan = Mapping[Case, tuple[Sequence[tuple[str, bool]], bool]]  # the calls, and whether the case's twin is measured too
+Keep = Callable[[list[Row], dict[str, float]], None]  # writes what was measured so far
 INTERRUPTED = 130  # the shell's code for Ctrl-C
+OFTEN = 30.0  # seconds between two times that rows are written, and lines where no terminal shows a bar
 
 
 def benchmark(args: argparse.Namespace) -> int:
@@ -52,8 +55,7 @@ def benchmark(args: argparse.Namespace) -> int:
     verdicts: list[Verdict] = []
     try:
         if required is None:
-            rows = sweep(plan, libraries, measure.QUICK if args.quick else measure.FULL)
-            keep(rows, {})
+            rows = sweep(plan, libraries, measure.QUICK if args.quick else measure.FULL, lambda some: keep(some, {}))
         else:
             rows, verdicts = check(required, libraries, keep)
         if args.plot:
@@ -68,14 +70,15 @@ def benchmark(args: argparse.Namespace) -> int:
     return fail(f"fastbn gave no right result in {wrong} rows") if wrong else 0
 
 
-def check(
-    required: Bars, libraries: Sequence[Library], keep: Callable[[list[Row], dict[str, float]], None]
-) -> tuple[list[Row], list[Verdict]]:
+def check(required: Bars, libraries: Sequence[Library], keep: Keep) -> tuple[list[Row], list[Verdict]]:
     """Measure what the bars need, again where noise may have decided, and judge; `keep` gets what there is so far."""
     seconds = processes(required.bars)
     plan = bars.needs(required.bars)
-    rows = sweep(plan, libraries, measure.CHECK)
-    keep(rows, seconds)
+
+    def keep_with(before: list[Row]) -> Callable[[list[Row]], None]:
+        return lambda some: keep(bars.replaced(before, some), seconds)
+
+    rows = sweep(plan, libraries, measure.CHECK, keep_with([]))
     verdicts = []
     for bar in required.bars:
         verdict, budget = bars.judge(bar, rows, seconds, required.near), measure.CHECK
@@ -83,8 +86,8 @@ def check(
             if not verdict.again:
                 break
             budget = budget.doubled()
-            rows = bars.replaced(rows, sweep(calls_of(verdict.again, plan), libraries, budget, "again:"))
-            keep(rows, seconds)
+            again = sweep(calls_of(verdict.again, plan), libraries, budget, keep_with(rows), "again:")
+            rows = bars.replaced(rows, again)
             verdict = bars.judge(bar, rows, seconds, required.near)
         verdicts.append(verdict)
     return rows, verdicts
@@ -125,13 +128,23 @@ def again_with_passive_waits(words: Sequence[str]) -> None:
     os.execve(sys.executable, [sys.executable, "-m", "fastbn", *words], environment)
 
 
-def sweep(plan: Plan, libraries: Sequence[Library], budget: Budget, title: str = "") -> list[Row]:
-    """Measure every case of the plan."""
+def sweep(
+    plan: Plan, libraries: Sequence[Library], budget: Budget, keep: Callable[[list[Row]], None], title: str = ""
+) -> list[Row]:
+    """Measure every case of the plan; `keep` gets the rows now and then, and all in the end, or what there is if
+    something ends it."""
     rows: list[Row] = []
-    with progress(len(plan)) as advance:
-        for case, (calls, twin) in plan.items():
-            advance(f"{title} {case.name}".strip())
-            rows += measure.measure(case, calls, libraries, budget, twin)
+    kept = time.monotonic()
+    try:
+        with progress(len(plan)) as advance:
+            for case, (calls, twin) in plan.items():
+                advance(f"{title} {case.name}".strip())
+                rows += measure.measure(case, calls, libraries, budget, twin)
+                if time.monotonic() - kept > OFTEN:  # a check takes half an hour, and may be killed
+                    keep(rows)
+                    kept = time.monotonic()
+    finally:
+        keep(rows)
     return rows
 
 
@@ -156,9 +169,13 @@ def processes(required: Sequence[Bar]) -> dict[str, float]:
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar; what it gives is called at the start of each step, with its name."""
+    """A progress bar, or a line now and then where no terminal shows it; what it gives is called at the start of each
+    step, with its name."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    if not report.console().is_terminal:
+        yield _lines(total)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, transient=True, refresh_per_second=2) as shown:
         task, started = shown.add_task("", total=total), 0
@@ -169,6 +186,20 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
             started += 1
 
         yield advance
+
+
+def _lines(total: int) -> Callable[[str], None]:
+    start = said = time.monotonic()
+    number = 0
+
+    def advance(name: str) -> None:
+        nonlocal said, number
+        number, now = number + 1, time.monotonic()
+        if now - said > OFTEN:
+            said = now
+            print(f"{number} of {total}, {now - start:.0f} s: {name}", flush=True)
+
+    return advance
 
 
 def show_shapes() -> int:

@@ -492,6 +492,29 @@ def test_the_check_passes_or_falls_short(tmp_path, capsys):
     assert "not measured: mlp-32x64 bfloat16 infer" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("small")
+def test_a_run_that_is_interrupted_keeps_what_it_measured(tmp_path, capsys, monkeypatch):
+    path, run = tmp_path / "bars.toml", tmp_path / "run.json"
+    path.write_text(BARS)
+    measured = []
+
+    def measure_one(case, *_):
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(row(case, ms=1.25))
+        yield measured[0]
+
+    monkeypatch.setattr(command.measure, "measure", measure_one)
+    monkeypatch.setattr(command, "OFTEN", -1.0)
+    assert main(["bench", "--check", str(path), "--peer", "none", "--json", str(run)]) == command.INTERRUPTED
+    facts, rows = report.read(run)
+    assert [(r.case, r.ms) for r in rows] == [(measured[0].case, 1.25)]
+    assert facts["processes"] == {"warm": 0.5}
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" of ")[0] for line in lines if " s: " in line] == ["1", "1", "2"]
+    assert any(line.endswith(f" s: {measured[0].case}") for line in lines)
+
+
 def test_some_bars_alone_start_no_process_that_they_do_not_need(monkeypatch):
     every = bars.load(bench.BARS)
     assert every.named(None) is every
