@@ -479,20 +479,21 @@ def test_opcheck_with_an_activation(activation):
         ours.batch_norm(x, None, None, training=True, activation="rely")
 
 
-def test_twenty_steps_of_a_small_resnet():
-    """The same losses to 1e-4. A narrow model: where an activation is within rounding of 0, the two may take different
-    sides of a ReLU, and go apart from there; that is rarer the fewer activations there are. PyTorch's convolutions
-    round otherwise by one thread, which another test may have left it: there one of the three does."""
-    threads = torch.get_num_threads()
+@pytest.mark.parametrize(("dtype", "steps", "most"), [("float64", 20, 1e-12), ("float32", 8, 1e-4)])
+def test_a_small_resnet_learns_the_same(dtype, steps, most):
+    """The same losses. Where an activation is within rounding of 0, the two may take different sides of a ReLU, and go
+    apart from there: rare in float64; in float32 it depends on the processor, by which PyTorch's convolutions round
+    (with AVX2 5e-5 in step 13, 5e-3 in step 19), so that is for the first steps alone."""
+    usual = torch.get_default_dtype()
     try:
-        torch.set_num_threads(2)
-        runs = compare(20, width=8, batch=16, size=16)
+        torch.set_default_dtype(getattr(torch, dtype))
+        runs = compare(steps, width=8, batch=16, size=16)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_default_dtype(usual)
     losses = [np.array(run.losses) for run in runs.values()]
     for other in losses[1:]:
-        np.testing.assert_allclose(other, losses[0], rtol=0, atol=1e-4)
-    assert losses[0][-1] < losses[0][0] - 0.2  # it learns
+        np.testing.assert_allclose(other, losses[0], rtol=0, atol=most)
+    assert losses[0][-1] < losses[0][0] - (0.2 if steps == 20 else 0.02)  # it learns
 
 
 def test_the_modules_of_the_comparison_are_fastbns():
